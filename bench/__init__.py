@@ -1,0 +1,1 @@
+"""Where the memory of fine-tuning goes: measured on a GPU, measured on a CPU, or simulated without either."""

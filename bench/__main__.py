@@ -1,0 +1,70 @@
+"""Command line of the bench: `python -m bench run | list | compare`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from qzo.errors import QzoError
+
+OK, FAILED, ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports an error as one line."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise QzoError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    top = Parser(prog="python -m bench", description="Where the memory of fine-tuning goes.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="run | list | compare", parser_class=Parser)
+    run = commands.add_parser("run", help="measure or simulate the methods on one model and print the tables")
+    run.add_argument("model", help="name from `list models`, folder with config.json, .gguf file, or hub id")
+    run.add_argument("--methods", help="comma-separated; default all (`list methods`)")
+    run.add_argument("--device", default="auto", help="auto, cuda, cpu or sim")
+    run.add_argument("--gpu", help="GPU that sim stands for (`list gpus`)")
+    run.add_argument("--batch-size", type=int, default=1)
+    run.add_argument("--seq-len", type=int, default=128)
+    run.add_argument("--attention", help="flash, efficient or eager; default the best the device has")
+    run.add_argument("--gradient-checkpointing", action="store_true")
+    run.add_argument("--group-size", type=int, help="weights a scale in qzo and qzo-full; default 128 where it divides")
+    run.add_argument("--steps", type=int, default=5, help="optimizer steps of a measured cell, at least 3")
+    run.add_argument("--out", help="result folder; default results/MODEL")
+    show = commands.add_parser("list", help="print the known names")
+    show.add_argument("what", choices=("models", "methods", "gpus"))
+    compare = commands.add_parser("compare", help="exit 1 if memory grew more than allowed")
+    compare.add_argument("baseline")
+    compare.add_argument("current")
+    compare.add_argument("--fail", action="append", metavar="METRIC:LIMIT", help="e.g. allocated:1%% (the default)")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    try:
+        options = parser().parse_args(arguments)
+        if options.command == "compare":
+            from bench.compare import run as compare
+
+            return compare(options.baseline, options.current, options.fail or [])
+        if options.command == "list":
+            from bench.listing import print_names
+
+            return print_names(options.what)
+        from bench.command import run
+
+        return run(options)
+    except QzoError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the finished cells are on disk", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""`bench run`: check, run the cells, write records and summary, print the tables."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bench import plan, weights
+from bench.case import BenchCase
+from bench.catalog import ModelSource
+from bench.record import SAME_CASE, SUMMARY, Record, read_record, summarise, write_json
+from bench.runner import Progress, run_cells
+from qzo.errors import QzoError
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0 if every cell ran or does not apply to the model, 1 if one failed or ran out of memory."""
+    methods = plan.parse_methods(options.methods)
+    case = BenchCase(
+        options.model, methods[0], options.device, options.gpu, options.batch_size, options.seq_len,
+        options.attention, options.gradient_checkpointing, options.group_size, options.steps,
+    )  # fmt: skip
+    source, cases = plan.cells(case, methods)
+    out = Path(options.out or Path("results") / source.name)
+    make_folder(out)
+    if options.device == "auto" and cases[0].device == "cuda":
+        cases = plan.fitting(cases, lambda predicted: _run(source, predicted, out))
+    forget_other_cases(out, cases)
+    records = {record["case"]["method"]: record for record in _earlier(out)}
+    try:
+        for record in _run(source, cases, out):
+            records[record["case"]["method"]] = record
+    finally:
+        records |= {record["case"]["method"]: record for record in _earlier(out)}
+        if records:
+            write_json(out / SUMMARY, summarise(records))
+    shown = subprocess.run([sys.executable, "-m", "reports", str(out)])
+    failed = any(records[method]["status"] in ("error", "oom") for method in methods)
+    return shown.returncode or int(failed)
+
+
+def _run(source: ModelSource, cases: Sequence[BenchCase], out: Path) -> list[Record]:
+    """Run the cases with the weights unpacked once, if there are packed ones; report progress."""
+    records: list[Record] = []
+    progress = Progress(len(cases))
+
+    def done(record: Record) -> None:
+        records.append(record)
+        progress(record)
+
+    with tempfile.TemporaryDirectory(prefix="qzo-bench-") as folder:
+        if any(case.device != "sim" for case in cases) and weights.kind(source) == "gguf":
+            print(f"unpacking {source.weights} once for all cells", file=sys.stderr, flush=True)
+            weights.unpack(source, Path(folder))
+            cases = [case if case.device == "sim" else replace(case, weights=folder) for case in cases]
+        run_cells(cases, out, done)
+    return records
+
+
+def make_folder(out: Path) -> None:
+    """Create the result folder and prove that it can be written, before any work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise QzoError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+
+
+def forget_other_cases(out: Path, cases: Sequence[BenchCase]) -> None:
+    """Remove records of an earlier run with other settings: one folder holds cells that can be compared."""
+    wanted = {
+        "model": cases[0].model, "batch_size": cases[0].batch_size, "seq_len": cases[0].seq_len,
+    }  # fmt: skip
+    for record in _earlier(out):
+        if any(record["case"][key] != value for key, value in wanted.items() if key in SAME_CASE):
+            path = out / f"{record['case']['method']}.json"
+            print(f"removing {path}: made with other settings", file=sys.stderr)
+            path.unlink()
+
+
+def _earlier(out: Path) -> list[Record]:
+    return [read_record(path) for path in sorted(out.glob("*.json")) if path.name != SUMMARY]

@@ -1,0 +1,71 @@
+"""GPUs that the simulator can stand for: memory, architecture, and the CUDA context of a PyTorch process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from bench.case import choose
+
+MIB = 1 << 20
+DEFAULT_GPU = "rtx-4090"  # the card the paper measured its zeroth-order rows on
+
+# A context is what the driver and the loaded kernels take plus the local memory that it sets aside for every thread
+# the GPU can hold at once. The T4's measured 141 MiB leaves 101 MiB after 1 KiB for each of 40 x 1024 threads; other
+# cards lie between half of that thread reserve and twice the kernels' part, so they get this range until measured.
+KERNELS_MIB = 101
+THREAD_KIB = 1
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One card. All sizes in bytes."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: tuple[int, int]
+    context_low_bytes: int
+    context_high_bytes: int
+
+    @property
+    def context_bytes(self) -> int:
+        """The middle of the range; the measured value where there is one."""
+        return (self.context_low_bytes + self.context_high_bytes) // 2
+
+    @property
+    def context_note(self) -> str | None:
+        """One sentence for the record when the context is a range and not a measurement."""
+        if self.context_low_bytes == self.context_high_bytes:
+            return None
+        low, high = self.context_low_bytes // MIB, self.context_high_bytes // MIB
+        return f"CUDA context of {self.name} not measured: {low} to {high} MiB, process bytes use the middle"
+
+    @property
+    def has_flash(self) -> bool:
+        """FlashAttention needs compute capability 8.0."""
+        return self.compute_capability >= (8, 0)
+
+
+@cache
+def _table() -> dict[str, Gpu]:
+    raw = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
+    return {name: _gpu(name, entry) for name, entry in raw.items() if not name.startswith("_")}
+
+
+def _gpu(name: str, entry: dict) -> Gpu:
+    threads_mib = entry["multiprocessors"] * entry["threads"] * THREAD_KIB // 1024
+    low, high = entry.get("context_mib", (KERNELS_MIB + threads_mib // 2, 2 * KERNELS_MIB + threads_mib))
+    capability = (entry["compute_capability"][0], entry["compute_capability"][1])
+    return Gpu(name, entry["memory_mib"] * MIB, capability, low * MIB, high * MIB)
+
+
+def names() -> list[str]:
+    """All known GPUs, smallest memory first."""
+    return sorted(_table(), key=lambda name: (_table()[name].memory_bytes, name))
+
+
+def get(name: str) -> Gpu:
+    """The GPU of that name; an unknown one raises with the nearest names."""
+    return _table()[choose("GPU", name, names(), "python -m bench list gpus")]

@@ -1,0 +1,28 @@
+"""The names that `bench run` takes."""
+
+from __future__ import annotations
+
+from bench import catalog, gpus
+from bench.record import METHODS
+
+GIB = 1 << 30
+
+
+def print_names(what: str) -> int:
+    """Print models with their parameters, methods with their summary, or GPUs with their memory."""
+    if what == "models":
+        for name in catalog.names():
+            source = catalog.resolve(name)
+            weights = "weights here" if source.weights else "architecture"
+            print(f"{name:<16} {source.parameters or 0:>15,} parameters  {weights:<13} {source.hub}")
+    elif what == "gpus":
+        for name in gpus.names():
+            gpu = gpus.get(name)
+            major, minor = gpu.compute_capability
+            print(f"{name:<12} {gpu.memory_bytes / GIB:6.1f} GiB  compute capability {major}.{minor}")
+    else:
+        from bench.methods import METHODS as functions
+
+        for name in METHODS:
+            print(f"{name:<9} {(functions[name].__doc__ or '').splitlines()[0]}")
+    return 0

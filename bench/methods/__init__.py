@@ -1,0 +1,27 @@
+"""The fine-tuning methods, each one function: case and world in, model, optimizer and step out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.case import BenchCase
+from bench.methods.adapters import lora, qlora
+from bench.methods.full import ft_amp, ft_bf16, ft_mixed, ft_sgd
+from bench.methods.prepared import Prepared
+from bench.methods.zeroth_order import mezo, qzo_2bit, qzo_4bit, qzo_full
+from bench.worlds import World
+
+METHODS: dict[str, Callable[[BenchCase, World], Prepared]] = {
+    "ft-bf16": ft_bf16,
+    "ft-mixed": ft_mixed,
+    "ft-amp": ft_amp,
+    "ft-sgd": ft_sgd,
+    "lora": lora,
+    "qlora": qlora,
+    "mezo": mezo,
+    "qzo": qzo_4bit,
+    "qzo-full": qzo_full,
+    "qzo-2bit": qzo_2bit,
+}
+
+__all__ = ["METHODS", "Prepared"]

@@ -1,0 +1,64 @@
+"""bitsandbytes NF4 layers in place of a model's linear layers, with data or without."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+BLOCK_SIZE = 64  # weights that share an absmax
+
+
+def to_nf4(model: nn.Module) -> nn.Module:
+    """Replace every linear layer but the output head, in place; no double quantization, compute dtype bf16."""
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
+                setattr(parent, name, _nf4_linear(layer))
+    model.is_loaded_in_4bit = True  # what transformers sets; PEFT looks at it
+    return model
+
+
+def _nf4_linear(layer: nn.Module) -> nn.Module:
+    weight = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data  # [N, K]
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        quantized = bnb.nn.Linear4bit(
+            in_features, out_features, layer.bias is not None, compute_dtype=torch.bfloat16,
+            compress_statistics=False, quant_type="nf4",
+        )  # fmt: skip
+    quantized.weight = _nf4_weight(weight.contiguous())
+    quantized.weight.module = quantized
+    quantized.quant_state = quantized.weight.quant_state
+    if layer.bias is not None:
+        quantized.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    return quantized
+
+
+def _nf4_weight(weight: torch.Tensor) -> bnb.nn.Params4bit:
+    if weight.device.type != "meta":
+        return bnb.nn.Params4bit(
+            weight, requires_grad=False, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4"
+        ).to(weight.device)
+    blocks = -(-weight.numel() // BLOCK_SIZE)
+    state = bnb.functional.QuantState(
+        absmax=torch.empty(blocks, device="meta"), shape=weight.shape, code=torch.empty(16, device="meta"),
+        blocksize=BLOCK_SIZE, quant_type="nf4", dtype=weight.dtype,
+    )  # fmt: skip
+    packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
+    return bnb.nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, blocksize=BLOCK_SIZE, compress_statistics=False,
+        quant_type="nf4", bnb_quantized=True,
+    )  # fmt: skip
+
+
+def nf4_tensors(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Codes, and absmax with the 16-entry table, of all NF4 layers."""
+    parts: dict[str, list[torch.Tensor]] = {"codes": [], "scales": []}
+    for parameter in model.parameters():
+        if isinstance(parameter, bnb.nn.Params4bit):
+            parts["codes"].append(parameter.data)
+            parts["scales"] += [parameter.quant_state.absmax, parameter.quant_state.code]
+    return parts

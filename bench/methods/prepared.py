@@ -1,0 +1,69 @@
+"""What a method hands to a world: everything that is needed to run and watch its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bench.text import Batch
+
+Enter = Callable[[str], None]  # tells the ledger which phase begins
+Step = Callable[[Batch, Enter], float]
+
+
+@dataclass
+class Prepared:
+    """A model that is ready to train.
+
+    Attributes:
+        step: runs one optimizer step on a batch, calling `enter(phase)` as it goes, and returns the loss.
+        dtype: of the forward's arithmetic. optimizer_name: as shown in tables.
+        quantization: {format, bits, group_size}, or None. notes: what a reader of the record must know.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Step
+    dtype: str
+    optimizer_name: str
+    quantization: dict | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """Gradients that exist now."""
+        return (parameter.grad for parameter in self.model.parameters() if parameter.grad is not None)
+
+    def optimizer_tensors(self) -> Iterator[Tensor]:
+        """Tensors that the optimizer keeps from step to step (moments, counters, master copies)."""
+        for state in self.optimizer.state.values():
+            yield from (item for item in state.values() if isinstance(item, Tensor))
+
+
+def first_order_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Step:
+    """Forward with the model's own loss, backward, optimizer step; gradients are dropped after it."""
+
+    def step(batch: Batch, enter: Enter) -> float:
+        enter("forward")
+        with autocast():
+            loss = model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss
+        enter("backward")
+        loss.backward()
+        enter("step")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute each layer in backward instead of keeping its activations (non-reentrant)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

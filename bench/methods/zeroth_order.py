@@ -1,0 +1,75 @@
+"""Methods that learn from forward passes alone: MeZO, and QZO in three sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import qzo
+from bench.case import BenchCase
+from bench.catalog import default_group_size
+from bench.methods.prepared import Enter, Prepared
+from bench.text import Batch
+from bench.worlds import World
+from qzo import aqlm
+
+LABELS_AT_END = 1  # a batch asks for the last token of each sequence
+
+
+def mezo(case: BenchCase, world: World) -> Prepared:
+    """SPSA on all bf16 weights, in place, without the undo list that qzo.MeZO offers for an exact restore."""
+    model = world.place(world.model(torch.bfloat16)).eval()
+    model.requires_grad_(False)
+    optimizer = qzo.MeZO(model.named_parameters(), lr=1e-6, eps=1e-3, seed=case.seed, exact=False)
+    return _prepared(model, optimizer, "mezo")
+
+
+def qzo_4bit(case: BenchCase, world: World) -> Prepared:
+    """4-bit linear layers, embeddings, head and norms in bf16, as in the paper; the scales are trained."""
+    return _quantized(case, world, embeddings=None)
+
+
+def qzo_full(case: BenchCase, world: World) -> Prepared:
+    """As `qzo`, with embeddings and head in 8 bits."""
+    prepared = _quantized(case, world, embeddings=8)
+    prepared.notes.append("embeddings and head in 8 bits")
+    return prepared
+
+
+def qzo_2bit(case: BenchCase, world: World) -> Prepared:
+    """AQLM 1x16: 16-bit codes for groups of 8 weights, one codebook a layer; the channel-wise scales are trained."""
+    model = aqlm.quantize_random(world.model(torch.bfloat16), seed=case.seed)
+    prepared = _trained_scales(world.place(model), case)
+    prepared.quantization = {"format": "aqlm-1x16", "bits": 2, "group_size": aqlm.GROUP_SIZE}
+    prepared.notes.append("AQLM codes drawn at random: memory, not accuracy")
+    return prepared
+
+
+def _quantized(case: BenchCase, world: World, embeddings: int | None) -> Prepared:
+    model = world.model(torch.bfloat16)
+    group_size = case.group_size or default_group_size(model)
+    qzo.quantize(model, n_bits=4, group_size=group_size, embeddings=embeddings)
+    prepared = _trained_scales(world.place(model), case)
+    prepared.quantization = {"format": "gptq", "bits": 4, "group_size": group_size}
+    return prepared
+
+
+def _trained_scales(model: nn.Module, case: BenchCase) -> Prepared:
+    model.eval()
+    return _prepared(model, qzo.QZO(qzo.scales(model), lr=1e-7, eps=1e-3, seed=case.seed), "qzo")
+
+
+def _prepared(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> Prepared:
+    def step(batch: Batch, enter: Enter) -> float:
+        phases = iter(("forward-plus", "perturb", "forward-minus", "update"))
+
+        def closure() -> torch.Tensor:
+            enter(next(phases))
+            loss = qzo.label_loss(model, batch.input_ids, batch.labels, keep=LABELS_AT_END)
+            enter(next(phases))
+            return loss
+
+        enter("perturb")
+        return float(optimizer.step(closure))
+
+    return Prepared(model, optimizer, step, "bfloat16", name)

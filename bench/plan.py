@@ -1,0 +1,84 @@
+"""From a command line to cells: which device each method runs on, and every check that can be made before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from bench import gpus
+from bench.attention import attention_of
+from bench.case import METHODS, BenchCase, choose
+from bench.catalog import ModelSource, build_empty, linear_widths, resolve
+from bench.record import Record
+from qzo.errors import QzoError
+
+CPU_PARAMETERS = 1_000_000_000  # above this a step on a CPU takes minutes, and `auto` simulates
+BYTES_PER_PARAMETER = 24  # of the largest method, full fine-tuning in fp32, with room for activations
+
+
+def parse_methods(text: str | None) -> tuple[str, ...]:
+    """Names separated by commas; None means all."""
+    if text is None:
+        return METHODS
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise QzoError(f"methods={text!r} names no method; choose from {', '.join(METHODS)}")
+    for name in names:
+        choose("method", name, METHODS)
+    return names
+
+
+def cells(case: BenchCase, methods: Sequence[str]) -> tuple[ModelSource, list[BenchCase]]:
+    """The source and one checked case for each method, `auto` resolved to sim, cpu, or (for later) cuda."""
+    source = resolve(case.model)
+    device = automatic(source) if case.device == "auto" else case.device
+    gpu = gpus.get(case.gpu or gpus.DEFAULT_GPU).name if device == "sim" or case.gpu else None
+    check(case, source)
+    case = replace(case, device=device, gpu=gpu if device == "sim" else None)
+    return source, [replace(case, method=method) for method in methods]
+
+
+def automatic(source: ModelSource) -> str:
+    """`cuda` with a GPU; without one `cpu` if the weights are on this disk and the model is small, else `sim`."""
+    if torch.cuda.is_available():
+        return "cuda"
+    parameters = sum(parameter.numel() for parameter in build_empty(source, torch.bfloat16, "eager").parameters())
+    memory = psutil.virtual_memory().available
+    fits = parameters <= CPU_PARAMETERS and parameters * BYTES_PER_PARAMETER <= memory
+    return "cpu" if isinstance(source.weights, Path) and fits else "sim"
+
+
+def check(case: BenchCase, source: ModelSource) -> None:
+    """Raise QzoError for what would make every cell fail."""
+    attention_of(case, source, flash=True)
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and case.seq_len > longest:
+        raise QzoError(f"seq_len={case.seq_len} is more than the {longest} positions of {source.name}")
+    if case.group_size is not None:
+        for width in sorted(linear_widths(build_empty(source, torch.bfloat16, "eager"))):
+            if width % case.group_size:
+                raise QzoError(
+                    f"in_features={width} of {source.name} is not divisible by group_size={case.group_size}; "
+                    "choose 128, 64 or 32, or leave it out"
+                )
+    if case.device == "cuda" and not torch.cuda.is_available():
+        raise QzoError("device 'cuda' needs an NVIDIA GPU that this PyTorch can use; choose sim or cpu")
+
+
+def fitting(cases: Sequence[BenchCase], simulate: Callable[[list[BenchCase]], list[Record]]) -> list[BenchCase]:
+    """Of cases for the GPU at hand those that it can hold stay, the others become simulations.
+
+    The prediction is for the default card with the memory of this one: enough to tell what fits.
+    """
+    predicted = simulate([replace(case, device="sim", gpu=gpus.DEFAULT_GPU) for case in cases])
+    capacity = torch.cuda.get_device_properties(0).total_memory
+    needed = {record["case"]["method"]: record["peak"]["process"] for record in predicted}
+    return [
+        case if (needed.get(case.method) or capacity + 1) <= capacity
+        else replace(case, device="sim", gpu=gpus.DEFAULT_GPU)
+        for case in cases
+    ]  # fmt: skip

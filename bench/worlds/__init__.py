@@ -1,0 +1,22 @@
+"""The three worlds a case can be run in, and what a method may ask of them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class World(Protocol):
+    """Where a method's model lives."""
+
+    def model(self, dtype: torch.dtype) -> nn.Module:
+        """The unquantized model of the case in `dtype`, before the method changes it."""
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device it is trained on; called once, when the method has changed what it changes."""
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 autocast of this world."""

@@ -1,0 +1,112 @@
+"""The measured CPU world: real weights and real text where there are any, PyTorch's allocation events, peak RSS."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from bench import text, weights
+from bench.attention import attention_of
+from bench.case import BenchCase
+from bench.catalog import ModelSource, resolve
+from bench.environment import environment
+from bench.ledger import Ledger
+from bench.methods import METHODS
+from bench.methods.prepared import Prepared
+from bench.record import Record
+from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
+from bench.worlds.cpu_gemm import NOTE, fast_bf16, needs_blocks
+
+
+class CpuWorld:
+    """Models in this process's memory."""
+
+    def __init__(self, source: ModelSource, attention: str) -> None:
+        self.source = source
+        self.implementation = "eager" if attention == "eager" else "sdpa"
+        self.parameters = 0
+
+    def model(self, dtype: torch.dtype) -> nn.Module:
+        model = weights.load(self.source, dtype, self.implementation)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        return model
+
+    def place(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast("cpu", torch.bfloat16)
+
+
+def run(case: BenchCase) -> Record:
+    """Run one cell: two steps under ledger and profiler, the rest timed without them."""
+    named = resolve(case.model)
+    source = replace(named, weights=Path(case.weights)) if case.weights else named
+    attention = attention_of(case, source, flash=True)
+    world = CpuWorld(source, attention)
+    prepared = METHODS[case.method](case, world)
+    ledger = Ledger("cpu")
+    parts = register_resident(ledger, prepared)
+    reset_peak_rss()
+    batches = (_batch(source, case, step) for step in range(case.steps))
+    with fast_bf16():
+        losses, allocated = _watched(prepared, ledger, [next(batches) for _ in range(WATCHED_STEPS)])
+        seconds = []
+        for batch in batches:
+            start = time.perf_counter()
+            losses.append(prepared.step(batch, lambda phase: None))
+            seconds.append(time.perf_counter() - start)
+    prepared.notes += [f"weights: {weights.kind(named)}", f"text: {_batch(source, case, 0).kind}"]
+    prepared.notes += [NOTE] if needs_blocks() else []
+    return describe(
+        replace(case, attention=attention), "measured-cpu", environment(), prepared, ledger, parts, world.parameters,
+        allocated=allocated, process=peak_rss(), step_seconds=statistics.median(seconds), losses=losses,
+    )  # fmt: skip
+
+
+def _watched(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -> tuple[list[float], int]:
+    """Losses of the watched steps, and the peak that PyTorch's own allocation events give."""
+    resident = ledger.live_bytes()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, ledger:
+        losses = run_steps(ledger, prepared, batches)
+    return losses, resident + highest_rise(profiler)
+
+
+def highest_rise(profiler: profile) -> int:
+    """The highest sum of the profiler's allocation events, in bytes above the start."""
+    results = profiler.profiler.kineto_results  # the only place that keeps the events in order
+    live = highest = 0
+    for event in results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            highest = max(highest, live)
+    return highest
+
+
+def _batch(source: ModelSource, case: BenchCase, step: int) -> text.Batch:
+    return text.batch(source, case.batch_size, case.seq_len, case.seed, step)
+
+
+def reset_peak_rss() -> None:
+    """Let the kernel count the process's peak from here on (Linux; elsewhere the peak includes loading)."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5", encoding="ascii")
+
+
+def peak_rss() -> int:
+    """Highest resident set size in bytes since `reset_peak_rss`."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,80 @@
+"""The simulated world: the same step on tensors without data, and the events replayed as a GPU would have had them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from bench import gpus
+from bench.allocator import replay
+from bench.attention import attention_of
+from bench.autocast import MetaAutocast
+from bench.case import BenchCase
+from bench.catalog import ModelSource, build_empty, resolve
+from bench.environment import environment
+from bench.kernels import CudaFunctions, rules
+from bench.ledger import Ledger
+from bench.methods import METHODS
+from bench.record import Record
+from bench.repeat import repeated_layers
+from bench.text import Batch
+from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
+
+GRANULARITY = 512  # bytes; the CUDA caching allocator's rounding
+
+
+class SimWorld:
+    """Models on the meta device."""
+
+    def __init__(self, source: ModelSource, attention: str) -> None:
+        self.source = source
+        self.implementation = "eager" if attention == "eager" else "sdpa"
+        self.parameters = 0
+
+    def model(self, dtype: torch.dtype) -> nn.Module:
+        model = build_empty(self.source, dtype, self.implementation)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        return model
+
+    def place(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def autocast(self) -> AbstractContextManager:
+        return MetaAutocast()
+
+
+def run(case: BenchCase) -> Record:
+    """Simulate one cell on `case.gpu`: the same function a measured world calls, on the meta device."""
+    source = resolve(case.model)
+    gpu = gpus.get(case.gpu or gpus.DEFAULT_GPU)
+    attention = attention_of(case, source, gpu.has_flash)
+    world = SimWorld(source, attention)
+    prepared = METHODS[case.method](case, world)
+    ledger = Ledger("meta", GRANULARITY, rules(gpu, number_of_experts(source.config)))
+    parts = register_resident(ledger, prepared)
+    with ledger, CudaFunctions(attention), repeated_layers(ledger, prepared.model):
+        steps = WATCHED_STEPS if case.first_order else 1  # a zeroth-order step leaves nothing behind for the next
+        run_steps(ledger, prepared, (_batch(case) for _ in range(steps)))
+    replayed = replay(ledger)
+    if gpu.context_note:
+        prepared.notes.append(gpu.context_note)
+    shown = dict(environment(), gpu=None, driver=None)
+    return describe(
+        replace(case, attention=attention), "simulated", shown, prepared, ledger, parts, world.parameters,
+        allocated=replayed.peak_allocated, phases=replayed.phase_peaks, reserved=replayed.peak_reserved,
+        process=replayed.peak_reserved + gpu.context_bytes,
+    )  # fmt: skip
+
+
+def number_of_experts(config: object) -> int:
+    """Experts of a layer; 1 for a dense model."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 1)
+
+
+def _batch(case: BenchCase) -> Batch:
+    tokens = torch.empty(case.batch_size, case.seq_len, dtype=torch.long, device="meta")
+    return Batch(input_ids=tokens, labels=tokens.clone(), kind="none")

@@ -1,0 +1,8 @@
+"""`python -m qzo`, the same as `qzo`."""
+
+import sys
+
+from qzo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

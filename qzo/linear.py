@@ -1,0 +1,148 @@
+"""A linear layer with packed low-bit codes and trainable scales, in the memory layout of GPTQ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qzo.chunked import chunk_bounds, chunked_linear
+from qzo.layout import check_layout
+from qzo.packing import pack, pack_zeros, unpack_zeros
+from qzo.rtn import round_to_nearest
+
+Device = torch.device | str | None
+
+
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 scales beside fp32 weights, else fp16, the dtype of GPTQ checkpoints."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+class QuantLinear(nn.Module):
+    """y = x Wᵀ + bias with W[n, k] = (q[n, k] - zero[n, i]) * scale[n, i], i = g_idx[k] (paper: W = Δ ⊙ W_int).
+
+    Buffers (see qzo/packing.py): qweight int32 [K*b/32, N], qzeros int32 [K/g, N*b/32] with true zero points,
+    scales [K/g, N] fp32 or fp16, g_idx int32 [K]. `bias` is a frozen parameter [N] or None. `scales` is what QZO
+    trains: the next forward sees a change of it.
+
+    W is never whole: forward and backward rebuild `CHUNK_ELEMENTS` of it at a time (16 MiB of int32, and the
+    chunk in the dtype of x). `act_order` says whether g_idx is other than k // g; it is a plain bool, so that forward
+    reads no data. Build with `empty` or `from_weight`.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+
+    def __init__(self, in_features: int, out_features: int, n_bits: int, group_size: int) -> None:
+        """Check the sizes and set them; `empty` and `from_weight` add the tensors. Raises QzoError."""
+        super().__init__()
+        self.group_size = check_layout(in_features, out_features, n_bits, group_size)
+        self.in_features, self.out_features, self.n_bits = in_features, out_features, n_bits
+        self.act_order = False
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        n_bits: int = 4,
+        group_size: int = 128,
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        device: Device = None,
+    ) -> QuantLinear:
+        """A layer with uninitialized tensors on any device, `meta` included; `dtype` is that of bias and inputs."""
+        layer = cls(in_features, out_features, n_bits, group_size)
+        groups = in_features // layer.group_size
+        per_word = 32 // n_bits
+        qweight = torch.empty(in_features // per_word, out_features, dtype=torch.int32, device=device)
+        qzeros = torch.empty(groups, out_features // per_word, dtype=torch.int32, device=device)
+        scales = torch.empty(groups, out_features, dtype=scale_dtype(dtype), device=device)
+        bias_data = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        return layer._register(qweight, qzeros, scales, bias_data)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        n_bits: int = 4,
+        group_size: int = 128,
+        symmetric: bool = True,
+    ) -> QuantLinear:
+        """Quantize `weight` [N, K] by round-to-nearest; a weight on `meta` gives `empty`. The bias is not copied.
+
+        Extra memory: N*K bytes for the codes before they are packed. Raises QzoError.
+        """
+        rows, columns = weight.shape
+        if weight.is_meta:
+            return cls.empty(columns, rows, n_bits, group_size, bias is not None, weight.dtype, weight.device)
+        layer = cls(columns, rows, n_bits, group_size)
+        codes, scales, zeros = round_to_nearest(weight, n_bits, layer.group_size, symmetric, scale_dtype(weight.dtype))
+        qzeros = pack_zeros(zeros.t(), n_bits)
+        return layer._register(pack(codes.t(), n_bits), qzeros, scales.t().contiguous(), bias)
+
+    def _register(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None) -> QuantLinear:
+        for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales)):
+            self.register_buffer(name, tensor)
+        self.register_buffer("g_idx", self._group_of_each(qweight.device))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return self
+
+    def _group_of_each(self, device: torch.device) -> Tensor:
+        return torch.arange(self.in_features, dtype=torch.int32, device=device) // self.group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype; differentiable in x and, where it requires a gradient, in `scales`."""
+        y = chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight [N, K], for export and tests; forward never calls it."""
+        bounds = chunk_bounds(self.out_features, self.in_features)
+        return torch.cat([self._rows(start, stop, dtype, self.scales) for start, stop in bounds])
+
+    def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
+        """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`."""
+        shifts = torch.arange(0, 32, self.n_bits, dtype=torch.int32, device=self.qweight.device)
+        words = self.qweight[:, start:stop].t().contiguous()  # [n, K*b/32]
+        levels = torch.bitwise_right_shift(words[:, :, None], shifts).bitwise_and_(2**self.n_bits - 1)
+        del words
+        zeros = self.zero_points(start, stop).t()[:, :, None]  # [n, K/g, 1]
+        scale = scales[:, start:stop].t().float()[:, :, None]
+        if self.act_order:
+            zeros, scale = zeros.index_select(1, self.g_idx), scale.index_select(1, self.g_idx)  # [n, K, 1]
+        levels = levels.view(stop - start, zeros.shape[1], -1).sub_(zeros)
+        if scale.requires_grad:
+            rows = (levels * scale).to(dtype)
+        else:
+            rows = torch.mul(levels, scale, out=torch.empty_like(levels, dtype=dtype))
+        return rows.view(stop - start, self.in_features)
+
+    def zero_points(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Zero points of output columns start:stop as int32 [K/g, stop - start]."""
+        stop = self.out_features if stop is None else stop
+        per_word = 32 // self.n_bits
+        first, last = start // per_word, -(-stop // per_word)
+        zeros = unpack_zeros(self.qzeros[:, first:last], self.n_bits)
+        return zeros[:, start - first * per_word : stop - first * per_word]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.detect_act_order()
+
+    def detect_act_order(self) -> None:
+        """Set `act_order` from g_idx; called after a state dict is loaded."""
+        if not self.g_idx.is_meta:
+            self.act_order = not torch.equal(self.g_idx, self._group_of_each(self.g_idx.device))
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, n_bits={self.n_bits}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}"
+        )

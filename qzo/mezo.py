@@ -1,0 +1,107 @@
+"""MeZO: zeroth-order training of full-precision weights in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qzo.noise import chunk_elements
+from qzo.spsa import Parameters, SpsaOptimizer, flat
+
+BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtype of the same size, in bytes
+
+
+class MeZO(SpsaOptimizer):
+    """SPSA on weights, in place and without masters (Malladi et al., arXiv 2305.17333).
+
+        d = (L(θ + eps z) - L(θ - eps z)) / (2 eps),   θ = θ - lr d z
+
+    Weights move chunk by chunk, in fp32, rounded once to their dtype. Where w + eps z leaves w's power of two, low
+    bits are lost and (w + eps z) - eps z is not w. `exact=True` remembers those entries (4 bytes of index and the
+    value) until they are put back, so that every step starts from the very weights the last one left. Extra memory,
+    measured for weights N(0, 0.02) and eps=1e-3: 4.7 % of the entries and 14 % of the weights' bytes in bf16, 7.5 %
+    and 15 % in fp32; besides one chunk each of z, of fp32 and of the weights, see `qzo.noise`.
+
+    Args:
+        named_parameters: `model.named_parameters()`, or tensors, name -> tensor, parameter groups. All are trained,
+            whatever their `requires_grad`; a tensor named twice is trained once.
+        lr, eps, clip_threshold, seed: as in QZO; clipping is off by default.
+        exact: False leaves the undo list out: the classic arithmetic, whose rounding errors stay in the weights (bf16 as
+            above: 3.7e-5 rms after ten steps). It reads no data, so it is the one that runs on `meta`.
+
+    Raises:
+        QzoError: as QZO.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Parameters,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        seed: int = 0,
+        clip_threshold: float | None = None,
+        exact: bool = True,
+    ) -> None:
+        self.exact = exact
+        self._sign = 0  # where the weights stand: θ + sign * eps * z
+        self._undo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        super().__init__(named_parameters, seed, lr=lr, eps=eps, clip_threshold=clip_threshold)
+
+    def _perturb(self, sign: int) -> None:
+        self._sweep(sign, None)
+
+    def _restore(self) -> None:
+        self._sweep(0, None)
+
+    def _update(self, derivatives: list[float]) -> None:
+        self._sweep(0, derivatives)
+
+    def _sweep(self, sign: int, derivatives: list[float] | None) -> None:
+        """Move all weights to θ, by -lr d z where derivatives are given, then by sign * eps * z, with one draw of z."""
+        for index, _, number, tensor in self._tensors():
+            group = self.param_groups[number]
+            weights = flat(tensor)
+            work = torch.empty(
+                min(tensor.numel(), chunk_elements(tensor.numel())),
+                dtype=torch.promote_types(tensor.dtype, torch.float32),
+                device=tensor.device,
+            )
+            for z, part in self._noise(index, tensor):
+                chunk, fp32 = weights[part], work[: len(z)]
+                key = (index, part.start)
+                if self._sign:
+                    _move(chunk, z, -self._sign * group["eps"], fp32)
+                    self._put_back(key, chunk)
+                if derivatives is not None:
+                    _move(chunk, z, -group["lr"] * derivatives[number], fp32)
+                if sign:
+                    before = chunk.clone() if self.exact else None
+                    _move(chunk, z, sign * group["eps"], fp32)
+                    if before is not None:
+                        self._undo[key] = _lost(before, chunk, z, -sign * group["eps"], fp32)
+        self._sign = sign
+
+    def _put_back(self, key: tuple[int, int], chunk: Tensor) -> None:
+        if self.exact:
+            where, values = self._undo.pop(key)
+            chunk.index_copy_(0, where.long(), values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "exact": self.exact, "_sign": 0, "_undo": {}}
+
+
+def _move(chunk: Tensor, z: Tensor, distance: float, work: Tensor) -> None:
+    """chunk = round(chunk + distance * z), computed in `work`."""
+    torch.mul(z, distance, out=work)
+    chunk.copy_(work.add_(chunk))
+
+
+def _lost(before: Tensor, moved: Tensor, z: Tensor, distance: float, work: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (int32) and values of the entries that moving back by `distance` does not bring back bit for bit."""
+    torch.mul(z, distance, out=work)
+    back = work.add_(moved).to(before.dtype)
+    bits = BITS_OF[before.element_size()]
+    where = (back.view(bits) != before.view(bits)).nonzero().squeeze(1)
+    return where.to(torch.int32), before.index_select(0, where)

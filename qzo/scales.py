@@ -1,0 +1,53 @@
+"""The continuous scales of a quantized model as one live view, and the bytes of every part of it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from qzo.aqlm import AqlmLinear
+from qzo.embedding import QuantEmbedding
+from qzo.errors import QzoError
+from qzo.linear import QuantLinear
+
+QUANTIZED = (QuantLinear, AqlmLinear, QuantEmbedding)
+COMPONENT = {"qweight": "codes", "qzeros": "zero_points"}  # other buffers are called what they are
+COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
+
+
+def scales(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> scale tensor of every quantized layer; the next forward sees what is written into one in place.
+
+    The name is the module's path and ".scales". Shapes: [K/g, N] for linear layers, [V, K/g] for an embedding (once,
+    where the head shares it), [N, 1, 1, 1] for AQLM; fp32 or fp16. Ask again after `model.to(...)`, which makes new
+    tensors. Raises QzoError for a model without quantized layers.
+    """
+    found = {
+        f"{path}.scales" if path else "scales": module.scales
+        for path, module in model.named_modules()
+        if isinstance(module, QUANTIZED)
+    }
+    if not found:
+        raise QzoError(f"{type(model).__name__} has no quantized layer; call qzo.quantize(model) first")
+    return found
+
+
+def quantized_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Component ("codes", "scales", "zero_points", "g_idx", "codebooks") -> its tensors, every storage once."""
+    tensors: dict[str, list[Tensor]] = {component: [] for component in COMPONENTS}
+    seen: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, QUANTIZED):
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            storage = buffer.untyped_storage()._cdata
+            if storage not in seen:
+                seen.add(storage)
+                tensors[COMPONENT.get(name, name)].append(buffer)
+    return tensors
+
+
+def quantized_bytes(model: nn.Module) -> dict[str, int]:
+    """Exact bytes of each component, every storage once, and `scale_count`, the number of scales."""
+    tensors = quantized_tensors(model)
+    sizes = {component: sum(tensor.nbytes for tensor in parts) for component, parts in tensors.items()}
+    return {**sizes, "scale_count": sum(tensor.numel() for tensor in tensors["scales"])}

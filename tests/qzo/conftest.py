@@ -1,0 +1,57 @@
+"""Fixtures of the qzo tests: tiny models with random weights, made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+Make = Callable[..., PreTrainedModel]
+VOCABULARY = 96
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def make_model() -> Make:
+    """`make_model("llama", dtype, tied)`: a model with two layers, hidden size 64, in eval mode."""
+
+    def make(family: str = "llama", dtype: torch.dtype = torch.float32, tied: bool = False) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(family, tied), dtype=dtype)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def input_ids() -> torch.Tensor:
+    return torch.randint(5, VOCABULARY, (2, 12))
+
+
+def _config(family: str, tied: bool) -> PreTrainedConfig:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    common = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "tie_word_embeddings": tied}
+    if family == "llama":
+        return LlamaConfig(intermediate_size=160, **heads, **common)
+    if family == "mixtral":
+        return MixtralConfig(intermediate_size=96, num_local_experts=4, num_experts_per_tok=2, **heads, **common)
+    if family == "opt":
+        return OPTConfig(ffn_dim=96, num_attention_heads=4, word_embed_proj_dim=64, dropout=0.0, **common)
+    assert family == "gpt2"
+    return GPT2Config(
+        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1
+    )
