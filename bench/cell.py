@@ -25,6 +25,8 @@ def run(case: BenchCase) -> Record:
         return _world(case.device)(case)
     except QzoError as error:
         status, message = "unsupported", str(error)
+    except ImportError as error:
+        status, message = "unsupported", f"{case.method} needs the package {error.name}: pip install {error.name}"
     except Exception as error:
         memory = "out of memory" in str(error).lower() or isinstance(error, MemoryError)
         status, message = "oom" if memory else "error", f"{type(error).__name__}: {error}".split("\n")[0]

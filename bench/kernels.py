@@ -64,12 +64,19 @@ def route_evenly(experts: int, ledger: Ledger, func: Any, args: tuple, kwargs: d
     return mask.new_empty((max(1, -(-mask.numel() // experts)), mask.dim()), dtype=torch.long)
 
 
+def grouped_product(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
+    """CUDA multiplies grouped experts in any float dtype, the meta kernel only in bf16: let it tell the shape."""
+    halves = tuple(item.to(torch.bfloat16) if item is not None and item.is_floating_point() else item for item in args)
+    return func(*halves, **kwargs).to(args[0].dtype)
+
+
 def rules(gpu: Gpu, experts: int = 1) -> dict[Any, Rule]:
     """Operator -> rule for one simulated process on `gpu`; `experts` is the model's number of experts a layer."""
     hopper = gpu.compute_capability[0] == 9
     gemm = GemmRule(HOPPER_WORKSPACE_BYTES if hopper else CUBLAS_WORKSPACE_BYTES)
     table: dict[Any, Rule] = {aten._local_scalar_dense.default: read_scalar, aten.nonzero.default: partial(route_evenly, experts)}
     table.update(dict.fromkeys(GEMMS, gemm))
+    table[aten._grouped_mm.default] = grouped_product
     for name in IN_PLACE + OUT:
         packet, overload = name.split(".")
         table[getattr(getattr(aten, packet), overload)] = write

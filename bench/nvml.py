@@ -6,19 +6,21 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import pynvml
-
 T = TypeVar("T")
 
 
-def _ask(question: Callable[[], T]) -> T | None:
+def _ask(question: Callable[[Any], T]) -> T | None:
     """The driver's answer, or None where there is no driver or it will not tell (containers hide processes)."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return None
     try:
-        return question()
+        return question(pynvml)
     except pynvml.NVMLError:
         return None
     finally:
@@ -27,13 +29,13 @@ def _ask(question: Callable[[], T]) -> T | None:
 
 def driver_version() -> str | None:
     """Version of the NVIDIA driver."""
-    return _ask(lambda: str(pynvml.nvmlSystemGetDriverVersion()))
+    return _ask(lambda pynvml: str(pynvml.nvmlSystemGetDriverVersion()))
 
 
 def processes(device: int = 0) -> dict[int, int | None] | None:
     """Process id -> bytes on the card (None where hidden), of all processes that the driver shows."""
 
-    def question() -> dict[int, int | None]:
+    def question(pynvml: Any) -> dict[int, int | None]:
         handle = pynvml.nvmlDeviceGetHandleByIndex(device)
         return {entry.pid: entry.usedGpuMemory for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
 
@@ -46,16 +48,13 @@ def process_bytes(device: int = 0, pid: int | None = None) -> int | None:
     return (found.get(pid or os.getpid()) or None) if found is not None else None
 
 
-def foreign_processes(device: int = 0) -> list[int]:
-    """Ids of other processes on the card; they make process and reserved bytes doubtful."""
-    return sorted(set(processes(device) or {}) - {os.getpid()})
+def foreign_processes(device: int = 0, pid: int | None = None) -> list[int]:
+    """Ids of other processes on the card, which make process bytes doubtful.
 
-
-def device_bytes(device: int = 0) -> tuple[int, int] | None:
-    """(used, total) bytes of the card."""
-
-    def question() -> tuple[int, int]:
-        info: Any = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(device))
-        return int(info.used), int(info.total)
-
-    return _ask(question)
+    Call it when this process has a CUDA context. In a container the driver may show this process under an id that is
+    not its own; then one of the unknown ids is taken for it.
+    """
+    found = processes(device) or {}
+    own = pid or os.getpid()
+    others = sorted(set(found) - {own})
+    return others if own in found else others[1:]

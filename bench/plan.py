@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 
 from bench import gpus
@@ -47,6 +46,8 @@ def automatic(source: ModelSource) -> str:
     if torch.cuda.is_available():
         return "cuda"
     parameters = sum(parameter.numel() for parameter in build_empty(source, torch.bfloat16, "eager").parameters())
+    import psutil
+
     memory = psutil.virtual_memory().available
     fits = parameters <= CPU_PARAMETERS and parameters * BYTES_PER_PARAMETER <= memory
     return "cpu" if isinstance(source.weights, Path) and fits else "sim"

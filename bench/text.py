@@ -36,9 +36,10 @@ class Batch:
 def batch(source: ModelSource, batch_size: int, seq_len: int, seed: int, step: int, labels: str = "last") -> Batch:
     """The batch of one step, the same for the same seed and step, drawn without the global RNGs.
 
-    A row of text is a few-shot prompt: reviews with their answers, then one last review whose answer is the final
-    token. It is cut on the left to exactly `seq_len` tokens, so there is no padding. labels="last" counts that final
-    token alone, labels="all" every token. Raises QzoError for sizes that the model cannot take.
+    A row of text is a few-shot prompt: reviews with their answers, then one last review whose answer is the final token
+    (the last one of it, where a vocabulary splits "great" or "terrible"). It is cut on the left to exactly `seq_len`
+    tokens, so there is no padding. labels="last" counts that final token alone, labels="all" every token. Raises
+    QzoError for sizes that the model cannot take.
     """
     _check(source, batch_size, seq_len, labels)
     rng = random.Random(f"{seed}/{step}")

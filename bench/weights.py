@@ -32,7 +32,8 @@ def load(source: ModelSource, dtype: torch.dtype, attention: str = "sdpa") -> Pr
 
     A GGUF is dequantized. Random weights are the architecture's own initialization, N(0, initializer_range) for
     matrices, from a fixed seed; the global RNG is left as it was. Every parameter and buffer owns memory of PyTorch's
-    allocator, none is a view of a file or a NumPy array. Needs the largest tensor once more while it loads.
+    allocator, none is a view of a file or a NumPy array. Needs the largest tensor once more while it copies them, and
+    what transformers needs to dequantize a GGUF.
     Raises QzoError for weights that are missing, broken, incomplete or already quantized.
     """
     check_attention(source, attention)

@@ -46,7 +46,10 @@ def load(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise QzoError(f"{path} is not a file; give the path of a .gguf file")
-        return _from_pretrained(path.parent, dtype, device, gguf_file=path.name)
+        from transformers import GgufConfig
+
+        dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
+        return _from_pretrained(path.parent, dtype, device, gguf_file=path.name, quantization_config=dense)
     folder = path if path.is_dir() else _download(str(source))
     config = _read_json(folder / "config.json")
     quantization = config.get("quantization_config")

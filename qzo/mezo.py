@@ -28,8 +28,8 @@ class MeZO(SpsaOptimizer):
         named_parameters: `model.named_parameters()`, or tensors, name -> tensor, parameter groups. All are trained,
             whatever their `requires_grad`; a tensor named twice is trained once.
         lr, eps, clip_threshold, seed: as in QZO; clipping is off by default.
-        exact: False leaves the undo list out: the classic arithmetic, whose rounding errors stay in the weights (bf16 as
-            above: 3.7e-5 rms after ten steps). It reads no data, so it is the one that runs on `meta`.
+        exact: False leaves the undo list out: the classic arithmetic, whose rounding errors stay in the weights (3.7e-5
+            rms after ten steps in bf16, as above). It reads no data, so it is the one that runs on `meta`.
 
     Raises:
         QzoError: as QZO.

@@ -20,7 +20,7 @@ from qzo.errors import QzoError
 def pack(codes: Tensor, n_bits: int) -> Tensor:
     """Pack codes [P * p, M] along dim 0 into int32 [P, M], p = 32 / n_bits; any integer dtype, values < 2^n_bits.
 
-    Extra memory: one int32 tensor of the result's size. Raises QzoError unless dim 0 is a multiple of p.
+    Extra memory: two int32 tensors of the size of the result. Raises QzoError unless dim 0 is a multiple of p.
     """
     per_word = 32 // n_bits
     if codes.shape[0] % per_word:
@@ -29,7 +29,7 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
         )
     words = torch.zeros(codes.shape[0] // per_word, codes.shape[1], dtype=torch.int32, device=codes.device)
     for position in range(per_word):
-        words.bitwise_or_(codes[position::per_word].to(torch.int32).bitwise_left_shift_(position * n_bits))
+        words.bitwise_or_(codes[position::per_word].to(torch.int32) << (position * n_bits))
     return words
 
 

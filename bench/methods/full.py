@@ -6,7 +6,7 @@ import torch
 
 from bench.adamw import MixedAdamW, fused_adamw
 from bench.case import BenchCase
-from bench.methods.prepared import Prepared, checkpoint_layers, first_order_step
+from bench.methods.prepared import Prepared, checkpoint_options, first_order_step
 from bench.worlds import World
 
 LR = 1e-5
@@ -44,5 +44,5 @@ def ft_sgd(case: BenchCase, world: World) -> Prepared:
 def _model(case: BenchCase, world: World, dtype: torch.dtype) -> torch.nn.Module:
     model = world.place(world.model(dtype))
     if case.gradient_checkpointing:
-        checkpoint_layers(model)
+        model.gradient_checkpointing_enable(checkpoint_options(world))
     return model.train()

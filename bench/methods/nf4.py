@@ -1,8 +1,12 @@
-"""bitsandbytes NF4 layers in place of a model's linear layers, with data or without."""
+"""bitsandbytes NF4 layers in place of a model's linear layers, with data or without.
+
+bitsandbytes is imported where it is used: the other methods run on machines that lack it.
+"""
 
 from __future__ import annotations
 
-import bitsandbytes as bnb
+import sys
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +26,8 @@ def to_nf4(model: nn.Module) -> nn.Module:
 
 
 def _nf4_linear(layer: nn.Module) -> nn.Module:
+    import bitsandbytes as bnb
+
     weight = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data  # [N, K]
     out_features, in_features = weight.shape
     with torch.device("meta"):
@@ -37,7 +43,9 @@ def _nf4_linear(layer: nn.Module) -> nn.Module:
     return quantized
 
 
-def _nf4_weight(weight: torch.Tensor) -> bnb.nn.Params4bit:
+def _nf4_weight(weight: torch.Tensor) -> nn.Parameter:
+    import bitsandbytes as bnb
+
     if weight.device.type != "meta":
         return bnb.nn.Params4bit(
             weight, requires_grad=False, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4"
@@ -57,7 +65,8 @@ def _nf4_weight(weight: torch.Tensor) -> bnb.nn.Params4bit:
 def nf4_tensors(model: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Codes, and absmax with the 16-entry table, of all NF4 layers."""
     parts: dict[str, list[torch.Tensor]] = {"codes": [], "scales": []}
-    for parameter in model.parameters():
+    bnb = sys.modules.get("bitsandbytes")
+    for parameter in model.parameters() if bnb else ():
         if isinstance(parameter, bnb.nn.Params4bit):
             parts["codes"].append(parameter.data)
             parts["scales"] += [parameter.quant_state.absmax, parameter.quant_state.code]

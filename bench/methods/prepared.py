@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.text import Batch
+from bench.worlds import World
 
 Enter = Callable[[str], None]  # tells the ledger which phase begins
 Step = Callable[[Batch, Enter], float]
@@ -64,6 +66,6 @@ def first_order_step(
     return step
 
 
-def checkpoint_layers(model: nn.Module) -> None:
-    """Recompute each layer in backward instead of keeping its activations (non-reentrant)."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def checkpoint_options(world: World) -> dict[str, Any]:
+    """Options of torch.utils.checkpoint: non-reentrant, each recomputation in the world's context."""
+    return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), world.recomputing())}

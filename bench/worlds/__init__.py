@@ -20,3 +20,6 @@ class World(Protocol):
 
     def autocast(self) -> AbstractContextManager:
         """bf16 autocast of this world."""
+
+    def recomputing(self) -> AbstractContextManager:
+        """What a checkpointed layer's recomputation needs beyond what torch restores by itself."""

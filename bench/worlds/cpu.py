@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -45,6 +44,9 @@ class CpuWorld:
     def autocast(self) -> AbstractContextManager:
         return torch.autocast("cpu", torch.bfloat16)
 
+    def recomputing(self) -> AbstractContextManager:
+        return nullcontext()
+
 
 def run(case: BenchCase) -> Record:
     """Run one cell: two steps under ledger and profiler, the rest timed without them."""
@@ -57,9 +59,9 @@ def run(case: BenchCase) -> Record:
     parts = register_resident(ledger, prepared)
     reset_peak_rss()
     batches = (_batch(source, case, step) for step in range(case.steps))
+    losses, allocated = _watched(prepared, ledger, [next(batches) for _ in range(WATCHED_STEPS)])
+    seconds = []
     with fast_bf16():
-        losses, allocated = _watched(prepared, ledger, [next(batches) for _ in range(WATCHED_STEPS)])
-        seconds = []
         for batch in batches:
             start = time.perf_counter()
             losses.append(prepared.step(batch, lambda phase: None))
@@ -75,7 +77,7 @@ def run(case: BenchCase) -> Record:
 def _watched(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -> tuple[list[float], int]:
     """Losses of the watched steps, and the peak that PyTorch's own allocation events give."""
     resident = ledger.live_bytes()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, ledger:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, ledger, fast_bf16():
         losses = run_steps(ledger, prepared, batches)
     return losses, resident + highest_rise(profiler)
 
@@ -109,4 +111,6 @@ def peak_rss() -> int:
         for line in status.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    import psutil
+
     return int(psutil.Process().memory_info().rss)

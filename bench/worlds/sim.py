@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,8 @@ class SimWorld:
         self.source = source
         self.implementation = "eager" if attention == "eager" else "sdpa"
         self.parameters = 0
+        self.attention = attention
+        self.amp = False
 
     def model(self, dtype: torch.dtype) -> nn.Module:
         model = build_empty(self.source, dtype, self.implementation)
@@ -43,7 +46,15 @@ class SimWorld:
         return model
 
     def autocast(self) -> AbstractContextManager:
+        self.amp = True
         return MetaAutocast()
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """The modes of the forward, which are off while backward runs."""
+        autocast = MetaAutocast(keep_copies=False) if self.amp else nullcontext()
+        with CudaFunctions(self.attention), autocast:
+            yield
 
 
 def run(case: BenchCase) -> Record:

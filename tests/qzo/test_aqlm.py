@@ -64,6 +64,6 @@ def test_exact_bytes_on_meta():
 
 def test_input_width_must_be_a_multiple_of_eight():
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 12), nn.Linear(12, 8))
-    with pytest.raises(QzoError, match="^2: in_features=12 is not divisible by 8"):
+    with pytest.raises(QzoError, match=r"^2: in_features=12 is not divisible by 8"):
         aqlm.quantize_random(model)
     assert type(model[0]) is nn.Linear

@@ -39,7 +39,7 @@ def test_v1_stores_zero_minus_one(n_bits):
 
 
 def test_v1_cannot_hold_a_zero_point_of_zero_but_is_read_modulo():
-    zeros = torch.ones(1, 8, dtype=torch.int32)
+    zeros = torch.full((1, 8), 2, dtype=torch.int32)
     zeros_to_v1(pack_zeros(zeros, 4), 4)
     zeros[0, 3] = 0
     with pytest.raises(QzoError, match="gptq_v2"):

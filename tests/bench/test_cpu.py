@@ -1,0 +1,103 @@
+"""The measured CPU world on a small model, and its bf16 products."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig
+
+from bench.case import BenchCase
+from bench.record import METHODS
+from bench.worlds import cpu
+from bench.worlds.cpu_gemm import BLOCK, BlockedBf16, product
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("tiny-llama")
+    LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=2000, max_position_embeddings=128, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(path)  # fmt: skip
+    return str(path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_measured_and_agrees_with_pytorchs_allocation_events(folder, method):
+    record = cpu.run(BenchCase(folder, method, device="cpu", seq_len=64, steps=4))
+    assert record["status"] == "ok" and record["world"] == "measured-cpu"
+    assert len(record["losses"]) == 4 and record["step_seconds"] > 0
+    allocated = record["peak"]["allocated"]
+    assert sum(record["at_peak"].values()) == allocated
+    assert record["at_peak"]["unattributed"] <= 0.02 * allocated
+    assert record["peak"]["reserved"] is None  # a CPU has no caching allocator
+    assert record["peak"]["process"] > allocated
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_nothing_of_the_largest_parameters_size_is_born_in_a_zeroth_order_step_outside_the_forward(folder):
+    from bench.catalog import resolve
+    from bench.ledger import Ledger
+    from bench.methods import METHODS as functions
+    from bench.text import batch
+    from bench.watch import register_resident
+
+    for method in ("mezo", "qzo"):
+        case = BenchCase(folder, method, device="cpu", seq_len=64)
+        source = resolve(folder)
+        prepared = functions[method](case, cpu.CpuWorld(source, "eager"))
+        ledger = Ledger()
+        register_resident(ledger, prepared)
+        largest = 2000 * 256 * 2  # the embedding in bf16
+        start = len(ledger.events)
+        with ledger:
+            prepared.step(batch(source, 1, 64, seed=0, step=0), ledger.enter)
+        outside = {"perturb", "update"}
+        born = [e for e in ledger.events[start:] if e.sign > 0 and ledger.phases[e.phase] in outside]
+        assert born and max(event.block.nbytes for event in born) < largest
+
+
+def test_highest_rise_is_that_of_the_allocation_events():
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        third = torch.empty(100)
+    del second, third
+    assert cpu.highest_rise(profiler) == 6000
+
+
+def test_peak_rss_counts_from_the_reset():
+    cpu.reset_peak_rss()
+    before = cpu.peak_rss()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    after = cpu.peak_rss()
+    del block
+    assert 60 << 20 <= after - before < 200 << 20
+    cpu.reset_peak_rss()
+    assert cpu.peak_rss() < after
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 7), (128, 64, BLOCK // 128), (2100, 64, 600), (600, 64, 2100), (8, BLOCK // 4, 8), (1, 1, 1)]
+)
+def test_blocked_products_are_rounded_fp32_products(shape):
+    rows, inner, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, inner, generator=generator).bfloat16()
+    right = torch.randn(inner, columns, generator=generator).bfloat16()
+    exact = left.float() @ right.float()
+    assert torch.allclose(product(left, right).float(), exact, rtol=2**-7, atol=1e-2)
+
+
+def test_blocked_products_serve_linear_layers_forward_and_backward():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(32, 16).bfloat16()
+    x = torch.randn(4, 8, 32).bfloat16()
+    reference = torch.nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
+    with BlockedBf16():
+        y = layer(x)
+        y.sum().backward()
+    assert torch.allclose(y.float(), reference, atol=0.05)
+    assert torch.allclose(layer.weight.grad.float(), x.float().sum((0, 1)).expand(16, 32), rtol=0.02, atol=0.1)
