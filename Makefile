@@ -55,6 +55,8 @@ baselines: $(READY) ## make the committed baselines again (look at the differenc
 		$(RUN) -m bench run $$model --device sim --gpu rtx-4090 --out results/$$model && \
 		cp results/$$model/summary.json reports/baselines/$$model.json || exit 1; \
 	done
+	cp results/llama2-13b/memory.png reports/figures/llama2-13b.png
+	$(RUN) -m reports.readme
 
 gpu: ## on a machine with a GPU: tests marked cuda, then MODEL measured
 	$(PYTHON) -m pytest -q -m cuda

@@ -52,10 +52,8 @@ class CachingAllocator:
         small = size <= SMALL_BYTES
         free = self._free[small]
         position = bisect_left(free, (size, 0))
-        if position < len(free):
-            span = self._by_address[free.pop(position)[1]]
-        else:
-            span = self._segment(size, small)
+        found = position < len(free)
+        span = self._by_address[free.pop(position)[1]] if found else self._segment(size, small)
         self._split(span, size)
         span.used = True
         self.allocated += span.size

@@ -40,7 +40,7 @@ def role(part: str) -> str:
 
 
 def _unquantized(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[operator]  # PEFT's models forward it
     for path, module in model.named_modules():
         vocabulary = isinstance(module, nn.Embedding) or module is head
         for name, parameter in module.named_parameters(recurse=False):

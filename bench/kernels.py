@@ -74,7 +74,10 @@ def rules(gpu: Gpu, experts: int = 1) -> dict[Any, Rule]:
     """Operator -> rule for one simulated process on `gpu`; `experts` is the model's number of experts a layer."""
     hopper = gpu.compute_capability[0] == 9
     gemm = GemmRule(HOPPER_WORKSPACE_BYTES if hopper else CUBLAS_WORKSPACE_BYTES)
-    table: dict[Any, Rule] = {aten._local_scalar_dense.default: read_scalar, aten.nonzero.default: partial(route_evenly, experts)}
+    table: dict[Any, Rule] = {
+        aten._local_scalar_dense.default: read_scalar,
+        aten.nonzero.default: partial(route_evenly, experts),
+    }
     table.update(dict.fromkeys(GEMMS, gemm))
     table[aten._grouped_mm.default] = grouped_product
     for name in IN_PLACE + OUT:

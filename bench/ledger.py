@@ -148,7 +148,7 @@ class Ledger(TorchDispatchMode):
     # ---- knowing the roles
 
     def assign(self, role: str, tensors: Iterable[Tensor | None]) -> None:
-        """Give the storages of `tensors` a role, backdated to their birth; weights and quantization stay what they are."""
+        """Give the storages of `tensors` a role, backdated to their birth; weights and quantization stay so."""
         for tensor in tensors:
             block = self.see(tensor) if tensor is not None else None
             if block is not None and block.role not in RESIDENT:

@@ -84,9 +84,7 @@ def run_cells(cases: Iterable[BenchCase], out: Path, done: Callable[[Record], No
             _run_batch(batch, min(workers, len(batch)), fresh, out, done)
 
 
-def _run_batch(
-    cases: list[BenchCase], workers: int, fresh: bool, out: Path, done: Callable[[Record], None]
-) -> None:
+def _run_batch(cases: list[BenchCase], workers: int, fresh: bool, out: Path, done: Callable[[Record], None]) -> None:
     waiting: queue.SimpleQueue[BenchCase] = queue.SimpleQueue()
     answers: queue.SimpleQueue[Record | BaseException] = queue.SimpleQueue()
     running: list[Worker] = []

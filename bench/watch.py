@@ -95,4 +95,3 @@ def case_of(case: BenchCase, prepared: Prepared | None = None) -> dict[str, Any]
         "quantization": prepared.quantization if prepared else None,
         "gpu": case.gpu,
     }
-

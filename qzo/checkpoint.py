@@ -75,6 +75,8 @@ def _config(model: nn.Module, checkpoint_format: str) -> dict[str, Any]:
         if isinstance(layer, QuantLinear):
             with named(path):
                 _check_alike(layer, n_bits, group_size)
+    if not hasattr(model, "config"):
+        raise QzoError(f"{type(model).__name__} has no config; a checkpoint needs a transformers model")
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))  # type: ignore[union-attr,operator]
     config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     config["quantization_config"] = {

@@ -41,7 +41,7 @@ class _ChunkedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, *tensors)
         ctx.rebuild, ctx.shape = rebuild, shape
         dtype = _product_dtype(x)
-        flat = x.reshape(-1, shape[1]).to(dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
         y = x.new_empty(*x.shape[:-1], shape[0])
         columns = y.view(-1, shape[0])
         for start, stop in chunk_bounds(*shape):

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         _quantize(options)
-    except QzoError as error:
+    except (QzoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -64,4 +64,5 @@ def _copy_beside(source: Path, target: Path) -> None:
     """Copy tokenizer and generation config as they are, where the model came from a folder."""
     for pattern in BESIDE_WEIGHTS if source.is_dir() else ():
         for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,14 @@ from torch import Tensor
 from qzo.noise import chunk_elements
 from qzo.spsa import Parameters, SpsaOptimizer, flat
 
-BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtype of the same size, in bytes
+BITS_OF = {2: torch.int16, 4: torch.int32}  # integer dtype of the same size, in bytes
+
+
+class Moved(NamedTuple):
+    """How far a chunk stands from θ along z, and indices and values of what moving back alone would not restore."""
+
+    distance: float
+    lost: tuple[Tensor, Tensor] | None
 
 
 class MeZO(SpsaOptimizer):
@@ -45,8 +52,7 @@ class MeZO(SpsaOptimizer):
         exact: bool = True,
     ) -> None:
         self.exact = exact
-        self._sign = 0  # where the weights stand: θ + sign * eps * z
-        self._undo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._moved: dict[tuple[int, int], Moved] = {}  # by tensor index and first element; empty between steps
         super().__init__(named_parameters, seed, lr=lr, eps=eps, clip_threshold=clip_threshold)
 
     def _perturb(self, sign: int) -> None:
@@ -63,33 +69,30 @@ class MeZO(SpsaOptimizer):
         for index, _, number, tensor in self._tensors():
             group = self.param_groups[number]
             weights = flat(tensor)
-            work = torch.empty(
-                min(tensor.numel(), chunk_elements(tensor.numel())),
-                dtype=torch.promote_types(tensor.dtype, torch.float32),
-                device=tensor.device,
-            )
+            size = min(tensor.numel(), chunk_elements(tensor.numel()))
+            work = torch.empty(size, dtype=torch.float32, device=tensor.device)
             for z, part in self._noise(index, tensor):
                 chunk, fp32 = weights[part], work[: len(z)]
-                key = (index, part.start)
-                if self._sign:
-                    _move(chunk, z, -self._sign * group["eps"], fp32)
-                    self._put_back(key, chunk)
+                moved = self._moved.pop((index, part.start), None)
+                if moved is not None:
+                    _move(chunk, z, -moved.distance, fp32)
+                    if moved.lost is not None:
+                        chunk.index_copy_(0, moved.lost[0].long(), moved.lost[1])
                 if derivatives is not None:
                     _move(chunk, z, -group["lr"] * derivatives[number], fp32)
                 if sign:
-                    before = chunk.clone() if self.exact else None
-                    _move(chunk, z, sign * group["eps"], fp32)
-                    if before is not None:
-                        self._undo[key] = _lost(before, chunk, z, -sign * group["eps"], fp32)
-        self._sign = sign
+                    self._moved[index, part.start] = self._move_away(chunk, z, sign * group["eps"], fp32)
 
-    def _put_back(self, key: tuple[int, int], chunk: Tensor) -> None:
-        if self.exact:
-            where, values = self._undo.pop(key)
-            chunk.index_copy_(0, where.long(), values)
+    def _move_away(self, chunk: Tensor, z: Tensor, distance: float, work: Tensor) -> Moved:
+        if not self.exact:
+            _move(chunk, z, distance, work)
+            return Moved(distance, None)
+        before = chunk.clone()
+        _move(chunk, z, distance, work)
+        return Moved(distance, _lost(before, chunk, z, distance, work))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "exact": self.exact, "_sign": 0, "_undo": {}}
+        return {**super().__getstate__(), "exact": self.exact, "_moved": {}}
 
 
 def _move(chunk: Tensor, z: Tensor, distance: float, work: Tensor) -> None:
@@ -100,7 +103,7 @@ def _move(chunk: Tensor, z: Tensor, distance: float, work: Tensor) -> None:
 
 def _lost(before: Tensor, moved: Tensor, z: Tensor, distance: float, work: Tensor) -> tuple[Tensor, Tensor]:
     """Indices (int32) and values of the entries that moving back by `distance` does not bring back bit for bit."""
-    torch.mul(z, distance, out=work)
+    torch.mul(z, -distance, out=work)
     back = work.add_(moved).to(before.dtype)
     bits = BITS_OF[before.element_size()]
     where = (back.view(bits) != before.view(bits)).nonzero().squeeze(1)

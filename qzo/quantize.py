@@ -37,7 +37,8 @@ def quantize(
             sharing the codes where they are tied.
 
     Raises:
-        QzoError: with the layer's name, before the first layer is replaced.
+        QzoError: with the layer's name, before the first layer is replaced. Only weights that are not finite are found
+            later, at their layer's turn.
     """
     if method != "rtn":
         raise QzoError(f'method="{method}" is not known; choose "rtn"')

@@ -16,6 +16,7 @@ from qzo.noise import full_noise, noise_chunks
 Closure = Callable[[], Tensor | float]
 Parameters = dict[str, Tensor] | Iterable[Any]
 Group = dict[str, Any]
+TRAINABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,17 @@ class SpsaOptimizer(torch.optim.Optimizer):
         self.last: LastStep | None = None
         if not isinstance(seed, int):
             raise QzoError(f"seed={seed!r} is not an integer")
-        items = [] if isinstance(params, Tensor) else list(params.items() if isinstance(params, dict) else params)
+        if isinstance(params, Tensor | set):
+            raise QzoError(f"a {type(params).__name__} cannot be trained; pass name -> tensor, e.g. qzo.scales(model)")
+        items = list(params.items() if isinstance(params, dict) else params)
         if not items:
             raise QzoError("nothing to train; pass name -> tensor, tensors, (name, tensor) pairs or parameter groups")
         super().__init__(items, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add tensors with options of their own (`lr`, `eps`, `clip_threshold`). Raises QzoError."""
+        if "params" not in param_group:
+            raise QzoError(f'a parameter group needs "params"; this one has {sorted(param_group)}')
         group = {**param_group, "params": _unique(param_group["params"])}
         _check_options({**self.defaults, **group})
         for item in group["params"]:
@@ -190,8 +195,8 @@ def _check_tensor(item: Any) -> None:
     name, tensor = item if isinstance(item, tuple) else ("a tensor", item)
     if not isinstance(tensor, Tensor):
         raise QzoError(f"{name} is a {type(tensor).__name__}, not a tensor; pass e.g. qzo.scales(model)")
-    if not tensor.is_floating_point():
-        raise QzoError(f"{name} has dtype {tensor.dtype}; only floating-point tensors can be trained")
+    if tensor.dtype not in TRAINABLE:
+        raise QzoError(f"{name} has dtype {tensor.dtype}; only float32, float16 and bfloat16 tensors can be trained")
     if tensor.is_inference():
         raise QzoError(f"{name} was made under torch.inference_mode and cannot change; use torch.no_grad instead")
     try:

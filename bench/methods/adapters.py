@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from bench.adamw import fused_adamw
 from bench.case import BenchCase
@@ -41,7 +41,7 @@ def qlora(case: BenchCase, world: World) -> Prepared:
     return prepared
 
 
-def _adapted(model: nn.Module, world: World) -> Prepared:
+def _adapted(model: PreTrainedModel, world: World) -> Prepared:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=_targets(model), task_type="CAUSAL_LM")
@@ -52,11 +52,11 @@ def _adapted(model: nn.Module, world: World) -> Prepared:
     return Prepared(adapted, optimizer, first_order_step(adapted, optimizer), "bfloat16", "adamw-fp32")
 
 
-def _targets(model: nn.Module) -> list[str]:
+def _targets(model: PreTrainedModel) -> list[str]:
     """Query and value projections; where they are one matrix (GPT-2), the layer PEFT adapts by default."""
     leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     if {"q_proj", "v_proj"} <= leaves:
         return ["q_proj", "v_proj"]
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model.config.model_type]
+    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model.config.model_type])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from bench.adamw import MixedAdamW, fused_adamw
 from bench.case import BenchCase
@@ -41,8 +42,9 @@ def ft_sgd(case: BenchCase, world: World) -> Prepared:
     return Prepared(model, optimizer, first_order_step(model, optimizer), "bfloat16", "sgd")
 
 
-def _model(case: BenchCase, world: World, dtype: torch.dtype) -> torch.nn.Module:
-    model = world.place(world.model(dtype))
+def _model(case: BenchCase, world: World, dtype: torch.dtype) -> PreTrainedModel:
+    model = world.model(dtype)
     if case.gradient_checkpointing:
         model.gradient_checkpointing_enable(checkpoint_options(world))
+    world.place(model)
     return model.train()

@@ -6,32 +6,34 @@ bitsandbytes is imported where it is used: the other methods run on machines tha
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 BLOCK_SIZE = 64  # weights that share an absmax
 
 
-def to_nf4(model: nn.Module) -> nn.Module:
+def to_nf4(model: PreTrainedModel) -> PreTrainedModel:
     """Replace every linear layer but the output head, in place; no double quantization, compute dtype bf16."""
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
                 setattr(parent, name, _nf4_linear(layer))
-    model.is_loaded_in_4bit = True  # what transformers sets; PEFT looks at it
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what transformers sets; PEFT looks at it
     return model
 
 
-def _nf4_linear(layer: nn.Module) -> nn.Module:
+def _nf4_linear(layer: nn.Linear | Conv1D) -> nn.Module:
     import bitsandbytes as bnb
 
     weight = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data  # [N, K]
     out_features, in_features = weight.shape
     with torch.device("meta"):
-        quantized = bnb.nn.Linear4bit(
+        quantized: Any = bnb.nn.Linear4bit(
             in_features, out_features, layer.bias is not None, compute_dtype=torch.bfloat16,
             compress_statistics=False, quant_type="nf4",
         )  # fmt: skip
@@ -43,13 +45,14 @@ def _nf4_linear(layer: nn.Module) -> nn.Module:
     return quantized
 
 
-def _nf4_weight(weight: torch.Tensor) -> nn.Parameter:
+def _nf4_weight(weight: torch.Tensor) -> Any:
     import bitsandbytes as bnb
 
     if weight.device.type != "meta":
-        return bnb.nn.Params4bit(
+        parameter: Any = bnb.nn.Params4bit(
             weight, requires_grad=False, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4"
-        ).to(weight.device)
+        )
+        return parameter.to(weight.device)  # quantizes
     blocks = -(-weight.numel() // BLOCK_SIZE)
     state = bnb.functional.QuantState(
         absmax=torch.empty(blocks, device="meta"), shape=weight.shape, code=torch.empty(16, device="meta"),
@@ -65,7 +68,7 @@ def _nf4_weight(weight: torch.Tensor) -> nn.Parameter:
 def nf4_tensors(model: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Codes, and absmax with the 16-entry table, of all NF4 layers."""
     parts: dict[str, list[torch.Tensor]] = {"codes": [], "scales": []}
-    bnb = sys.modules.get("bitsandbytes")
+    bnb: Any = sys.modules.get("bitsandbytes")
     for parameter in model.parameters() if bnb else ():
         if isinstance(parameter, bnb.nn.Params4bit):
             parts["codes"].append(parameter.data)

@@ -70,6 +70,6 @@ def _prepared(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> 
             return loss
 
         enter("perturb")
-        return float(optimizer.step(closure))
+        return float(optimizer.step(closure))  # type: ignore[arg-type]
 
     return Prepared(model, optimizer, step, "bfloat16", name)

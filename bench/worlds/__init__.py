@@ -7,12 +7,13 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 class World(Protocol):
     """Where a method's model lives."""
 
-    def model(self, dtype: torch.dtype) -> nn.Module:
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The unquantized model of the case in `dtype`, before the method changes it."""
 
     def place(self, model: nn.Module) -> nn.Module:

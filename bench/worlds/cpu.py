@@ -7,10 +7,12 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from bench import text, weights
 from bench.attention import attention_of
@@ -33,7 +35,7 @@ class CpuWorld:
         self.implementation = "eager" if attention == "eager" else "sdpa"
         self.parameters = 0
 
-    def model(self, dtype: torch.dtype) -> nn.Module:
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
         model = weights.load(self.source, dtype, self.implementation)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         return model
@@ -84,7 +86,7 @@ def _watched(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -> t
 
 def highest_rise(profiler: profile) -> int:
     """The highest sum of the profiler's allocation events, in bytes above the start."""
-    results = profiler.profiler.kineto_results  # the only place that keeps the events in order
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]  # the only place that keeps the events in order
     live = highest = 0
     for event in results.events():
         if event.name() == "[memory]":

@@ -6,10 +6,12 @@ import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 from bench import nvml, text, weights
 from bench.attention import attention_of
@@ -35,7 +37,7 @@ class CudaWorld:
         self.implementation = "eager" if attention == "eager" else "sdpa"
         self.parameters = 0
 
-    def model(self, dtype: torch.dtype) -> nn.Module:
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
         model = weights.load(self.source, dtype, self.implementation)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         return model
@@ -85,7 +87,7 @@ def run(case: BenchCase) -> Record:
     )  # fmt: skip
 
 
-def allocator_peak(resident: int) -> dict[str, int]:
+def allocator_peak(resident: int) -> dict[str, Any]:
     """Peak allocated and reserved bytes since the statistics were reset, as the caching allocator counts them."""
     statistics_ = torch.cuda.memory_stats()
     return {

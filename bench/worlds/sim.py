@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from bench import gpus
 from bench.allocator import replay
@@ -37,7 +38,7 @@ class SimWorld:
         self.attention = attention
         self.amp = False
 
-    def model(self, dtype: torch.dtype) -> nn.Module:
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
         model = build_empty(self.source, dtype, self.implementation)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         return model

@@ -84,6 +84,8 @@ def test_replay_counts_what_the_allocator_did_not_split_off_and_resets_its_peak_
     for block in blocks:
         ledger.release(block)
     replayed = replay(ledger)
-    assert replayed.peak_allocated == 512 + 3 * MIB + 202 * MIB  # of 202 MiB reserved for the last, 1 MiB is not split off
+    assert (
+        replayed.peak_allocated == 512 + 3 * MIB + 202 * MIB
+    )  # of 202 MiB reserved for the last, 1 MiB is not split off
     assert replayed.phase_peaks == {"load": 200 * MIB, "forward": replayed.peak_allocated}
     assert replayed.peak_reserved == 200 * MIB + SMALL_SEGMENT + 202 * MIB  # the 3 MiB came out of the first segment

@@ -15,7 +15,9 @@ def simulated(gpu: str = "rtx-4090") -> Ledger:
     return Ledger("meta", 512, rules(gpus.get(gpu), experts=8))
 
 
-@pytest.mark.parametrize(("gpu", "workspace"), [("rtx-4090", CUBLAS_WORKSPACE_BYTES), ("h100-80gb", HOPPER_WORKSPACE_BYTES)])
+@pytest.mark.parametrize(
+    ("gpu", "workspace"), [("rtx-4090", CUBLAS_WORKSPACE_BYTES), ("h100-80gb", HOPPER_WORKSPACE_BYTES)]
+)
 def test_each_thread_gets_one_cublas_workspace(gpu, workspace):
     weight = torch.empty(64, 64, device="meta", requires_grad=True)
     with simulated(gpu) as ledger:

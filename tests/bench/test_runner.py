@@ -36,20 +36,21 @@ def test_cells_are_written_as_they_finish_and_a_failed_one_is_a_row_with_its_rea
     assert not list(tmp_path.glob(".worker*"))
 
 
-def test_a_killed_process_is_an_oom_row_and_a_crashed_one_an_error_with_its_last_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/sh")
-    for script, status, message in (("kill -9 $$", "oom", "SIGKILL"), ("echo bad luck >&2; exit 3", "error", "bad luck")):
-        popen = subprocess.Popen
-        monkeypatch.setattr(
-            runner.subprocess, "Popen", lambda command, _script=script, **options: popen(["/bin/sh", "-c", _script], **options)
-        )
-        worker = Worker(tmp_path / "log")
-        record = worker.ask(case("qzo", device="cpu"))
-        worker.close()
-        monkeypatch.setattr(runner.subprocess, "Popen", popen)
-        assert record["status"] == status
-        assert message in record["message"]
-        assert record["world"] == "measured-cpu"
+@pytest.mark.parametrize(
+    ("script", "status", "message"),
+    [("kill -9 $$", "oom", "SIGKILL"), ("echo bad luck >&2; exit 3", "error", "bad luck")],
+)
+def test_a_killed_process_is_an_oom_row_and_a_crashed_one_an_error(script, status, message, tmp_path, monkeypatch):
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        runner.subprocess, "Popen", lambda command, **options: popen(["/bin/sh", "-c", script], **options)
+    )
+    worker = Worker(tmp_path / "log")
+    record = worker.ask(case("qzo", device="cpu"))
+    worker.close()
+    assert record["status"] == status
+    assert message in record["message"]
+    assert record["world"] == "measured-cpu"
 
 
 def test_progress_tells_what_is_left(capsys):

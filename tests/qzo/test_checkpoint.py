@@ -212,6 +212,8 @@ def test_paths_that_do_not_exist_are_not_looked_for_on_the_hub(name):
 def test_saving_refuses_what_it_cannot_hold(make_model, tmp_path):
     with pytest.raises(QzoError, match="no QuantLinear"):
         save(make_model(), tmp_path / "model")
+    with pytest.raises(QzoError, match="transformers model"):
+        save(quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)), 4, 32), tmp_path / "model")
     with pytest.raises(QzoError, match="embeddings"):
         save(quantize(make_model(), 4, 32, embeddings=8), tmp_path / "model")
     with pytest.raises(QzoError, match="checkpoint_format"):

@@ -106,7 +106,7 @@ def test_no_full_precision_weight_is_born_in_forward_or_backward_nor_kept(dtype)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gradients_of_input_and_scales_equal_those_of_the_dense_product(monkeypatch, act_order):
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 20 * 64)
-    layer = QuantLinear.from_weight(torch.randn(48, 64), group_size=16)
+    layer = QuantLinear.from_weight(torch.randn(48, 64), torch.randn(48), group_size=16)
     if act_order:
         shuffled(layer)
     layer.scales.requires_grad_()
@@ -140,6 +140,12 @@ def test_state_dict_and_copies_keep_the_act_order():
     other = QuantLinear.empty(64, 32, 4, 16, dtype=torch.float32)
     other.load_state_dict(layer.state_dict())
     assert other.act_order and torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_inputs_of_another_width_are_refused():
+    layer = QuantLinear.from_weight(torch.randn(32, 64), group_size=16)
+    with pytest.raises(RuntimeError, match="shapes"):
+        layer(torch.randn(2, 32))
 
 
 def test_bias_is_frozen_and_shared():

@@ -44,7 +44,7 @@ def test_six_exact_steps_equal_the_slow_reference_bit_for_bit(dtype):
         optimizer.step(quadratic(live))
         assert optimizer.last.directional_derivative == reference.step(quadratic(twin))
         assert_same(bits(live), bits(twin))
-    assert not optimizer._undo and not optimizer.state
+    assert not optimizer._moved and not optimizer.state
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,7 +71,27 @@ def test_an_undone_step_gives_every_bit_back(dtype, when, how):
         optimizer.step(lambda: next(losses))
         assert optimizer.last.skipped
     assert_same(bits(live), start)
-    assert not optimizer._undo
+    assert not optimizer._moved
+
+
+def test_an_error_halfway_through_a_perturbation_is_undone_too(monkeypatch):
+    live = some_weights(torch.bfloat16)
+    start = bits(live)
+    optimizer = MeZO(live)
+    clone, clones = torch.Tensor.clone, []
+
+    def failing(tensor):
+        clones.append(1)
+        if len(clones) == 7:
+            raise RuntimeError("out of memory")
+        return clone(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(lambda: 1.0)
+    monkeypatch.undo()
+    assert len(clones) == 7
+    assert_same(bits(live), start)
 
 
 def test_classic_arithmetic_drifts_where_the_exact_one_does_not():

@@ -282,7 +282,20 @@ def test_options_out_of_range_are_refused(options):
     QZO({"a": torch.rand(3)}, lr=0.0, clip_threshold=None)
 
 
-@pytest.mark.parametrize("params", [{}, [], torch.rand(3), {"a": 3.0}, {"a": torch.arange(3)}, [("a", "b")]])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        [],
+        torch.rand(3),
+        {"a": 3.0},
+        {"a": torch.arange(3)},
+        [("a", "b")],
+        {torch.rand(3)},
+        [{}],
+        {"a": torch.rand(3).double()},
+    ],
+)
 def test_what_cannot_be_trained_is_refused(params):
     with pytest.raises(QzoError):
         QZO(params)

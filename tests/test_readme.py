@@ -1,0 +1,78 @@
+"""What the README says: its commands run, its example works, its table is that of the committed records."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from reports import readme
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    """`make` with the Python that runs this test in place of .venv."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", *arguments, f"RUN={sys.executable}", "READY="]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_the_two_commands_are_bench_and_test():
+    assert blocks("sh")[0].splitlines() == ["make bench MODEL=llama2-13b", "make test"]
+
+
+def test_the_first_command_prints_the_tables(tmp_path):
+    done = make("bench", "MODEL=llama2-13b", f"OUT={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    for words in ("Breakdown at the peak", "Times smaller", "What fits", "Beside the paper"):
+        assert words in done.stdout
+    assert (tmp_path / "memory.png").stat().st_size > 20_000
+
+
+def test_the_second_command_runs_tests():
+    done = make("test", "ARGS=tests/bench/test_gpus.py")
+    assert done.returncode == 0 and "passed" in done.stdout
+
+
+def test_help_lists_every_target_with_its_comment():
+    listed = make("help").stdout
+    for target in ("setup", "bench", "report", "compare", "test", "lint", "gpu", "help"):
+        assert re.search(rf"make {target} +\S", listed)
+
+
+def test_the_example_trains(tmp_path, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=100
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    labels = torch.tensor([[-100, -100, 7]])
+    batches = [{"input_ids": torch.tensor([[1, 2, 7]]), "labels": labels}] * 3
+    code = blocks("python")[0].replace("path/to/model", str(tmp_path))
+    exec(compile(code, "README.md", "exec"), {"batches": batches})
+
+
+def test_the_table_is_that_of_the_committed_baselines():
+    assert readme.renewed(TEXT, ROOT / "reports" / "baselines") == TEXT
+
+
+def test_the_table_shows_at_least_eighteen_times_less_than_ft_mixed():
+    rows = [line.split("|") for line in TEXT.splitlines() if re.match(r"\| +\S+ \| +qzo", line)]
+    found = {(row[1].strip(), row[2].strip()): float(row[6].strip().rstrip("x")) for row in rows}
+    for cell in (("opt-6.7b", "qzo"), ("llama2-7b", "qzo"), ("llama2-13b", "qzo"), ("llama3.1-8b", "qzo-full")):
+        assert found[cell] >= 18
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))
+def test_what_the_readme_links_to_exists(path):
+    assert (ROOT / path).exists()
