@@ -50,6 +50,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: st
 
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / WEIGHTS).chmod((partial / "config.json").stat().st_mode)  # safetensors makes it private
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

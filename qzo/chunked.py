@@ -79,5 +79,5 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, but fp32 on a CPU without 16-bit instructions, where 16-bit products are five times slower."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return x.dtype
-    fast = x.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    return x.dtype if fast else torch.float32
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private, so it may go away
+    return x.dtype if x.dtype == torch.bfloat16 and has_bf16() else torch.float32

@@ -55,7 +55,7 @@ def load(
     quantization = config.get("quantization_config")
     if quantization is None:
         return _from_pretrained(folder, dtype, device)
-    method = quantization.get("quant_method")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "gptq":
         raise QzoError(f'{folder}: quant_method="{method}" is not supported; give a GPTQ or an unquantized checkpoint')
     return _load_gptq(folder, quantization, dtype or _dtype(config), torch.device(device))
@@ -186,7 +186,10 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         raise QzoError(f"{folder} has no {WEIGHTS} and no {index.name}; only safetensors files are read")
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise QzoError(f"{index} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise QzoError(f"{index} names {name}, which is not a file in that folder")

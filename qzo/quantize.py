@@ -10,7 +10,7 @@ from qzo.embedding import QuantEmbedding, TiedQuantHead, check_table
 from qzo.errors import QzoError, named
 from qzo.layout import check_layout
 from qzo.linear import QuantLinear
-from qzo.walk import Site, find_sites, freeze, output_head, replace_sites, set_module
+from qzo.walk import Site, find_sites, freeze, output_head, replace_sites
 
 
 def quantize(
@@ -28,17 +28,16 @@ def quantize(
     Works on a model on `meta`, without data. Move the model to its device and dtype before `qzo.scales`.
 
     Args:
-        model: a causal language model, or any nn.Module; the head is what `get_output_embeddings()` names.
+        model: any nn.Module; the head is what `get_output_embeddings()` names.
         n_bits: 2, 4 or 8.
         group_size: weights along K that share a scale; -1 is the whole row.
         symmetric: one zero point 2^(b-1) for all groups, or one for each.
         method: "rtn", round to nearest.
-        embeddings: None keeps input embedding and head as they are; 8 quantizes them too (symmetric, same groups),
-            sharing the codes where they are tied.
+        embeddings: 8 quantizes input embedding and head too (symmetric, sharing the codes where they are tied). 8-bit
+            scales are 17 times smaller than 4-bit ones of like weights: train them, if at all, with a smaller `eps`.
 
-    Raises:
-        QzoError: with the layer's name, before the first layer is replaced. Only weights that are not finite are found
-            later, at their layer's turn.
+    Raises QzoError, with the layer's name, before the first layer is replaced; only weights that are not finite are
+    found later, at their layer's turn.
     """
     if method != "rtn":
         raise QzoError(f'method="{method}" is not known; choose "rtn"')
@@ -81,5 +80,5 @@ def _quantize_embeddings(model: nn.Module, n_bits: int, group_size: int) -> None
     if head is not None:
         tied = head.weight is embedding.weight
         own = table if tied else QuantEmbedding.from_weight(head.weight.detach(), n_bits, group_size)
-        set_module(model, paths[id(head)], TiedQuantHead(own, head.bias))
-    set_module(model, paths[id(embedding)], table)
+        model.set_submodule(paths[id(head)], TiedQuantHead(own, head.bias))
+    model.set_submodule(paths[id(embedding)], table)

@@ -32,13 +32,8 @@ def round_to_nearest(
         symmetric: one zero point for all groups, or one for each.
         scale_dtype: dtype of the returned scales.
 
-    Returns:
-        codes uint8 [N, K], scales [N, K // g], zero_points uint8 [N, K // g].
-
-    Extra memory: three fp32 copies of CHUNK_ELEMENTS weights.
-
-    Raises:
-        QzoError: an unsupported `n_bits` or `group_size`, or weights that are not finite.
+    Returns codes uint8 [N, K], scales [N, K // g], zero_points uint8 [N, K // g]. Extra memory: three fp32 copies of
+    CHUNK_ELEMENTS weights. Raises QzoError for unsupported sizes and for weights that are not finite.
     """
     check_bits(n_bits)
     rows, columns = weight.shape
@@ -52,10 +47,8 @@ def round_to_nearest(
         part = slice(start, start + step)
         grouped = weight[part].float().reshape(-1, groups, group_size)
         scale, zero = _scale_and_zero(grouped, n_bits, symmetric, scale_dtype)
-        if not bool(torch.isfinite(scale).all()):
-            raise QzoError(f"the weight has values that are not finite, or too large for {scale_dtype} scales")
-        level = (grouped / scale.float()).round_().add_(zero).clamp_(0, 2**n_bits - 1)
-        codes[part] = level.view(-1, columns)
+        levels = (grouped / scale.float()).round_().add_(zero).clamp_(0, 2**n_bits - 1)
+        codes[part] = levels.view(-1, columns)
         scales[part], zero_points[part] = scale.squeeze(-1), zero.squeeze(-1)
     return codes, scales, zero_points
 
@@ -67,8 +60,12 @@ def _scale_and_zero(grouped: Tensor, n_bits: int, symmetric: bool, dtype: torch.
     low, high = grouped.aminmax(dim=-1, keepdim=True)
     if symmetric:
         spread = torch.maximum(high.abs(), low.abs()) * 2
-        scale = (spread / top).to(dtype).clamp_(min=smallest)
+    else:
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        spread = high - low
+    scale = (spread / top).to(dtype).clamp_(min=smallest)
+    if not bool(torch.isfinite(scale).all()):
+        raise QzoError(f"the weight has values that are not finite, or too large for {dtype} scales")
+    if symmetric:
         return scale, torch.full_like(spread, 2 ** (n_bits - 1))
-    low, high = low.clamp_(max=0), high.clamp_(min=0)
-    scale = ((high - low) / top).to(dtype).clamp_(min=smallest)
     return scale, (-low / scale.float()).round_().clamp_(0, top)

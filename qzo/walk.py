@@ -55,6 +55,8 @@ def find_sites(model: nn.Module) -> list[Site]:
             raise QzoError(f"{path}: cannot quantize a {type(module).__name__}; start from plain nn.Linear layers")
         elif not isinstance(module, nn.Linear) and not _is_conv1d(module):
             continue
+        if not path:
+            raise QzoError(f"a {type(module).__name__} cannot be replaced in place; pass the module that holds it")
         found.setdefault(id(module), ([], module))[0].append(path)
     if not found:
         raise QzoError(f"{type(model).__name__} has no layer to quantize; pass a model with unquantized linear layers")
@@ -79,13 +81,7 @@ def replace_sites(model: nn.Module, sites: list[Site], build: Build) -> None:
         count += 2 * len(new.down_proj) if isinstance(new, QuantExperts) else 1
         new.train(module.training)
         for path in site.paths:
-            set_module(model, path, new)
-
-
-def set_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` at a dotted path of the model."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
+            model.set_submodule(path, new)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

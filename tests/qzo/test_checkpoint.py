@@ -100,6 +100,7 @@ def test_the_file_has_the_gptq_layout(saved):
     assert (unpack_zeros(tensors[f"{Q_PROJ}.qzeros"], 4) == 7).all()
     assert tensors["lm_head.weight"].dtype == torch.bfloat16
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
 def test_asymmetric_models_need_v2_where_a_zero_point_is_zero(make_model, tmp_path, input_ids):
@@ -139,6 +140,9 @@ def test_shards_are_read_through_their_index(saved, input_ids):
     assert torch.equal(load(folder)(input_ids).logits, model(input_ids).logits)
     index.write_text(json.dumps({"weight_map": {"x": "../model/a.safetensors"}}))
     with pytest.raises(QzoError, match="not a file in that folder"):
+        load(folder)
+    index.write_text("{}")
+    with pytest.raises(QzoError, match="has no weight_map"):
         load(folder)
 
 

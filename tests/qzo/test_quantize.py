@@ -78,6 +78,11 @@ def test_subclasses_of_linear_are_refused():
         quantize(nn.ModuleDict({"attention": nn.MultiheadAttention(64, 4)}), group_size=32)
 
 
+def test_a_layer_that_nothing_holds_is_refused():
+    with pytest.raises(QzoError, match="pass the module that holds it"):
+        quantize(nn.Linear(64, 64), group_size=32)
+
+
 def test_a_layer_that_stands_in_two_places_is_replaced_in_both():
     shared = nn.Linear(64, 64)
     model = quantize(nn.Sequential(shared, nn.ReLU(), shared), group_size=32)
