@@ -117,11 +117,10 @@ class QuantLinear(nn.Module):
         if self.act_order:
             zeros, scale = zeros.index_select(1, self.g_idx), scale.index_select(1, self.g_idx)  # [n, K, 1]
         levels = levels.view(stop - start, zeros.shape[1], -1).sub_(zeros)
-        if scale.requires_grad:
-            rows = (levels * scale).to(dtype)
-        else:
-            rows = torch.mul(levels, scale, out=torch.empty_like(levels, dtype=dtype))
-        return rows.view(stop - start, self.in_features)
+        rows = levels.to(torch.float32)
+        del levels
+        rows = rows * scale if scale.requires_grad else rows.mul_(scale)
+        return rows.view(stop - start, self.in_features).to(dtype)
 
     def zero_points(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Zero points of output columns start:stop as int32 [K/g, stop - start]."""

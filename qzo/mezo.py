@@ -29,7 +29,7 @@ class MeZO(SpsaOptimizer):
     bits are lost and (w + eps z) - eps z is not w. `exact=True` remembers those entries (4 bytes of index and the
     value) until they are put back, so that every step starts from the very weights the last one left. Extra memory,
     measured for weights N(0, 0.02) and eps=1e-3: 4.7 % of the entries and 14 % of the weights' bytes in bf16, 7.5 %
-    and 15 % in fp32; besides one chunk each of z, of fp32 and of the weights, see `qzo.noise`.
+    and 15 % in fp32; besides one chunk each of z and of the weights and two of fp32, see `qzo.noise`.
 
     Args:
         named_parameters: `model.named_parameters()`, or tensors, name -> tensor, parameter groups. All are trained,
@@ -98,13 +98,13 @@ class MeZO(SpsaOptimizer):
 def _move(chunk: Tensor, z: Tensor, distance: float, work: Tensor) -> None:
     """chunk = round(chunk + distance * z), computed in `work`."""
     torch.mul(z, distance, out=work)
-    chunk.copy_(work.add_(chunk))
+    chunk.copy_(work.add_(chunk.float()))  # cast by hand: on a CPU the mixed sum would make the copy unseen
 
 
 def _lost(before: Tensor, moved: Tensor, z: Tensor, distance: float, work: Tensor) -> tuple[Tensor, Tensor]:
     """Indices (int32) and values of the entries that moving back by `distance` does not bring back bit for bit."""
     torch.mul(z, -distance, out=work)
-    back = work.add_(moved).to(before.dtype)
+    back = work.add_(moved.float()).to(before.dtype)
     bits = BITS_OF[before.element_size()]
     where = (back.view(bits) != before.view(bits)).nonzero().squeeze(1)
     return where.to(torch.int32), before.index_select(0, where)
