@@ -76,3 +76,11 @@ def test_the_table_shows_at_least_eighteen_times_less_than_ft_mixed():
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))
 def test_what_the_readme_links_to_exists(path):
     assert (ROOT / path).exists()
+
+
+def test_qlora_needs_a_third_to_sixty_percent_more_than_qzo():
+    assert "a third to 60 % more memory" in TEXT
+    rows = [line.split("|") for line in TEXT.splitlines() if re.match(r"\| +\S+ \| +q", line)]
+    peak = {(row[1].strip(), row[2].strip()): float(row[3]) for row in rows}
+    more = [peak[model, "qlora"] / peak[model, "qzo"] - 1 for model in readme.MODELS]
+    assert 0.325 <= min(more) and max(more) <= 0.605
