@@ -27,9 +27,9 @@ class QuantLinear(nn.Module):
     scales [K/g, N] fp32 or fp16, g_idx int32 [K]. `bias` is a frozen parameter [N] or None. `scales` is what QZO
     trains: the next forward sees a change of it.
 
-    W is never whole: forward and backward rebuild `CHUNK_ELEMENTS` of it at a time (16 MiB of int32, then of
-    fp32, and the chunk in the dtype of x). `act_order` says whether g_idx is other than k // g; it is a plain bool, so that forward
-    reads no data. Build with `empty` or `from_weight`.
+    W is never whole: forward and backward rebuild `CHUNK_ELEMENTS` of it at a time (16 MiB of int32, then of fp32, and
+    the chunk in the dtype of x). `act_order` says whether g_idx is other than k // g; it is a plain bool, so that
+    forward reads no data. Build with `empty` or `from_weight`.
     """
 
     qweight: Tensor
