@@ -64,12 +64,21 @@ def load(
 def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
+    source = folder / options.get("gguf_file", "")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or torch.bfloat16, use_safetensors=True, trust_remote_code=False, **options
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or torch.bfloat16,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
-        raise QzoError(f"{folder}: {_one_line(error)}") from error
+        raise QzoError(f"{source}: {_one_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise QzoError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
     return model.to(device)
 
 

@@ -82,14 +82,19 @@ class MeZO(SpsaOptimizer):
                     _move(chunk, z, -group["lr"] * derivatives[number], fp32)
                 if sign:
                     self._moved[index, part.start] = self._move_away(chunk, z, sign * group["eps"], fp32)
+            del z, work, chunk, fp32  # before the next tensor's are born
 
     def _move_away(self, chunk: Tensor, z: Tensor, distance: float, work: Tensor) -> Moved:
         if not self.exact:
             _move(chunk, z, distance, work)
             return Moved(distance, None)
         before = chunk.clone()
-        _move(chunk, z, distance, work)
-        return Moved(distance, _lost(before, chunk, z, distance, work))
+        try:
+            _move(chunk, z, distance, work)
+            return Moved(distance, _lost(before, chunk, z, distance, work))
+        except BaseException:  # out of memory, most likely: this chunk is not yet among the moved ones
+            chunk.copy_(before)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "exact": self.exact, "_moved": {}}

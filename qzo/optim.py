@@ -73,6 +73,7 @@ class QZO(SpsaOptimizer):
             distance = sign * self.param_groups[group]["eps"]
             for z, part in self._noise(index, tensor):
                 live[part].copy_(z.mul_(distance).add_(master[part]))
+            del z  # before the next tensor's is born
 
     def _restore(self) -> None:
         for _, _, _, tensor in self._tensors():
@@ -84,6 +85,7 @@ class QZO(SpsaOptimizer):
             distance = -self.param_groups[group]["lr"] * derivatives[group]
             for z, part in self._noise(index, tensor):
                 live[part].copy_(master[part].add_(z.mul_(distance)).clamp_(min=0))
+            del z
 
 
 def _saved_masters(state_dict: dict[str, Any], masters: list[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from qzo.embedding import QuantEmbedding, TiedQuantHead, check_table
@@ -36,8 +37,7 @@ def quantize(
         embeddings: 8 quantizes input embedding and head too (symmetric, sharing the codes where they are tied). 8-bit
             scales are 17 times smaller than 4-bit ones of like weights: train them, if at all, with a smaller `eps`.
 
-    Raises QzoError, with the layer's name, before the first layer is replaced; only weights that are not finite are
-    found later, at their layer's turn.
+    Raises QzoError, with the layer's name, before the first layer is replaced.
     """
     if method != "rtn":
         raise QzoError(f'method="{method}" is not known; choose "rtn"')
@@ -61,6 +61,15 @@ def _check_sites(sites: list[Site], n_bits: int, group_size: int) -> None:
     for name, shape in layers:
         with named(name):
             check_layout(shape.in_features, shape.out_features, n_bits, group_size, common)
+    for site in sites:
+        with named(site.paths[0]):
+            _check_finite(site.module)
+
+
+def _check_finite(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if not parameter.is_meta and not bool(torch.isfinite(torch.stack(parameter.detach().aminmax())).all()):
+            raise QzoError(f"{name} has values that are not finite")
 
 
 def _quantize_embeddings(model: nn.Module, n_bits: int, group_size: int) -> None:

@@ -247,3 +247,20 @@ def test_an_interrupted_save_leaves_nothing_behind(make_model, tmp_path, monkeyp
     with pytest.raises(OSError, match="disk full"):
         save(quantize(make_model(), 4, 32), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unquantized_folder_that_lacks_a_tensor_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import qzo
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(qzo.QzoError, match=r"1 tensors are missing, the first is model.layers.1.mlp.down_proj.weight"):
+        qzo.load(tmp_path)

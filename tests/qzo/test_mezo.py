@@ -171,3 +171,35 @@ def test_a_classic_step_runs_on_meta():
     optimizer = MeZO(live, exact=False)
     optimizer.step(lambda: 1.0)
     assert optimizer.steps == 1
+
+
+def test_an_error_after_a_chunk_moved_gives_every_bit_back(monkeypatch):
+    from qzo import mezo
+
+    weight = torch.randn(5000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = weight.clone()
+    optimizer = mezo.MeZO([weight])
+    lost, calls = mezo._lost, []
+
+    def fail_on_the_third(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return lost(*arguments)
+
+    monkeypatch.setattr(mezo, "_lost", fail_on_the_third)
+    with pytest.raises(MemoryError):
+        optimizer.step(lambda: weight.float().sum())
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("numel", [2000, 32_000])
+def test_nothing_as_large_as_even_a_small_tensor_is_born(numel):
+    from bench.ledger import Ledger
+
+    weight = torch.randn(numel, generator=torch.Generator().manual_seed(0)).bfloat16()
+    optimizer = MeZO([weight])
+    with Ledger() as ledger:
+        ledger.assign("weights", [weight])
+        optimizer.step(lambda: 1.0)
+    assert max(event.block.nbytes for event in ledger.events[1:]) < weight.nbytes

@@ -125,3 +125,19 @@ def test_llama2_13b_on_meta_has_the_published_number_of_scales():
         "codebooks": 0,
         "scale_count": 99_123_200,
     }
+
+
+def test_a_weight_that_is_not_finite_leaves_the_whole_model_as_it_was():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import qzo
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    model = LlamaForCausalLM(config)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(qzo.QzoError, match=r"layers\.1\.mlp\.down_proj.*not finite"):
+        qzo.quantize(model, group_size=32, embeddings=8)
+    assert not any(isinstance(module, qzo.QuantLinear) for module in model.modules())
+    assert type(model.model.embed_tokens) is torch.nn.Embedding
