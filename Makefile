@@ -2,7 +2,7 @@
 
 MODEL   ?= llama2-13b
 DEVICE  ?= auto
-OUT     ?= results/$(notdir $(MODEL:%/=%))
+OUT     ?= results/$(shell basename "$(MODEL)" .gguf | tr ' ' '-')
 BATCH   ?= 1
 SEQ     ?= 128
 PYTHON  ?= python3
@@ -28,14 +28,14 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 bench: $(READY) ## memory of every method on MODEL, as tables and a picture in OUT
-	$(RUN) -m bench run $(MODEL) --device $(DEVICE) --batch-size $(BATCH) --seq-len $(SEQ) --out $(OUT) \
-		$(if $(METHODS),--methods $(METHODS)) $(if $(GPU),--gpu $(GPU)) $(ARGS)
+	$(RUN) -m bench run "$(MODEL)" --device $(DEVICE) --batch-size $(BATCH) --seq-len $(SEQ) --out "$(OUT)" \
+		$(if $(METHODS),--methods "$(METHODS)") $(if $(GPU),--gpu $(GPU)) $(ARGS)
 
 report: $(READY) ## tables, picture and page again from the records in OUT
-	$(RUN) -m reports $(OUT) --format md,csv,html,png
+	$(RUN) -m reports "$(OUT)" --format md,csv,html,png
 
 compare: $(READY) ## fail if OUT needs more memory than the committed baseline of MODEL
-	$(RUN) -m bench compare $(or $(BASELINE),reports/baselines/$(MODEL).json) $(or $(CURRENT),$(OUT)) --fail allocated:1%
+	$(RUN) -m bench compare "$(or $(BASELINE),reports/baselines/$(MODEL).json)" "$(or $(CURRENT),$(OUT))" --fail allocated:1%
 
 test: $(READY) ## all tests that need no GPU
 	$(RUN) -m pytest -q $(ARGS)
@@ -60,7 +60,7 @@ baselines: $(READY) ## make the committed baselines again (look at the differenc
 
 gpu: ## on a machine with a GPU: tests marked cuda, then MODEL measured
 	$(PYTHON) -m pytest -q -m cuda
-	$(PYTHON) -m bench run $(MODEL) --device cuda --out results/cuda/$(notdir $(MODEL:%/=%))
+	$(PYTHON) -m bench run "$(MODEL)" --device cuda --out results/cuda/$(notdir $(OUT))
 
 clean: ## remove .venv and results
 	rm -rf $(VENV) results

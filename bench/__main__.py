@@ -1,8 +1,9 @@
-"""Command line of the bench: `python -m bench run | list | compare`."""
+"""Command line of the bench: `python -m bench run | list | compare | validate`."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,9 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """All commands and options."""
     top = Parser(prog="python -m bench", description="Where the memory of fine-tuning goes.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="run | list | compare", parser_class=Parser)
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="run | list | compare | validate", parser_class=Parser
+    )
     run = commands.add_parser("run", help="measure or simulate the methods on one model and print the tables")
     run.add_argument("model", help="name from `list models`, folder with config.json, .gguf file, or hub id")
     run.add_argument("--methods", help="comma-separated; default all (`list methods`)")
@@ -40,17 +43,25 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("baseline")
     compare.add_argument("current")
     compare.add_argument("--fail", action="append", metavar="METRIC:LIMIT", help="e.g. allocated:1%% (the default)")
+    validate = commands.add_parser("validate", help="predict measurements made on a GPU and compare")
+    validate.add_argument("measurements", help="file with one JSON object a line (bench/measurement.py)")
+    validate.add_argument("--json", help="write statistics and rows to this file")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)  # a CI's time-out must end the workers too
     try:
         options = parser().parse_args(arguments)
         if options.command == "compare":
             from bench.compare import run as compare
 
             return compare(options.baseline, options.current, options.fail or [])
+        if options.command == "validate":
+            from bench.validate import run as validate
+
+            return validate(options.measurements, options.json)
         if options.command == "list":
             from bench.listing import print_names
 
@@ -64,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the finished cells are on disk", file=sys.stderr)
         return INTERRUPTED
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

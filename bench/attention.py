@@ -42,7 +42,7 @@ def attend(
     Flash takes no mask and no fp32, so those go to the memory-efficient kernel, as PyTorch's own choice does.
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if kernel == "flash" and half and attn_mask is None and query.shape[-1] <= 256:
+    if kernel == "flash" and half and attn_mask is None and query.shape[-1] <= FLASH_HEAD_DIM:
         head_dim = query.shape[-1]
         if head_dim % 8:  # PyTorch pads the head to a multiple of eight and slices the result
             query, key, value = (F.pad(item, (0, 8 - head_dim % 8)) for item in (query, key, value))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from bench.record import METHODS
 from qzo.errors import QzoError
 
+ZEROTH_ORDER = ("mezo", "qzo", "qzo-full", "qzo-2bit")
 DEVICES = ("auto", "cuda", "cpu", "sim")
 ATTENTIONS = ("flash", "efficient", "eager")
 
@@ -70,4 +71,4 @@ class BenchCase:
     @property
     def first_order(self) -> bool:
         """Whether the method runs a backward pass."""
-        return self.method not in ("mezo", "qzo", "qzo-full", "qzo-2bit")
+        return self.method not in ZEROTH_ORDER

@@ -10,6 +10,7 @@ import copy
 import difflib
 import functools
 import json
+import math
 import os
 import re
 import socket
@@ -145,10 +146,11 @@ def default_group_size(model: PreTrainedConfig | PreTrainedModel) -> int:
     for group_size in GROUP_SIZES:
         if all(width % group_size == 0 for width in widths):
             return group_size
+    common = math.gcd(*widths)
     odd = sorted(width for width in widths if width % GROUP_SIZES[-1])
     raise QzoError(
         f"no group size of {', '.join(map(str, GROUP_SIZES))} divides in_features={odd[0]} of {type(model).__name__}; "
-        f"choose a divisor of {odd[0]} as group_size"
+        f"choose {common} or a divisor of it as group_size"
     )
 
 

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench import plan, weights
-from bench.case import BenchCase
+from bench import gpus, plan, weights
+from bench.case import METHODS, ZEROTH_ORDER, BenchCase
 from bench.catalog import ModelSource
-from bench.record import SAME_CASE, SUMMARY, Record, read_record, summarise, write_json
+from bench.record import SUMMARY, Record, read_record, summarise, write_json
 from bench.runner import Progress, run_cells
+from bench.watch import case_of
 from qzo.errors import QzoError
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code 0 if every cell ran or does not apply to the model, 1 if one failed or ran out of memory."""
+    """Exit code 0 if every cell ran or does not apply to the model, 1 if one failed, ran out of memory, or none ran."""
     methods = plan.parse_methods(options.methods)
     case = BenchCase(
         options.model, methods[0], options.device, options.gpu, options.batch_size, options.seq_len,
@@ -29,7 +30,8 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out or Path("results") / source.name)
     make_folder(out)
     if options.device == "auto" and cases[0].device == "cuda":
-        cases = plan.fitting(cases, lambda predicted: _run(source, predicted, out))
+        gpu = options.gpu or gpus.DEFAULT_GPU
+        cases = plan.fitting(cases, gpu, lambda predicted: _run(source, predicted, out))
     forget_other_cases(out, cases)
     records = {record["case"]["method"]: record for record in _earlier(out)}
     try:
@@ -40,7 +42,8 @@ def run(options: argparse.Namespace) -> int:
         if records:
             write_json(out / SUMMARY, summarise(records))
     shown = subprocess.run([sys.executable, "-m", "reports", str(out)])
-    failed = any(records[method]["status"] in ("error", "oom") for method in methods)
+    statuses = [records[method]["status"] for method in methods]
+    failed = "error" in statuses or "oom" in statuses or "ok" not in statuses
     return shown.returncode or int(failed)
 
 
@@ -74,15 +77,22 @@ def make_folder(out: Path) -> None:
 
 def forget_other_cases(out: Path, cases: Sequence[BenchCase]) -> None:
     """Remove records of an earlier run with other settings: one folder holds cells that can be compared."""
-    wanted = {
-        "model": cases[0].model, "batch_size": cases[0].batch_size, "seq_len": cases[0].seq_len,
-    }  # fmt: skip
+    first = case_of(cases[0])
+    same = ["model", "batch_size", "seq_len"]
+    same += ["attention"] if cases[0].attention else []
     for record in _earlier(out):
-        if any(record["case"][key] != value for key, value in wanted.items() if key in SAME_CASE):
-            path = out / f"{record['case']['method']}.json"
-            print(f"removing {path}: made with other settings", file=sys.stderr)
+        case = record["case"]
+        other = [key for key in same if case[key] != first[key]]
+        if record["world"] == "simulated" and case["gpu"] != (cases[0].gpu or case["gpu"]):
+            other.append("gpu")
+        backward = case["method"] not in ZEROTH_ORDER
+        if backward and case["gradient_checkpointing"] != cases[0].gradient_checkpointing:
+            other.append("gradient_checkpointing")
+        if other:
+            path = out / f"{case['method']}.json"
+            print(f"removing {path}: made with another {', '.join(other)}", file=sys.stderr)
             path.unlink()
 
 
 def _earlier(out: Path) -> list[Record]:
-    return [read_record(path) for path in sorted(out.glob("*.json")) if path.name != SUMMARY]
+    return [read_record(path) for path in sorted(out.glob("*.json")) if path.stem in METHODS]

@@ -62,7 +62,9 @@ class Threshold:
         Raises:
             QzoError: unknown metric, or no such limit.
         """
-        metric, _, limit = spec.strip().rpartition(":")
+        metric, colon, limit = spec.strip().rpartition(":")
+        if not colon:
+            raise QzoError(f"--fail {spec}: no limit; write METRIC:5% or METRIC:100MiB")
         cls(metric, Fraction(0))  # an unknown metric is told before a wrong limit
         number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|s)", limit)
         if number and (number[2] == "%" or metric == "step_seconds"):

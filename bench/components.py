@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bench.methods.nf4 import nf4_tensors
 from qzo.scales import quantized_tensors
 
+FLOOR = ("codes", "codebooks", "scales", "embeddings", "norms", "biases", "adapters", "linears", "buffers")
 QUANTIZATION = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 
 

@@ -66,6 +66,15 @@ def names() -> list[str]:
     return sorted(_table(), key=lambda name: (_table()[name].memory_bytes, name))
 
 
+def find(device_name: str) -> Gpu:
+    """The GPU that CUDA calls `device_name`: "Tesla T4" is t4, "NVIDIA H100 80GB HBM3" is h100-80gb."""
+    words = set(device_name.lower().replace("-", " ").split())
+    known = [name for name in names() if set(name.split("-")) <= words]
+    if not known:
+        return get(device_name)
+    return get(max(known, key=len))
+
+
 def get(name: str) -> Gpu:
     """The GPU of that name; an unknown one raises with the nearest names."""
     return _table()[choose("GPU", name, names(), "python -m bench list gpus")]

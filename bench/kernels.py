@@ -28,11 +28,15 @@ IN_PLACE = (
     "zero_.default",
 )  # fmt: skip
 OUT = ("add.out", "mul.out", "sub.out")
+# CUDA's softmax reads fp16 and writes fp32 in one kernel (SoftMax.cpp); elsewhere, and for bf16, a cast comes first.
+SOFTMAX = {F.softmax: aten._softmax, F.log_softmax: aten._log_softmax}
 GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
 def read_scalar(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> bool | float | int:
     """`.item()` of a tensor without data: losses are 0.0, and checks such as "is the mask all ones" hold."""
+    if not args[0].is_meta:
+        return func(*args, **kwargs)
     if args[0].dtype is torch.bool:
         return True
     return 0.0 if args[0].is_floating_point() else 0
@@ -46,11 +50,13 @@ class GemmRule:
         self.seen: set[bool] = set()
 
     def __call__(self, ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any:
+        out = func(*args, **kwargs)
         backward = torch._C._current_graph_task_id() != -1
         if backward not in self.seen:
             self.seen.add(backward)
+            ledger.see(out)  # a kernel's result is allocated before its workspace
             ledger.allocate(self.nbytes)
-        return func(*args, **kwargs)
+        return out
 
 
 def write(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
@@ -62,6 +68,15 @@ def route_evenly(experts: int, ledger: Ledger, func: Any, args: tuple, kwargs: d
     """`nonzero` of an expert mask [tokens, top_k]: tokens spread evenly over `experts`, at least one for each."""
     mask = args[0]
     return mask.new_empty((max(1, -(-mask.numel() // experts)), mask.dim()), dtype=torch.long)
+
+
+def softmax_backward(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
+    """CUDA multiplies grad by output into a temporary first (SoftMax.cu, softmax_backward_cuda_out)."""
+    grad = args[0]
+    out = func(*args, **kwargs)
+    ledger.see(out)
+    ledger.release(ledger.allocate(grad.numel() * grad.element_size()))
+    return out
 
 
 def grouped_product(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
@@ -80,6 +95,7 @@ def rules(gpu: Gpu, experts: int = 1) -> dict[Any, Rule]:
     }
     table.update(dict.fromkeys(GEMMS, gemm))
     table[aten._grouped_mm.default] = grouped_product
+    table[aten._softmax_backward_data.default] = softmax_backward
     for name in IN_PLACE + OUT:
         packet, overload = name.split(".")
         table[getattr(getattr(aten, packet), overload)] = write
@@ -87,7 +103,7 @@ def rules(gpu: Gpu, experts: int = 1) -> dict[Any, Rule]:
 
 
 class CudaFunctions(TorchFunctionMode):
-    """Functions that choose another kernel on CUDA than on meta: attention and dropout.
+    """Functions that choose another kernel on CUDA than on meta: attention, softmax and dropout.
 
     Args:
         attention: "flash" or "efficient", the kernel that scaled_dot_product_attention is pinned to.
@@ -103,6 +119,8 @@ class CudaFunctions(TorchFunctionMode):
             return attend(self.attention, *args, **kwargs)
         if func is F.dropout:
             return fused_dropout(*args, **kwargs)
+        if func in SOFTMAX and kwargs.get("dtype") is torch.float32 and args[0].dtype is torch.float16:
+            return SOFTMAX[func](args[0], kwargs.get("dim", *args[1:2]), True)
         return func(*args, **kwargs)
 
 

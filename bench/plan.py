@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench import gpus
+from bench import gpus, weights
 from bench.attention import attention_of
 from bench.case import METHODS, BenchCase, choose
 from bench.catalog import ModelSource, build_empty, linear_widths, resolve
@@ -35,14 +36,18 @@ def cells(case: BenchCase, methods: Sequence[str]) -> tuple[ModelSource, list[Be
     """The source and one checked case for each method, `auto` resolved to sim, cpu, or (for later) cuda."""
     source = resolve(case.model)
     device = automatic(source) if case.device == "auto" else case.device
-    gpu = gpus.get(case.gpu or gpus.DEFAULT_GPU).name if device == "sim" or case.gpu else None
+    gpu = gpus.get(case.gpu or gpus.DEFAULT_GPU).name
     check(case, source)
+    if device != "sim":
+        weights.check(source)
     case = replace(case, device=device, gpu=gpu if device == "sim" else None)
     return source, [replace(case, method=method) for method in methods]
 
 
 def automatic(source: ModelSource) -> str:
-    """`cuda` with a GPU; without one `cpu` if the weights are on this disk and the model is small, else `sim`."""
+    """`sim` for an architecture alone; with weights `cuda` if there is a GPU, else `cpu` if the model is small."""
+    if source.weights is None:
+        return "sim"
     if torch.cuda.is_available():
         return "cuda"
     parameters = sum(parameter.numel() for parameter in build_empty(source, torch.bfloat16, "eager").parameters())
@@ -60,26 +65,29 @@ def check(case: BenchCase, source: ModelSource) -> None:
     if longest is not None and case.seq_len > longest:
         raise QzoError(f"seq_len={case.seq_len} is more than the {longest} positions of {source.name}")
     if case.group_size is not None:
-        for width in sorted(linear_widths(build_empty(source, torch.bfloat16, "eager"))):
-            if width % case.group_size:
-                raise QzoError(
-                    f"in_features={width} of {source.name} is not divisible by group_size={case.group_size}; "
-                    "choose 128, 64 or 32, or leave it out"
-                )
+        widths = sorted(linear_widths(build_empty(source, torch.bfloat16, "eager")))
+        odd = [width for width in widths if width % case.group_size]
+        if odd:
+            common = math.gcd(*widths)
+            wanted = case.group_size
+            near = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: abs(n - wanted))
+            raise QzoError(
+                f"in_features={odd[0]} of {source.name} is not divisible by group_size={case.group_size}; "
+                f"choose {near}, or leave it out"
+            )
     if case.device == "cuda" and not torch.cuda.is_available():
         raise QzoError("device 'cuda' needs an NVIDIA GPU that this PyTorch can use; choose sim or cpu")
 
 
-def fitting(cases: Sequence[BenchCase], simulate: Callable[[list[BenchCase]], list[Record]]) -> list[BenchCase]:
-    """Of cases for the GPU at hand those that it can hold stay, the others become simulations.
-
-    The prediction is for the default card with the memory of this one: enough to tell what fits.
-    """
-    predicted = simulate([replace(case, device="sim", gpu=gpus.DEFAULT_GPU) for case in cases])
+def fitting(
+    cases: Sequence[BenchCase], gpu: str, simulate: Callable[[list[BenchCase]], list[Record]]
+) -> list[BenchCase]:
+    """Of cases for the GPU at hand those that it can hold stay, the others become simulations of `gpu`."""
+    predicted = simulate([replace(case, device="sim", gpu=gpu) for case in cases])
     capacity = torch.cuda.get_device_properties(0).total_memory
     needed = {record["case"]["method"]: record["peak"]["process"] for record in predicted}
     return [
         case if (needed.get(case.method) or capacity + 1) <= capacity
-        else replace(case, device="sim", gpu=gpus.DEFAULT_GPU)
+        else replace(case, device="sim", gpu=gpu)
         for case in cases
     ]  # fmt: skip

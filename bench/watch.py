@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bench.case import BenchCase
-from bench.components import components, nbytes, role
+from bench.components import FLOOR, components, nbytes, role
 from bench.ledger import Ledger
 from bench.methods.prepared import Prepared
 from bench.record import ROLES, Record, build_record
@@ -73,7 +73,7 @@ def describe(
         trainable=trained,
         allocated=sum(at_peak.values()),
         at_peak=at_peak,
-        floor=sum(size for part, size in parts.items() if part != "working_buffers"),
+        floor=sum(parts.get(part, 0) for part in FLOOR),
         phases=phases or ledger.phase_peaks(),
         components=parts,
         notes=prepared.notes,

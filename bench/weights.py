@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.quantization_config import GgufConfig
@@ -25,6 +26,21 @@ def kind(source: ModelSource) -> str:
     if source.weights is None:
         return "random"
     return "gguf" if str(source.weights).lower().endswith(".gguf") else "safetensors"
+
+
+def check(source: ModelSource) -> None:
+    """Raise QzoError if the weights in a folder are pickled, or a safetensors file is damaged; reads headers only."""
+    if not isinstance(source.weights, Path) or not source.weights.is_dir():
+        return
+    files = sorted(source.weights.glob("*.safetensors"))
+    if not files:
+        raise QzoError(f"{source.weights} holds pickled weights, which are not read; convert them to safetensors")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except Exception as error:
+            raise QzoError(f"{file} is damaged: {one_line(error)}; copy or download it again") from error
 
 
 def load(source: ModelSource, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:

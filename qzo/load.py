@@ -66,7 +66,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
 
     source = folder / options.get("gguf_file", "")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or torch.bfloat16,
             use_safetensors=True,
@@ -76,6 +76,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
         )
     except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
         raise QzoError(f"{source}: {_one_line(error)}") from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would draw them at random
         raise QzoError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")

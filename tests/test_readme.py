@@ -21,7 +21,10 @@ def blocks(language: str) -> list[str]:
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
     """`make` with the Python that runs this test in place of .venv."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    outer = {"ARGS", "MODEL", "METHODS", "DEVICE", "GPU", "BATCH", "SEQ", "OUT", "BASELINE", "CURRENT", "MFLAGS"}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in outer and not name.startswith("MAKE")
+    }
     command = ["make", *arguments, f"RUN={sys.executable}", "READY="]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 

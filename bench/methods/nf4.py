@@ -17,7 +17,7 @@ BLOCK_SIZE = 64  # weights that share an absmax
 
 
 def to_nf4(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace every linear layer but the output head, in place; no double quantization, compute dtype bf16."""
+    """Replace all linear layers but the output head in place: no double quantization, computing in the model's dtype."""
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
@@ -34,7 +34,7 @@ def _nf4_linear(layer: nn.Linear | Conv1D) -> nn.Module:
     out_features, in_features = weight.shape
     with torch.device("meta"):
         quantized: Any = bnb.nn.Linear4bit(
-            in_features, out_features, layer.bias is not None, compute_dtype=torch.bfloat16,
+            in_features, out_features, layer.bias is not None, compute_dtype=weight.dtype,
             compress_statistics=False, quant_type="nf4",
         )  # fmt: skip
     quantized.weight = _nf4_weight(weight.contiguous())

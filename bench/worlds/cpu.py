@@ -51,7 +51,7 @@ class CpuWorld:
 
 
 def run(case: BenchCase) -> Record:
-    """Run one cell: two steps under ledger and profiler, the rest timed without them."""
+    """Run one cell: first the steps that are timed and whose peak RSS counts, then two under ledger and profiler."""
     named = resolve(case.model)
     source = replace(named, weights=Path(case.weights)) if case.weights else named
     attention = attention_of(case, source, flash=True)
@@ -59,25 +59,38 @@ def run(case: BenchCase) -> Record:
     prepared = METHODS[case.method](case, world)
     ledger = Ledger("cpu")
     parts = register_resident(ledger, prepared)
+    batches = [_batch(source, case, step) for step in range(case.steps)]
+    unwatched = case.steps - WATCHED_STEPS
     reset_peak_rss()
-    batches = (_batch(source, case, step) for step in range(case.steps))
-    losses, allocated = _watched(prepared, ledger, [next(batches) for _ in range(WATCHED_STEPS)])
-    seconds = []
+    losses, seconds = _timed(prepared, batches[:unwatched])
+    process = peak_rss()  # before the profiler, whose records would be the larger part of it
+    ledger.enter("forward" if case.first_order else "perturb")  # what the first steps left behind is no part of loading
+    watched, allocated = watch_steps(prepared, ledger, batches[unwatched:])
+    losses += watched
+    prepared.notes += [f"weights: {weights.kind(named)}", f"text: {_batch(source, case, 0).kind}"]
+    prepared.notes += [NOTE] if needs_blocks() else []
+    return describe(
+        replace(case, attention=attention), "measured-cpu", environment(), prepared, ledger, parts, world.parameters,
+        allocated=allocated, process=process, step_seconds=statistics.median(seconds), losses=losses,
+    )  # fmt: skip
+
+
+def _timed(prepared: Prepared, batches: list[text.Batch]) -> tuple[list[float], list[float]]:
+    """Losses and seconds of steps that nobody watches."""
+    losses, seconds = [], []
     with fast_bf16():
         for batch in batches:
             start = time.perf_counter()
             losses.append(prepared.step(batch, lambda phase: None))
             seconds.append(time.perf_counter() - start)
-    prepared.notes += [f"weights: {weights.kind(named)}", f"text: {_batch(source, case, 0).kind}"]
-    prepared.notes += [NOTE] if needs_blocks() else []
-    return describe(
-        replace(case, attention=attention), "measured-cpu", environment(), prepared, ledger, parts, world.parameters,
-        allocated=allocated, process=peak_rss(), step_seconds=statistics.median(seconds), losses=losses,
-    )  # fmt: skip
+    return losses, seconds
 
 
-def _watched(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -> tuple[list[float], int]:
+def watch_steps(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -> tuple[list[float], int]:
     """Losses of the watched steps, and the peak that PyTorch's own allocation events give."""
+    ledger.assign("optimizer", prepared.optimizer_tensors())
+    for batch in batches:
+        ledger.assign("temporaries", (batch.input_ids, batch.labels))
     resident = ledger.live_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, ledger, fast_bf16():
         losses = run_steps(ledger, prepared, batches)
@@ -86,7 +99,8 @@ def _watched(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -> t
 
 def highest_rise(profiler: profile) -> int:
     """The highest sum of the profiler's allocation events, in bytes above the start."""
-    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]  # the only place that keeps the events in order
+    # The only place that keeps the events in order.
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
     live = highest = 0
     for event in results.events():
         if event.name() == "[memory]":

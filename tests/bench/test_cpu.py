@@ -36,6 +36,34 @@ def test_every_method_is_measured_and_agrees_with_pytorchs_allocation_events(fol
     assert json.loads(json.dumps(record)) == record
 
 
+@pytest.mark.parametrize("method", ["ft-mixed", "lora", "mezo", "qzo"])
+def test_the_ledger_is_neither_above_nor_below_the_allocation_events(folder, method):
+    from bench.catalog import resolve
+    from bench.ledger import Ledger
+    from bench.methods import METHODS as functions
+    from bench.text import batch
+    from bench.watch import register_resident
+
+    source = resolve(folder)
+    prepared = functions[method](BenchCase(folder, method, device="cpu", seq_len=64), cpu.CpuWorld(source, "flash"))
+    ledger = Ledger()
+    register_resident(ledger, prepared)
+    ledger.enter("forward")
+    _, allocated = cpu.watch_steps(prepared, ledger, [batch(source, 1, 64, seed=0, step=step) for step in range(2)])
+    assert abs(allocated - ledger.peak_bytes()) <= 0.02 * allocated
+
+
+def test_peak_rss_is_that_of_the_steps_and_not_of_the_profiler(folder):
+    record = cpu.run(BenchCase(folder, "qzo", device="cpu", seq_len=64, steps=4))
+    assert record["peak"]["process"] <= cpu.peak_rss()
+    assert record["phases"][0]["name"] == "load"
+    loaded = record["phases"][0]["peak_allocated"]
+    assert (
+        loaded
+        <= record["at_peak"]["weights"] + record["at_peak"]["quantization"] + record["at_peak"]["optimizer"] + 4096
+    )
+
+
 def test_nothing_of_the_largest_parameters_size_is_born_in_a_zeroth_order_step_outside_the_forward(folder):
     from bench.catalog import resolve
     from bench.ledger import Ledger

@@ -26,7 +26,7 @@ def test_allocator_peak_is_read_from_pytorchs_statistics(monkeypatch):
 @pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize(
-    "method", ["ft-bf16", "ft-mixed", "ft-amp", "ft-sgd", "lora", "mezo", "qzo", "qzo-full", "qzo-2bit"]
+    "method", ["ft-bf16", "ft-mixed", "ft-amp", "ft-sgd", "lora", "qlora", "mezo", "qzo", "qzo-full", "qzo-2bit"]
 )
 def test_measured_and_simulated_peaks_agree(method):
     from bench.worlds import sim
