@@ -17,7 +17,7 @@ BLOCK_SIZE = 64  # weights that share an absmax
 
 
 def to_nf4(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace all linear layers but the output head in place: no double quantization, computing in the model's dtype."""
+    """Replace all linear layers but the output head in place; no double quantization, computes in the model's dtype."""
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

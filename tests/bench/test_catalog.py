@@ -149,7 +149,9 @@ def test_default_group_size_is_the_largest_that_divides_every_layer(intermediate
 
 
 def test_default_group_size_names_the_width_that_nothing_divides():
-    with pytest.raises(QzoError, match="128, 64, 32 divides in_features=100 of LlamaForCausalLM; choose a divisor"):
+    with pytest.raises(
+        QzoError, match="128, 64, 32 divides in_features=100 of LlamaForCausalLM; choose 4 or a divisor"
+    ):
         default_group_size(LlamaConfig(**TINY | {"intermediate_size": 100}))
 
 

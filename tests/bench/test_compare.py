@@ -73,9 +73,9 @@ def test_threshold_is_parsed_and_printed():
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("allocated", "unknown metric ''"),
-        ("5%", "unknown metric ''"),
-        (":5%", "unknown metric ''"),
+        ("allocated", "no limit; write METRIC:5%"),
+        ("5%", "no limit; write METRIC:5%"),
+        (":5%", "no limit; write METRIC:5%"),
         ("memory:5%", "unknown metric 'memory'; choose one of allocated"),
         ("phase::5%", "unknown metric 'phase:'"),
         ("phase:5%", "unknown metric 'phase'"),
