@@ -75,7 +75,7 @@ def test_threshold_is_parsed_and_printed():
     [
         ("allocated", "no limit; write METRIC:5%"),
         ("5%", "no limit; write METRIC:5%"),
-        (":5%", "no limit; write METRIC:5%"),
+        (":5%", "unknown metric ''"),
         ("memory:5%", "unknown metric 'memory'; choose one of allocated"),
         ("phase::5%", "unknown metric 'phase:'"),
         ("phase:5%", "unknown metric 'phase'"),
