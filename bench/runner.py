@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ class Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe:
-                pipe.close()
+                with suppress(BrokenPipeError):  # what a dead process did not read any more
+                    pipe.close()
 
 
 def run_cells(cases: Iterable[BenchCase], out: Path, done: Callable[[Record], None]) -> None:
@@ -103,6 +105,9 @@ def _run_batch(cases: list[BenchCase], workers: int, fresh: bool, out: Path, don
                 if worker is None or fresh or not worker.alive:
                     worker = Worker(out / f".worker-{number}.log")
                     running.append(worker)
+                    if stopped.is_set():  # between the check above and the start: nobody else would end it
+                        worker.close()
+                        return
                 answers.put(worker.ask(case))
                 if fresh:
                     worker.close()
