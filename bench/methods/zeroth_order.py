@@ -13,6 +13,7 @@ from bench.text import Batch
 from bench.worlds import World
 from qzo import aqlm
 
+EPS = 1e-3
 LABELS_AT_END = 1  # a batch asks for the last token of each sequence
 
 
@@ -55,8 +56,16 @@ def _quantized(case: BenchCase, world: World, embeddings: int | None) -> Prepare
 
 
 def _trained_scales(model: nn.Module, case: BenchCase) -> Prepared:
+    """QZO with the paper's settings; scales of 8-bit codes are 17 times smaller, and so is their eps."""
     model.eval()
-    return _prepared(model, qzo.QZO(qzo.scales(model), lr=1e-7, eps=1e-3, seed=case.seed), "qzo")
+    scales = qzo.scales(model)
+    fine = {name for name in scales if getattr(model.get_submodule(name.rpartition(".")[0]), "n_bits", 4) == 8}
+    groups = [
+        {"params": {name: scale for name, scale in scales.items() if (name in fine) is small}, "eps": eps}
+        for small, eps in ((False, EPS), (True, EPS * 15 / 255))
+    ]
+    groups = [group for group in groups if group["params"]]
+    return _prepared(model, qzo.QZO(groups, lr=1e-7, seed=case.seed), "qzo")
 
 
 def _prepared(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> Prepared:

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import transformers  # noqa: F401 - as the next
 
 import bench.ledger  # here, for pytester forgets what its runs import, and torch does not survive a second import
 
