@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from bench.allocator import replay
+from bench.allocator import ROUND_BYTES, replay
 from bench.kernels import CudaFunctions, rules
 from bench.ledger import Ledger
 from bench.measurement import Measurement
@@ -18,7 +18,7 @@ from bench.methods.nf4 import to_nf4
 from bench.methods.prepared import Enter, Prepared
 from bench.text import Batch
 from bench.watch import register_resident, run_steps
-from bench.worlds.sim import GRANULARITY, SimWorld, number_of_experts
+from bench.worlds.sim import SimWorld, number_of_experts
 
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WARM_UP = "warm-up"
@@ -27,7 +27,7 @@ WARM_UP = "warm-up"
 def predict(measurement: Measurement) -> dict[str, int]:
     """Bytes for each of `bench.measurement.METRICS`."""
     world = SimWorld(measurement.source, measurement.attention)
-    ledger = Ledger("meta", GRANULARITY, rules(measurement.gpu, number_of_experts(measurement.source.config)))
+    ledger = Ledger("meta", ROUND_BYTES, rules(measurement.gpu, number_of_experts(measurement.source.config)))
     prepared = prepare(measurement, world, ledger)
     register_resident(ledger, prepared)
     tokens = torch.empty(measurement.batch_size, measurement.seq_len, dtype=torch.long, device="meta")

@@ -11,12 +11,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench.measurement import METRICS, measured_bytes, parse, read_rows
+from bench.measurement import METRICS, MIB, measured_bytes, parse, read_rows
 from bench.record import write_json
 from qzo.errors import QzoError
 
 GIB = 1 << 30
-MIB = 1 << 20
 CARDS_GIB = (8, 12, 16, 24)  # where a verdict is asked: does the process fit?
 WORKERS = 2
 CASE = ("model_id", "method", "attention", "batch_size", "seq_len")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +37,10 @@ class LastStep:
     skipped: bool
 
 
-class SpsaOptimizer(torch.optim.Optimizer):
+class SpsaOptimizer(torch.optim.Optimizer, ABC):
     """Base of QZO and MeZO: SPSA (Eq. 5), clipping (Eq. 6), the step counter, and its saving.
 
-    A child moves the tensors: `_perturb(sign)` to θ + sign * eps * z, `_restore()` back to θ, `_update(derivatives)`
-    to θ - lr * d' * z with one d' for each group.
+    A child moves the tensors: `_perturb`, `_restore`, `_update`.
     """
 
     def __init__(self, params: Parameters, seed: int, **defaults: Any) -> None:
@@ -119,14 +119,17 @@ class SpsaOptimizer(torch.optim.Optimizer):
             for index, name, _, tensor in self._tensors()
         }
 
+    @abstractmethod
     def _perturb(self, sign: int) -> None:
-        raise NotImplementedError
+        """Move to θ + sign * eps * z."""
 
+    @abstractmethod
     def _restore(self) -> None:
-        raise NotImplementedError
+        """Move back to θ, to the bit where the child promises it."""
 
+    @abstractmethod
     def _update(self, derivatives: list[float]) -> None:
-        raise NotImplementedError
+        """Move to θ - lr * d' * z, with one d' for each group."""
 
     def _tensors(self) -> Iterator[tuple[int, str, int, Tensor]]:
         """(index of the tensor, its name, index of its group, tensor) in the order that z is drawn in."""

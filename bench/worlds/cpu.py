@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
 
-from bench import text, weights
+from bench import text
 from bench.attention import attention_of
 from bench.case import BenchCase
-from bench.catalog import ModelSource, resolve
 from bench.environment import environment
 from bench.ledger import Ledger
 from bench.methods import METHODS
@@ -25,41 +20,18 @@ from bench.methods.prepared import Prepared
 from bench.record import Record
 from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
 from bench.worlds.cpu_gemm import NOTE, fast_bf16, needs_blocks
-
-
-class CpuWorld:
-    """Models in this process's memory."""
-
-    def __init__(self, source: ModelSource, attention: str) -> None:
-        self.source = source
-        self.implementation = "eager" if attention == "eager" else "sdpa"
-        self.parameters = 0
-
-    def model(self, dtype: torch.dtype) -> PreTrainedModel:
-        model = weights.load(self.source, dtype, self.implementation)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        return model
-
-    def place(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16)
-
-    def recomputing(self) -> AbstractContextManager:
-        return nullcontext()
+from bench.worlds.measured import MeasuredWorld, origin_notes, source_of
 
 
 def run(case: BenchCase) -> Record:
     """Run one cell: first the steps that are timed and whose peak RSS counts, then two under ledger and profiler."""
-    named = resolve(case.model)
-    source = replace(named, weights=Path(case.weights)) if case.weights else named
+    source = source_of(case)
     attention = attention_of(case, source, flash=True)
-    world = CpuWorld(source, attention)
+    world = MeasuredWorld(source, attention, "cpu")
     prepared = METHODS[case.method](case, world)
     ledger = Ledger("cpu")
     parts = register_resident(ledger, prepared)
-    batches = [_batch(source, case, step) for step in range(case.steps)]
+    batches = world.batches(case)
     unwatched = case.steps - WATCHED_STEPS
     reset_peak_rss()
     losses, seconds = _timed(prepared, batches[:unwatched])
@@ -67,7 +39,7 @@ def run(case: BenchCase) -> Record:
     ledger.enter("forward" if case.first_order else "perturb")  # what the first steps left behind is no part of loading
     watched, allocated = watch_steps(prepared, ledger, batches[unwatched:])
     losses += watched
-    prepared.notes += [f"weights: {weights.kind(named)}", f"text: {_batch(source, case, 0).kind}"]
+    prepared.notes += origin_notes(case, batches)
     prepared.notes += [NOTE] if needs_blocks() else []
     return describe(
         replace(case, attention=attention), "measured-cpu", environment(), prepared, ledger, parts, world.parameters,
@@ -107,10 +79,6 @@ def highest_rise(profiler: profile) -> int:
             live += event.nbytes()
             highest = max(highest, live)
     return highest
-
-
-def _batch(source: ModelSource, case: BenchCase, step: int) -> text.Batch:
-    return text.batch(source, case.batch_size, case.seq_len, case.seed, step)
 
 
 def reset_peak_rss() -> None:

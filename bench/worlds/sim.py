@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bench import gpus
-from bench.allocator import replay
+from bench.allocator import ROUND_BYTES, replay
 from bench.attention import attention_of
 from bench.autocast import MetaAutocast
 from bench.case import BenchCase
@@ -24,8 +24,6 @@ from bench.record import Record
 from bench.repeat import repeated_layers
 from bench.text import Batch
 from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
-
-GRANULARITY = 512  # bytes; the CUDA caching allocator's rounding
 
 
 class SimWorld:
@@ -65,7 +63,7 @@ def run(case: BenchCase) -> Record:
     attention = attention_of(case, source, gpu.has_flash)
     world = SimWorld(source, attention)
     prepared = METHODS[case.method](case, world)
-    ledger = Ledger("meta", GRANULARITY, rules(gpu, number_of_experts(source.config)))
+    ledger = Ledger("meta", ROUND_BYTES, rules(gpu, number_of_experts(source.config)))
     parts = register_resident(ledger, prepared)
     with ledger, CudaFunctions(attention), repeated_layers(ledger, prepared.model):
         steps = WATCHED_STEPS if case.first_order else 1  # a zeroth-order step leaves nothing behind for the next

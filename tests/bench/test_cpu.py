@@ -11,6 +11,7 @@ from bench.case import BenchCase
 from bench.record import METHODS
 from bench.worlds import cpu
 from bench.worlds.cpu_gemm import BLOCK, BlockedBf16, product
+from bench.worlds.measured import MeasuredWorld
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,9 @@ def test_the_ledger_is_neither_above_nor_below_the_allocation_events(folder, met
     from bench.watch import register_resident
 
     source = resolve(folder)
-    prepared = functions[method](BenchCase(folder, method, device="cpu", seq_len=64), cpu.CpuWorld(source, "flash"))
+    prepared = functions[method](
+        BenchCase(folder, method, device="cpu", seq_len=64), MeasuredWorld(source, "flash", "cpu")
+    )
     ledger = Ledger()
     register_resident(ledger, prepared)
     ledger.enter("forward")
@@ -74,7 +77,7 @@ def test_nothing_of_the_largest_parameters_size_is_born_in_a_zeroth_order_step_o
     for method in ("mezo", "qzo"):
         case = BenchCase(folder, method, device="cpu", seq_len=64)
         source = resolve(folder)
-        prepared = functions[method](case, cpu.CpuWorld(source, "eager"))
+        prepared = functions[method](case, MeasuredWorld(source, "eager", "cpu"))
         ledger = Ledger()
         register_resident(ledger, prepared)
         largest = 2000 * 256 * 2  # the embedding in bf16

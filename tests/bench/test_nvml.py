@@ -24,6 +24,7 @@ def driver(processes: dict[int, int | None] | Exception) -> SimpleNamespace:
         nvmlShutdown=lambda: None,
         nvmlSystemGetDriverVersion=lambda: "580.1",
         nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetComputeRunningProcesses=running,
     )
 
@@ -62,3 +63,12 @@ def test_in_a_container_one_unknown_process_is_this_one(monkeypatch):
     assert nvml.foreign_processes(pid=7) == []
     monkeypatch.setitem(sys.modules, "pynvml", driver({4321: 500, 5000: 1}))
     assert len(nvml.foreign_processes(pid=7)) == 1
+
+
+def test_a_card_is_asked_for_by_its_uuid(monkeypatch):
+    asked = []
+    fake = driver({7: 500})
+    fake.nvmlDeviceGetHandleByUUID = asked.append
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert nvml.process_bytes("GPU-123", pid=7) == 500
+    assert asked == ["GPU-123"]

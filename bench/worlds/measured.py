@@ -1,0 +1,58 @@
+"""What the two measured worlds share: a model with its weights, on the CPU or moved to the GPU."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bench import text, weights
+from bench.case import BenchCase
+from bench.catalog import ModelSource, resolve
+
+
+class MeasuredWorld:
+    """Models are loaded into host memory, changed by the method there, and then moved to `device`."""
+
+    def __init__(self, source: ModelSource, attention: str, device: str) -> None:
+        self.source = source
+        self.implementation = "eager" if attention == "eager" else "sdpa"
+        self.device = device
+        self.parameters = 0
+
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
+        model = weights.load(self.source, dtype, self.implementation)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        return model
+
+    def place(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device)
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device, torch.bfloat16)
+
+    def recomputing(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def batches(self, case: BenchCase) -> list[text.Batch]:
+        """One batch for each step of the case."""
+        drawn = [text.batch(self.source, case.batch_size, case.seq_len, case.seed, step) for step in range(case.steps)]
+        return [
+            replace(batch, input_ids=batch.input_ids.to(self.device), labels=batch.labels.to(self.device))
+            for batch in drawn
+        ]
+
+
+def source_of(case: BenchCase) -> ModelSource:
+    """The case's model, its weights where they were unpacked if they were."""
+    source = resolve(case.model)
+    return replace(source, weights=Path(case.weights)) if case.weights else source
+
+
+def origin_notes(case: BenchCase, batches: list[text.Batch]) -> list[str]:
+    """Where weights and text came from, for the record."""
+    return [f"weights: {weights.kind(resolve(case.model))}", f"text: {batches[0].kind}"]
