@@ -25,5 +25,5 @@ def print_names(what: str) -> int:
 
         for name in METHODS + EXTRA_METHODS:
             mark = "[only where asked for] " if name in EXTRA_METHODS else ""
-            print(f"{name:<14} {mark}{(functions[name].__doc__ or '').splitlines()[0]}")
+            print(f"{name:<18} {mark}{(functions[name].__doc__ or '').splitlines()[0]}")
     return 0

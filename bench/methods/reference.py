@@ -8,8 +8,9 @@ that rebuild their whole weight. These methods are there for comparison and are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,13 @@ from bench.catalog import default_group_size
 from bench.methods.prepared import Enter, Prepared
 from bench.text import IGNORED, Batch
 from bench.worlds import World
+from qzo import aqlm
 from qzo.noise import mix_seed
 
+CLIP_THRESHOLD = 100.0
 LOWEST_SCALE = 1e-7
+# What triton.testing.do_bench writes over before each timed launch, so that L2 holds nothing (get_empty_cache_for_benchmark)
+AUTOTUNE_BYTES = 256 << 20
 UNDECAYED = ("bias", "layer_norm", "layernorm")  # parts of names
 
 
@@ -31,7 +36,8 @@ def mezo_reference(case: BenchCase, world: World) -> Prepared:
     """MeZO as released: fp16 weights, perturbed out of place, up to four temporaries of the largest tensor's size."""
     model = world.place(world.model(torch.float16)).eval()
     model.requires_grad_(False)
-    return _prepared(model, OutOfPlace(model.named_parameters(), lr=1e-7, seed=case.seed), "mezo-reference")
+    groups = [{"params": list(model.named_parameters())}]
+    return _prepared(model, OutOfPlace(groups, 1e-7, case.seed), "mezo-reference")
 
 
 def qzo_reference(case: BenchCase, world: World) -> Prepared:
@@ -40,15 +46,32 @@ def qzo_reference(case: BenchCase, world: World) -> Prepared:
     group_size = case.group_size or default_group_size(model)
     qzo.quantize(model, n_bits=4, group_size=group_size)
     model = world.place(model).eval()
+    tuned: set[int] = set()
     for layer in model.modules():
         if isinstance(layer, qzo.QuantLinear):
-            layer.forward = partial(whole_product, layer)  # type: ignore[method-assign]
-    optimizer = OutOfPlace(
-        qzo.scales(model).items(), lr=1e-7, seed=case.seed, clip_threshold=100.0, lowest=LOWEST_SCALE
-    )
-    prepared = _prepared(model, optimizer, "qzo-reference")
+            layer.forward = partial(whole_product, layer, tuned)  # type: ignore[method-assign]
+    prepared = _prepared(model, OutOfPlace([_scales(model)], 1e-7, case.seed, CLIP_THRESHOLD), "qzo-reference")
     prepared.quantization = {"format": "gptq", "bits": 4, "group_size": group_size}
     return prepared
+
+
+def qzo_2bit_reference(case: BenchCase, world: World) -> Prepared:
+    """2-bit QZO as released: AQLM scales and all unquantized parts, embeddings included, perturbed out of place.
+
+    The layers' products are those of `qzo-2bit`, in pieces: a whole weight stays far below the update's temporaries.
+    """
+    model = world.place(aqlm.quantize_random(world.model(torch.float16), seed=case.seed)).eval()
+    model.requires_grad_(False)
+    groups = [{"params": list(model.named_parameters())}, _scales(model)]
+    prepared = _prepared(model, OutOfPlace(groups, 1e-7, case.seed, CLIP_THRESHOLD), "qzo-2bit-reference")
+    prepared.quantization = {"format": "aqlm-1x16", "bits": 2, "group_size": aqlm.GROUP_SIZE}
+    prepared.notes.append("AQLM codes drawn at random: memory, not accuracy")
+    return prepared
+
+
+def _scales(model: nn.Module) -> dict[str, Any]:
+    """The parameter group of a quantized model's scales."""
+    return {"params": list(qzo.scales(model).items()), "lowest": LOWEST_SCALE}
 
 
 class OutOfPlace(torch.optim.Optimizer):
@@ -58,24 +81,21 @@ class OutOfPlace(torch.optim.Optimizer):
     with eps or the sum), in the update 4 n where weight decay is computed (it is, with a decay of 0), else 3 n.
 
     Args:
-        named: (name, tensor) pairs; all are trained.
+        groups: parameter groups of (name, tensor) pairs; all tensors are trained. The group option `lowest` is the
+            smallest value that the update leaves, where weight decay is left out (scales); None for none.
         clip_threshold: bound of the directional derivative; None for none.
-        lowest: smallest value that the update leaves, which also leaves weight decay out (scales); None for none.
     """
 
     def __init__(
         self,
-        named: Iterable[tuple[str, Tensor]],
+        groups: list[dict[str, Any]],
         lr: float,
         seed: int,
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
         clip_threshold: float | None = None,
-        lowest: float | None = None,
+        eps: float = 1e-3,
     ) -> None:
-        self.seed, self.steps = seed, 0
-        self.clip_threshold, self.lowest = clip_threshold, lowest
-        super().__init__(list(named), {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        self.seed, self.steps, self.clip_threshold = seed, 0, clip_threshold
+        super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": 0.0, "lowest": None})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor], restored: Callable[[], None] = lambda: None) -> float:  # type: ignore[override]
@@ -98,22 +118,28 @@ class OutOfPlace(torch.optim.Optimizer):
         return float(loss_plus)
 
     def _perturb(self, scaling: int) -> None:
-        for group in self.param_groups:
-            for index, tensor in enumerate(group["params"]):
-                z = self._noise(index, tensor)
-                tensor.data = tensor.data + scaling * z * group["eps"]
+        for index, group, _, tensor in self._tensors():
+            z = self._noise(index, tensor)
+            tensor.data = tensor.data + scaling * z * group["eps"]
 
     def _update(self, derivative: float) -> None:
-        for group in self.param_groups:
+        for index, group, name, tensor in self._tensors():
             rate, decay = group["lr"], group["weight_decay"]
-            for index, (name, tensor) in enumerate(zip(group["param_names"], group["params"], strict=True)):
-                z = self._noise(index, tensor)
-                if self.lowest is not None:
-                    tensor.data = torch.clamp(tensor.data - rate * (derivative * z), min=self.lowest)
-                elif any(part in name for part in UNDECAYED):
-                    tensor.data = tensor.data - rate * (derivative * z)
-                else:
-                    tensor.data = tensor.data - rate * (derivative * z + decay * tensor.data)
+            z = self._noise(index, tensor)
+            if group["lowest"] is not None:
+                tensor.data = torch.clamp(tensor.data - rate * (derivative * z), min=group["lowest"])
+            elif any(part in name for part in UNDECAYED):
+                tensor.data = tensor.data - rate * (derivative * z)
+            else:
+                tensor.data = tensor.data - rate * (derivative * z + decay * tensor.data)
+
+    def _tensors(self) -> Iterator[tuple[int, dict[str, Any], str, Tensor]]:
+        """(index over all groups, group, name, tensor)."""
+        index = 0
+        for group in self.param_groups:
+            for name, tensor in zip(group["param_names"], group["params"], strict=True):
+                yield index, group, name, tensor
+                index += 1
 
     def _noise(self, index: int, tensor: Tensor) -> Tensor:
         """All of z in the tensor's shape and dtype, from a private generator; the released code seeds the global one."""
@@ -122,14 +148,18 @@ class OutOfPlace(torch.optim.Optimizer):
         return torch.empty_like(tensor).normal_(generator=generator)
 
 
-def whole_product(layer: qzo.QuantLinear, x: Tensor) -> Tensor:
+def whole_product(layer: qzo.QuantLinear, tuned: set[int], x: Tensor) -> Tensor:
     """x [..., K] times a weight that exists whole in x's dtype, as gptqmodel's Triton path makes it.
 
-    On `meta` one allocation of the weight's size, as that kernel; with data `dequantize`, which joins pieces and so
+    On `meta` what that kernel allocates: the weight once, and for the first weight of each size (`tuned`) the buffer
+    that Triton's autotuner holds while it compares launch settings. With data `dequantize`, which joins pieces and so
     holds the weight twice for a moment.
     """
     if x.is_meta:
         weight = x.new_empty(layer.out_features, layer.in_features)
+        if weight.numel() not in tuned:
+            tuned.add(weight.numel())
+            x.new_empty(AUTOTUNE_BYTES, dtype=torch.uint8)
     else:
         weight = layer.dequantize(x.dtype)
     y = x @ weight.t()
