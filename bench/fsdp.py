@@ -1,10 +1,10 @@
 """Full fine-tuning with AdamW under FSDP, simulated for one of N ranks: the same step on meta tensors, sharded.
 
-Follows torch.distributed.fsdp.FullyShardedDataParallel (_flat_param.py, _runtime_utils.py): each decoder layer is a unit
-with one flat parameter, everything else is the root unit. A rank keeps 1/N of each flat parameter, of its gradient and
-of its moments. The whole flat parameter exists from the unit's all-gather until it is resharded; backward makes the whole
-flat gradient, which reduce-scatter turns into the rank's part. NCCL's own buffers are outside PyTorch's allocator and are
-not counted.
+Follows torch.distributed.fsdp.FullyShardedDataParallel (_flat_param.py, _runtime_utils.py): each decoder layer is a
+unit with one flat parameter, everything else is the root unit. A rank keeps 1/N of each flat parameter, of its gradient
+and of its moments. The whole flat parameter exists from the unit's all-gather until it is resharded; backward makes the
+whole flat gradient, which reduce-scatter turns into the rank's part. Not counted: NCCL's own buffers, which are outside
+PyTorch's allocator, and that its streams do not share free blocks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """MeZO and QZO as their authors' released code runs them: every expression makes new tensors, logits for all tokens.
 
 Only what memory depends on is reproduced, from the public repositories princeton-nlp/MeZO (large_models/trainer.py and
-utils.py) and maifoundations/QZO (large_language_models/, gptqmodel 1.7.2): fp16 weights and scales, no masters, noise of
-the parameter's own size and dtype, a key-value cache in training, log-probabilities of every position, and 4-bit layers
-that rebuild their whole weight. These methods are there for comparison and are not part of a default run.
+utils.py) and maifoundations/QZO (large_language_models/, gptqmodel 1.7.2): fp16 weights and scales, no masters, noise
+of the parameter's own size and dtype, a key-value cache in training, log-probabilities of every position, and 4-bit
+layers that rebuild their whole weight. These methods are for comparison and no part of a default run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qzo.noise import mix_seed
 
 CLIP_THRESHOLD = 100.0
 LOWEST_SCALE = 1e-7
-# What triton.testing.do_bench writes over before each timed launch, so that L2 holds nothing (get_empty_cache_for_benchmark)
+# Triton's do_bench clears a buffer before each timed launch, to empty the L2 cache (get_empty_cache_for_benchmark)
 AUTOTUNE_BYTES = 256 << 20
 UNDECAYED = ("bias", "layer_norm", "layernorm")  # parts of names
 
@@ -42,10 +42,10 @@ def mezo_reference(case: BenchCase, world: World) -> Prepared:
 
 def qzo_reference(case: BenchCase, world: World) -> Prepared:
     """QZO as released: fp16 scales, perturbed out of place, each layer's weight rebuilt whole for its product."""
-    model = world.model(torch.float16)
-    group_size = case.group_size or default_group_size(model)
-    qzo.quantize(model, n_bits=4, group_size=group_size)
-    model = world.place(model).eval()
+    base = world.model(torch.float16)
+    group_size = case.group_size or default_group_size(base)
+    qzo.quantize(base, n_bits=4, group_size=group_size)
+    model = world.place(base).eval()
     tuned: set[int] = set()
     for layer in model.modules():
         if isinstance(layer, qzo.QuantLinear):
@@ -142,7 +142,7 @@ class OutOfPlace(torch.optim.Optimizer):
                 index += 1
 
     def _noise(self, index: int, tensor: Tensor) -> Tensor:
-        """All of z in the tensor's shape and dtype, from a private generator; the released code seeds the global one."""
+        """All of z in the tensor's shape and dtype; from a private generator, where the released code seeds the global."""
         device = "cpu" if tensor.is_meta else tensor.device
         generator = torch.Generator(device).manual_seed(mix_seed(self.seed, self.steps, index))
         return torch.empty_like(tensor).normal_(generator=generator)

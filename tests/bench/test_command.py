@@ -94,4 +94,6 @@ def test_lists(what, name, capsys):
     if what == "methods":
         names = [line.split()[0] for line in lines]
         assert names == [*METHODS, *EXTRA_METHODS]
-        assert [name for name, line in zip(names, lines, strict=True) if "only where asked for" in line] == list(EXTRA_METHODS)
+        assert [name for name, line in zip(names, lines, strict=True) if "only where asked for" in line] == list(
+            EXTRA_METHODS
+        )
