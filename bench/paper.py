@@ -35,8 +35,8 @@ WORKERS = 2
 PROTOCOL = {
     "sequences": SEQUENCES,
     "seq_len": SEQ_LEN,
-    "text": "SST-2, one example a step, which is two sequences (the prompt with each answer), of 56 tokens: the longest "
-    "prompt of 100 examples (median of random draws: 50; 5 %: 39, 95 %: 58), padded to a multiple of 8",
+    "text": "SST-2, one example a step, which is two sequences (the prompt with each answer), of 56 tokens: the "
+    "longest prompt of 100 examples (median of random draws: 50; 5 %: 39, 95 %: 58), padded to a multiple of 8",
     "gpus": f"{ZEROTH_ORDER_GPU} for zeroth-order methods, {FIRST_ORDER_GPU} for the others",
 }
 

@@ -142,7 +142,7 @@ class OutOfPlace(torch.optim.Optimizer):
                 index += 1
 
     def _noise(self, index: int, tensor: Tensor) -> Tensor:
-        """All of z in the tensor's shape and dtype; from a private generator, where the released code seeds the global."""
+        """All of z in the tensor's shape and dtype; released: the global generator, seeded."""
         device = "cpu" if tensor.is_meta else tensor.device
         generator = torch.Generator(device).manual_seed(mix_seed(self.seed, self.steps, index))
         return torch.empty_like(tensor).normal_(generator=generator)
