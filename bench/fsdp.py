@@ -88,7 +88,9 @@ class FsdpSetting:
 
 @dataclass(frozen=True)
 class FsdpPeak:
-    """Peak bytes of one rank over two steps: allocated with its roles, reserved, process, and allocated by phase.
+    """Peak bytes of one rank over two steps: allocated with its roles, reserved, process, and live bytes by phase.
+
+    `allocated` counts whole blocks; roles and phases are the ledger's, without what is too small to be split off.
 
     All ranks are alike (shards are padded to the same size), so N times these is the sum over the GPUs.
     """
@@ -125,7 +127,7 @@ def simulate(
     peak = ledger.peak([name for name in ledger.phases if name != "load"])
     return FsdpPeak(
         replayed.peak_allocated, replayed.peak_reserved, replayed.peak_reserved + card.context_bytes,
-        peak.roles, replayed.phase_peaks,
+        peak.roles, ledger.phase_peaks(),
     )  # fmt: skip
 
 
