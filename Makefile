@@ -13,7 +13,7 @@ READY   := $(VENV)/.ready
 PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench report compare test lint format baselines gpu clean
+.PHONY: help setup bench report compare test lint format baselines paper gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ baselines: $(READY) ## make the committed baselines again (look at the differenc
 	done
 	cp results/llama2-13b/memory.png reports/figures/llama2-13b.png
 	$(RUN) -m reports.readme
+
+paper: $(READY) ## the paper's printed memory beside simulations of its protocol, made again
+	$(RUN) -m bench.paper --out reports/paper_records.json
+	$(RUN) -m reports.paper_validation
 
 gpu: ## on a machine with a GPU: tests marked cuda, then MODEL measured
 	$(PYTHON) -m pytest -q -m cuda

@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.record import METHODS
+from bench.record import EXTRA_METHODS, METHODS
 from qzo.errors import QzoError
 
-ZEROTH_ORDER = ("mezo", "qzo", "qzo-full", "qzo-2bit")
+ZEROTH_ORDER = ("mezo", "qzo", "qzo-full", "qzo-2bit", *EXTRA_METHODS)
 DEVICES = ("auto", "cuda", "cpu", "sim")
 ATTENTIONS = ("flash", "efficient", "eager")
 
@@ -30,7 +30,7 @@ class BenchCase:
 
     Attributes:
         model: catalog name, folder with a config.json, .gguf file or hub id.
-        method: one of `bench.record.METHODS`.
+        method: one of `bench.record.METHODS` or `EXTRA_METHODS`.
         device: "cuda", "cpu" or "sim" ("auto" is resolved before a case is run).
         gpu: name from `bench list gpus` that `sim` stands for; None on a real device.
         batch_size, seq_len: sequences a step and tokens a sequence.
@@ -57,7 +57,7 @@ class BenchCase:
     weights: str | None = None
 
     def __post_init__(self) -> None:
-        choose("method", self.method, METHODS)
+        choose("method", self.method, METHODS + EXTRA_METHODS)
         choose("device", self.device, DEVICES)
         if self.attention is not None:
             choose("attention", self.attention, ATTENTIONS)

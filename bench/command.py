@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import gpus, plan, weights
-from bench.case import METHODS, ZEROTH_ORDER, BenchCase
+from bench.case import EXTRA_METHODS, METHODS, ZEROTH_ORDER, BenchCase
 from bench.catalog import ModelSource
 from bench.record import SUMMARY, Record, read_record, summarise, write_json
 from bench.runner import Progress, run_cells
@@ -95,4 +95,4 @@ def forget_other_cases(out: Path, cases: Sequence[BenchCase]) -> None:
 
 
 def _earlier(out: Path) -> list[Record]:
-    return [read_record(path) for path in sorted(out.glob("*.json")) if path.stem in METHODS]
+    return [read_record(path) for path in sorted(out.glob("*.json")) if path.stem in METHODS + EXTRA_METHODS]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench import catalog, gpus
-from bench.record import METHODS
+from bench.record import EXTRA_METHODS, METHODS
 
 GIB = 1 << 30
 
@@ -23,6 +23,7 @@ def print_names(what: str) -> int:
     else:
         from bench.methods import METHODS as functions
 
-        for name in METHODS:
-            print(f"{name:<9} {(functions[name].__doc__ or '').splitlines()[0]}")
+        for name in METHODS + EXTRA_METHODS:
+            mark = "[only where asked for] " if name in EXTRA_METHODS else ""
+            print(f"{name:<18} {mark}{(functions[name].__doc__ or '').splitlines()[0]}")
     return 0

@@ -11,7 +11,7 @@ import torch
 
 from bench import gpus, weights
 from bench.attention import attention_of
-from bench.case import METHODS, BenchCase, choose
+from bench.case import EXTRA_METHODS, METHODS, BenchCase, choose
 from bench.catalog import ModelSource, build_empty, linear_widths, resolve
 from bench.record import Record
 from qzo.errors import QzoError
@@ -21,14 +21,14 @@ BYTES_PER_PARAMETER = 24  # of the largest method, full fine-tuning in fp32, wit
 
 
 def parse_methods(text: str | None) -> tuple[str, ...]:
-    """Names separated by commas; None means all."""
+    """Names separated by commas; None means `METHODS`, the ten of a default run."""
     if text is None:
         return METHODS
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise QzoError(f"methods={text!r} names no method; choose from {', '.join(METHODS)}")
     for name in names:
-        choose("method", name, METHODS)
+        choose("method", name, METHODS + EXTRA_METHODS)
     return names
 
 

@@ -23,6 +23,7 @@ STATUSES = ("ok", "oom", "unsupported", "error")  # from best to worst: `compare
 WORLDS = ("measured-cuda", "measured-cpu", "simulated")
 ROLES = ("weights", "quantization", "gradients", "optimizer", "activations", "noise", "temporaries", "unattributed")
 METHODS = ("ft-bf16", "ft-mixed", "ft-amp", "ft-sgd", "lora", "qlora", "mezo", "qzo", "qzo-full", "qzo-2bit")
+EXTRA_METHODS = ("mezo-reference", "qzo-reference", "qzo-2bit-reference")  # run only where they are asked for
 BASELINES = ("ft-bf16", "ft-mixed", "ft-amp")  # AdamW in 8, 12 and 16 bytes a parameter
 SAME_CASE = ("model", "batch_size", "seq_len", "gpu")  # what two methods must share for their ratio to mean anything
 SUMMARY = "summary.json"

@@ -30,6 +30,8 @@ def run_steps(ledger: Ledger, prepared: Prepared, batches: Iterable[Batch]) -> l
     def enter(phase: str) -> None:
         if phase == "step":  # backward is over: now it is known which storages are gradients
             ledger.assign("gradients", prepared.gradients())
+        if prepared.replaces_weights:  # what has taken their place by now is weights from its birth on
+            register_resident(ledger, prepared)
         ledger.enter(phase)
 
     losses = []

@@ -8,6 +8,7 @@ from bench.case import BenchCase
 from bench.methods.adapters import lora, qlora
 from bench.methods.full import ft_amp, ft_bf16, ft_mixed, ft_sgd
 from bench.methods.prepared import Prepared
+from bench.methods.reference import mezo_reference, qzo_2bit_reference, qzo_reference
 from bench.methods.zeroth_order import mezo, qzo_2bit, qzo_4bit, qzo_full
 from bench.worlds import World
 
@@ -22,6 +23,9 @@ METHODS: dict[str, Callable[[BenchCase, World], Prepared]] = {
     "qzo": qzo_4bit,
     "qzo-full": qzo_full,
     "qzo-2bit": qzo_2bit,
+    "mezo-reference": mezo_reference,
+    "qzo-reference": qzo_reference,
+    "qzo-2bit-reference": qzo_2bit_reference,
 }
 
 __all__ = ["METHODS", "Prepared"]

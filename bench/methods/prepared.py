@@ -25,6 +25,7 @@ class Prepared:
         step: runs one optimizer step on a batch, calling `enter(phase)` as it goes, and returns the loss.
         dtype: of the forward's arithmetic. optimizer_name: as shown in tables.
         quantization: {format, bits, group_size}, or None. notes: what a reader of the record must know.
+        replaces_weights: the step puts new tensors in the place of weights or scales.
     """
 
     model: nn.Module
@@ -34,6 +35,7 @@ class Prepared:
     optimizer_name: str
     quantization: dict | None = None
     notes: list[str] = field(default_factory=list)
+    replaces_weights: bool = False
 
     def gradients(self) -> Iterator[Tensor]:
         """Gradients that exist now."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.record import METHODS
+from bench.record import EXTRA_METHODS, METHODS
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,4 +92,8 @@ def test_lists(what, name, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(name) for line in lines)
     if what == "methods":
-        assert [line.split()[0] for line in lines] == list(METHODS)
+        names = [line.split()[0] for line in lines]
+        assert names == [*METHODS, *EXTRA_METHODS]
+        assert [name for name, line in zip(names, lines, strict=True) if "only where asked for" in line] == list(
+            EXTRA_METHODS
+        )
