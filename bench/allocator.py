@@ -52,14 +52,17 @@ def replay(
     allocator = CachingAllocator(settings, memory_bytes, total_bytes)
     spans: dict[int, Span] = {}
     peaks: dict[str, int] = {}
+    phase = ""
     for event in ledger.events:
-        key, phase = id(event.block), ledger.phases[event.phase]
-        peaks[phase] = max(peaks.get(phase, 0), allocator.allocated)
+        if phase != ledger.phases[event.phase]:
+            phase = ledger.phases[event.phase]
+            peaks[phase] = max(peaks.get(phase, 0), allocator.allocated)  # what it begins with counts, too
         if event.sign > 0:
-            spans[key] = allocator.malloc(event.block.nbytes)
+            spans[id(event.block)] = allocator.malloc(event.block.nbytes)
+            if allocator.allocated > peaks[phase]:
+                peaks[phase] = allocator.allocated
         else:
-            allocator.free(spans.pop(key))
-        peaks[phase] = max(peaks[phase], allocator.allocated)
+            allocator.free(spans.pop(id(event.block)))
     after_load = [nbytes for phase, nbytes in peaks.items() if phase != "load"]
     return Replay(
         peak_allocated=max(after_load, default=0),

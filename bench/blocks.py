@@ -6,6 +6,7 @@ The counterparts in c10/cuda/CUDACachingAllocator.cpp are Block, BlockPool, and 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -57,6 +58,10 @@ class Pool:
         self.free: list[tuple[int, int]] = []  # (size, address)
         self.unmapped: list[int] = []  # addresses
         self._spans: dict[int, Span] = {}  # address -> free or unmapped span
+
+    def __iter__(self) -> Iterator[Span]:
+        """The free spans in the order of sizes."""
+        return (self._spans[address] for _, address in self.free)
 
     def __getitem__(self, index: int) -> Span:
         """The free span at `index` in the order of sizes."""

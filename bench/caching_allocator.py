@@ -52,6 +52,7 @@ class CachingAllocator:
             first made it so.
         num_alloc_retries, num_ooms: how often all free segments were given back for a request, and how often that did
             not help.
+        pools: the large and the small pool.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class CachingAllocator:
         self._oversize = UNLIMITED if settings.max_split_size_mb is None else settings.max_split_size_mb * MIB
         self._rounding = (settings.max_non_split_rounding_mb or settings.large_segment_size_mb) * MIB
         self._allowed = self._allowed_bytes(total_bytes)
-        self._small, self._large = Pool(True, SMALL_SEGMENT), Pool(False, self._large_segment)
+        self.pools = self._large, self._small = Pool(False, self._large_segment), Pool(True, SMALL_SEGMENT)
         self._device = Device(memory_bytes)
         self._expandable = ExpandableSegments(self._device, total_bytes) if settings.expandable_segments else None
         # Neither garbage collection nor the release of oversize blocks touches expandable segments.
@@ -116,16 +117,12 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Give all segments, and all pages of expandable segments, that are free back to the device."""
-        for pool in (self._large, self._small):
-            for span in [pool[index] for index in range(len(pool.free))]:
+        for pool in self.pools:
+            for span in list(pool):
                 if self._expandable is not None:
                     self._expandable.shrink(span)
                 elif not span.is_split:
                     self._release(span)
-
-    def spans(self) -> list[Span]:
-        """The free spans, in both pools."""
-        return [pool[index] for pool in (self._small, self._large) for index in range(len(pool.free))]
 
     # ---- taking from the cache (get_free_block, should_split)
 
@@ -220,7 +217,7 @@ class CachingAllocator:
         """
         target = self.reserved - int((self.settings.garbage_collection_threshold or 0) * self._allowed)
         pool = self._large
-        waiting = [span for span in (pool[index] for index in range(len(pool.free))) if not span.is_split]
+        waiting = [span for span in pool if not span.is_split]
         total_age = sum(pool.searches - span.since for span in waiting)
         while target > 0 and waiting:
             average, kept = total_age / len(waiting), []
