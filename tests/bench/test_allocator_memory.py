@@ -79,6 +79,13 @@ def test_when_oversize_blocks_are_not_enough_everything_free_is_released():
     assert (cached(replayed), replayed.reserved, replayed.num_alloc_retries) == ([], 150 * MIB, 1)
 
 
+def test_released_oversize_blocks_must_hold_the_whole_request_whatever_else_is_free():
+    replayed = allocator("max_split_size_mb:40", memory=200)
+    free_all(replayed, malloc_all(replayed, 120, 30, 40)[1:])
+    replayed.malloc(50 * MIB)  # the 40 and the 10 that nobody has would do, but only the 40 count
+    assert (cached(replayed), replayed.reserved, replayed.num_alloc_retries) == ([], 170 * MIB, 1)
+
+
 @pytest.mark.parametrize(("size", "reused"), [(218, True), (220, False)])
 def test_an_oversize_block_may_exceed_the_request_by_less_than_the_rounding(size, reused):
     replayed = allocator("max_split_size_mb:200")
@@ -142,6 +149,17 @@ def test_expandable_segments_grow_by_what_is_missing_and_shrink_by_whole_pages()
     assert replayed.reserved == 40 * MIB + SMALL_SEGMENT
 
 
+def test_pages_mapped_before_memory_ran_out_count_as_reserved():
+    replayed = allocator("expandable_segments:True", memory=80)
+    hole, rest = malloc_all(replayed, 20, 20)
+    replayed.free(hole)
+    replayed.empty_cache()
+    free_all(replayed, [rest, *(replayed.malloc(MIB) for _ in range(30))])
+    assert replayed.reserved == 50 * MIB
+    replayed.malloc(60 * MIB)  # the page of the hole is mapped, one more after the rest is not; then all begins anew
+    assert (replayed.reserved, replayed.peak_reserved, replayed.num_alloc_retries) == (60 * MIB, 70 * MIB, 1)
+
+
 def test_an_expandable_segment_has_addresses_for_nine_eighths_of_the_memory():
     replayed = allocator("expandable_segments:True", total=160)
     spans = malloc_all(replayed, 100, 80, 20)
@@ -165,6 +183,14 @@ def test_replay_tells_fragmentation_at_the_peak_of_reserved():
     assert (replayed.peak_reserved, replayed.allocated_at_peak_reserved) == (70 * MIB, 55 * MIB)
     assert (replayed.fragmentation, replayed.inactive_split_at_peak_reserved) == (15 * MIB, 15 * MIB)
     assert replayed.num_alloc_retries == 0
+
+
+def test_replay_counts_what_a_phase_begins_with():
+    ledger = Ledger("cpu", 512)
+    block = ledger.allocate(30 * MIB)
+    ledger.enter("step")
+    ledger.release(block)
+    assert replay(ledger).phase_peaks == {"load": 30 * MIB, "step": 30 * MIB}
 
 
 def test_replay_with_a_limit_retries_and_keeps_the_peak_from_before():
