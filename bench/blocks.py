@@ -110,8 +110,8 @@ class Pool:
 class Device:
     """Memory that segments are made of, and addresses for them.
 
-    Addresses only increase and are never used again. cudaMalloc mostly does the same; where it does not, the choice
-    between free spans of equal size differs from what is replayed here.
+    Addresses only increase and are never used again. That is an assumption: CUDA promises no order, and where it gives
+    another one, the choice between free spans of equal size differs from what is replayed here.
 
     Attributes:
         memory_bytes: what it can give; None: without end.
