@@ -161,7 +161,7 @@ class Twin:
     """Default settings and a memory limit, by looking at every block: segments are lists of [address, size, used]."""
 
     def __init__(self, memory_bytes):
-        self.segments, self.memory_bytes, self.next, self.retries = [], memory_bytes, 1, 0
+        self.segments, self.memory_bytes, self.lowest, self.retries = [], memory_bytes, 1 << 60, 0
 
     def reserved(self):
         return sum(size for segment in self.segments for _, size, _ in segment)
@@ -186,9 +186,9 @@ class Twin:
                 self.retries += 1
                 if self.reserved() + new > self.memory_bytes:
                     return None
-            self.segments.append([[self.next, new, False]])
-            fits = [(new, self.next, self.segments[-1][0], self.segments[-1])]
-            self.next += new
+            self.lowest -= new
+            self.segments.append([[self.lowest, new, False]])
+            fits = [(new, self.lowest, self.segments[-1][0], self.segments[-1])]
         _, address, block, segment = min(fits, key=lambda fit: fit[:2])
         rest = block[1] - size
         if rest >= 512 if small else rest > MIB:
