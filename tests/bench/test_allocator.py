@@ -44,6 +44,14 @@ def test_a_freed_block_is_reused_and_the_smallest_that_fits_is_chosen():
     assert allocator.reserved == 52 * MIB
 
 
+def test_of_equal_blocks_the_one_with_the_lower_address_is_reused_and_that_is_the_later_segment():
+    allocator = CachingAllocator()
+    spans = [allocator.malloc(12 * MIB) for _ in range(2)]
+    for span in spans:
+        allocator.free(span)
+    assert allocator.malloc(12 * MIB).address == spans[1].address < spans[0].address
+
+
 def test_neighbours_merge_when_freed_in_any_order():
     for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0)):
         allocator = CachingAllocator()
