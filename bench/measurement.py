@@ -1,6 +1,7 @@
-"""Measurements made by others: one JSON object a line, checked and turned into bytes.
+"""Measurement files, and the measurements in them that were made by others: checked and turned into bytes.
 
-The keys are those of `fitcheck-llm`'s archive: what was trained (model_id, architecture, method, base_dtype, attention,
+A file has one JSON object a line: a record of our own (`bench.recorded`), or a row of others, whose keys are
+those of `fitcheck-llm`'s archive: what was trained (model_id, architecture, method, base_dtype, attention,
 batch_size, seq_len, lora_rank, lora_targets, gradient_checkpointing, optimizer, gpu), and `measured_mib`.
 """
 
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import catalog, gpus
+from bench.record import validate_record
+from bench.recorded import is_record
 from qzo.errors import QzoError
 
 MIB = 1 << 20
@@ -76,8 +79,14 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise QzoError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("measured_mib"), dict):
+        if not isinstance(row, dict) or not (is_record(row) or isinstance(row.get("measured_mib"), dict)):
             raise QzoError(f"{path}, line {number} has no object 'measured_mib'; see bench/measurement.py for the keys")
+        if is_record(row):
+            row.pop("predicted", None)  # kept for readers of the file; it is made again here
+            try:
+                validate_record(row)
+            except QzoError as error:
+                raise QzoError(f"{path}, line {number}: {error}") from error
         rows.append(row)
     if not rows:
         raise QzoError(f"{path} holds no measurement")

@@ -11,6 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from bench import recorded
 from bench.measurement import METRICS, MIB, measured_bytes, parse, read_rows
 from bench.record import write_json
 from qzo.errors import QzoError
@@ -48,16 +49,19 @@ def predict_all(rows: Sequence[Row]) -> list[Row]:
 
 def compare_row(row: Row) -> Row:
     """Predicted and measured bytes of one row, and the errors in percent; or the reason why there are none."""
-    measured = measured_bytes(row)
-    result: Row = {"case": {key: value for key, value in row.items() if key != "measured_mib"}, "measured": measured}
+    ours = recorded.is_record(row)
+    measured = recorded.figures(row) if ours else measured_bytes(row)
+    case = {"model_id": row["case"]["model"], **row["case"]} if ours else dict(row)
+    case.pop("measured_mib", None)
+    result: Row = {"case": case, "measured": measured}
     try:
         from bench.predict import predict
 
-        predicted = predict(parse(row))
+        predicted = recorded.predict(row) if ours else predict(parse(row))
     except Exception as error:  # also what a library raises: the other rows still count
         reason = str(error) if isinstance(error, QzoError) else f"{type(error).__name__}: {error}".split("\n")[0]
         return result | {"predicted": None, "error_percent": None, "status": "error", "message": reason}
-    errors = {name: 100 * (predicted[name] / value - 1) for name, value in measured.items()}
+    errors = {name: 100 * (predicted[name] / value - 1) for name, value in measured.items() if name in predicted}
     return result | {"predicted": predicted, "error_percent": errors, "status": "ok", "message": None}
 
 
@@ -98,7 +102,7 @@ def tables(report: Row) -> str:
             continue
         cells = []
         for name in METRICS:
-            if name in result["measured"]:
+            if name in result["error_percent"]:
                 predicted, measured = result["predicted"][name] / MIB, result["measured"][name] / MIB
                 cells.append(f"{predicted:,.0f} / {measured:,.0f} ({result['error_percent'][name]:+.2f}%)")
             else:

@@ -43,18 +43,18 @@ def check(source: ModelSource) -> None:
             raise QzoError(f"{file} is damaged: {one_line(error)}; copy or download it again") from error
 
 
-def load(source: ModelSource, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+def load(source: ModelSource, dtype: torch.dtype, attention: str = "sdpa", drawn_on: str = "cpu") -> PreTrainedModel:
     """The model on the CPU in `dtype`, in training mode, without a cache, its weights as `kind` says.
 
     A GGUF is dequantized. Random weights are the architecture's own initialization, N(0, initializer_range) for
-    matrices, from a fixed seed; the global RNG is left as it was. Every parameter and buffer owns memory of PyTorch's
-    allocator, none is a view of a file or a NumPy array. Needs the largest tensor once more while it copies them, and
-    what transformers needs to dequantize a GGUF.
+    matrices, from a fixed seed; they are drawn and stay on the device `drawn_on`. The global RNG is left as it was.
+    Every parameter and buffer owns memory of PyTorch's allocator, none is a view of a file or a NumPy array. Needs the
+    largest tensor once more while it copies them, and what transformers needs to dequantize a GGUF.
     Raises QzoError for weights that are missing, broken, incomplete or already quantized.
     """
     check_attention(source, attention)
     if source.weights is None:
-        model = _draw(source, dtype, attention)
+        model = _draw(source, dtype, attention, drawn_on)
     else:
         model = _read(source, source.weights, dtype, attention)
         _own_memory(model)
@@ -101,8 +101,9 @@ def _place(weights: Path | str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(weights)}
 
 
-def _draw(source: ModelSource, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
+def _draw(source: ModelSource, dtype: torch.dtype, attention: str, device: str) -> PreTrainedModel:
+    others = [] if device == "cpu" else [torch.cuda.current_device()]
+    with torch.random.fork_rng(devices=others), torch.device(device):
         torch.manual_seed(RANDOM_SEED)
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(source.config), dtype=dtype, attn_implementation=attention, trust_remote_code=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from dataclasses import replace
@@ -42,6 +43,8 @@ def run(case: BenchCase) -> Record:
     ledger = Ledger(DEVICE, ROUND_BYTES)
     parts = register_resident(ledger, prepared)
     resident = torch.cuda.memory_allocated()
+    gc.collect()
+    torch.cuda.empty_cache()  # what loading left behind is no part of the steps
     torch.cuda.reset_peak_memory_stats()
     batches = world.batches(case)
     prepared.notes += origin_notes(case, batches)

@@ -16,7 +16,9 @@ from bench.catalog import ModelSource, resolve
 
 
 class MeasuredWorld:
-    """Models are loaded into host memory, changed by the method there, and then moved to `device`."""
+    """Models with weights of their own are loaded into host memory, changed by the method there, and then moved to
+    `device`; random weights are drawn on the device.
+    """
 
     def __init__(self, source: ModelSource, attention: str, device: str) -> None:
         self.source = source
@@ -25,7 +27,7 @@ class MeasuredWorld:
         self.parameters = 0
 
     def model(self, dtype: torch.dtype) -> PreTrainedModel:
-        model = weights.load(self.source, dtype, self.implementation)
+        model = weights.load(self.source, dtype, self.implementation, self.device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         return model
 

@@ -52,6 +52,7 @@ def test_the_world_runs_from_end_to_end_on_a_stand_in_gpu(monkeypatch, tmp_path)
         "is_available": lambda: True, "get_device_capability": lambda: (8, 0), "get_device_name": lambda: "Stand-in",
         "get_device_properties": lambda: SimpleNamespace(uuid="1-2"), "memory_allocated": lambda: 1000,
         "reset_peak_memory_stats": lambda: None, "memory_stats": lambda: large, "synchronize": lambda: None,
+        "empty_cache": lambda: None,
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
