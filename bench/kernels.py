@@ -24,8 +24,8 @@ CUBLAS_WORKSPACE_BYTES = (8 << 20) + (128 << 10)
 # not running their meta kernels (Python, for most) makes the chunk loops of large models ten times faster to trace.
 IN_PLACE = (
     "add_.Tensor", "addcdiv_.default", "addcmul_.default", "bitwise_and_.Scalar", "clamp_.default",
-    "clamp_min_.default", "copy_.default", "div_.Tensor", "fill_.Scalar", "lerp_.Scalar", "mul_.Tensor", "normal_.default", "sqrt_.default",
-    "sub_.Tensor", "uniform_.default", "zero_.default",
+    "clamp_min_.default", "copy_.default", "div_.Tensor", "fill_.Scalar", "lerp_.Scalar", "mul_.Tensor",
+    "normal_.default", "sqrt_.default", "sub_.Tensor", "uniform_.default", "zero_.default",
 )  # fmt: skip
 IN_PLACE_LISTS = (  # the same for lists of tensors; they return nothing
     "_foreach_add_.Scalar", "_foreach_addcdiv_.ScalarList", "_foreach_addcmul_.Scalar", "_foreach_div_.ScalarList",
