@@ -60,8 +60,9 @@ def further_questions(asked: Iterable[Question], known: Known) -> list[Question]
 
 
 def cheapest(question: Question, known: Known, sizes: Sizes) -> Remedy | None:
-    """The first change that makes the batch larger by 5 % or more: checkpointing, fewer logits, a smaller format, streaming.
+    """The first change that makes the batch at least 5 % larger; None if none does.
 
+    In this order: checkpointing, fewer logits, a smaller format, streaming.
     Keys: change; batch, at the question's sequence length; checked, "simulated" or how it was calculated.
     """
     answer = known[question.case.method, _checkpoints(question.case)]

@@ -7,6 +7,7 @@ from bench import outputs
 from bench.allocator import replay
 from bench.case import BenchCase
 from bench.outputs import MetaOutputs
+from bench.record import METHODS
 from bench.worlds import sim
 
 aten = torch.ops.aten
@@ -87,40 +88,37 @@ def events(case: BenchCase, monkeypatch) -> list[tuple]:
     ]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["ft-mixed", "ft-amp", "lora", "qlora"])
-def test_memory_changes_no_event_of_a_first_order_step(method, checkpointing, monkeypatch):
-    case = BenchCase("smollm2-135m", method, batch_size=2, seq_len=32, gradient_checkpointing=checkpointing)
-    quick = events(case, monkeypatch)
-    monkeypatch.setattr(outputs.MetaOutputs, "__call__", lambda self, func, args, kwargs: func(*args, **kwargs))
-    assert quick == events(case, monkeypatch)
-
-
-@pytest.mark.parametrize("method", ["mezo", "qzo-full", "qzo-2bit"])
-def test_memory_changes_no_event_of_a_zeroth_order_step(method, monkeypatch):
-    case = BenchCase("gpt2", method, seq_len=32)
-    quick = events(case, monkeypatch)
-    monkeypatch.setattr(outputs.MetaOutputs, "__call__", lambda self, func, args, kwargs: func(*args, **kwargs))
-    assert quick == events(case, monkeypatch)
-
-
-def test_a_deeper_model_runs_no_more_meta_kernels_of_its_own(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[int, str]:
+    """Number of layers -> a small Llama."""
     from transformers import LlamaConfig
 
-    asked = []
-    original = outputs._layouts
-
-    def counted(out, taken):
-        asked[-1] += 1
-        return original(out, taken)
-
-    monkeypatch.setattr(outputs, "_layouts", counted)
-    for layers in (2, 6):
-        folder = tmp_path / str(layers)
+    folders = {}
+    for layers in (2, 4):
+        folders[layers] = str(tmp_path_factory.mktemp(f"layers-{layers}"))
         LlamaConfig(
             hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4, vocab_size=100,
-            architectures=["LlamaForCausalLM"],
-        ).save_pretrained(folder)  # fmt: skip
-        asked.append(0)
-        sim.run(BenchCase(str(folder), "lora", seq_len=32, gradient_checkpointing=True))
-    assert asked[0] == asked[1] > 0
+            num_key_value_heads=2, architectures=["LlamaForCausalLM"],
+        ).save_pretrained(folders[layers])  # fmt: skip
+    return folders
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_changes_no_event_of_a_step(method, checkpointing, models, monkeypatch):
+    case = BenchCase(models[4], method, batch_size=2, seq_len=32, gradient_checkpointing=checkpointing)
+    quick = events(case, monkeypatch)
+    monkeypatch.setattr(outputs.MetaOutputs, "__call__", lambda self, func, args, kwargs: func(*args, **kwargs))
+    assert quick == events(case, monkeypatch)
+
+
+def test_a_deeper_model_needs_no_more_kernels_of_its_own(models, monkeypatch):
+    asked = []
+    original = outputs._layouts
+    monkeypatch.setattr(outputs, "_layouts", lambda out, taken: asked.append(out) or original(out, taken))
+    counts = []
+    for folder in models.values():
+        sim.run(BenchCase(folder, "lora", seq_len=32, gradient_checkpointing=True))
+        counts.append(sum(not isinstance(out, (tuple, list)) for out in asked))
+        asked.clear()
+    assert counts[0] == counts[1] > 0
