@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
 
 def answer(questions: Sequence[Question], source: ModelSource) -> list[Capacity]:
     """The capacity of each question with its `remedy`; simulated in two processes, with progress on stderr."""
-    with multiprocessing.get_context("spawn").Pool(WORKERS, _quiet) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(WORKERS, len(questions)), _quiet) as pool:
         found = _ask(pool, questions)
         known = {key(item): item for item in found}
         known |= {key(item): item for item in _ask(pool, further_questions(questions, known))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 PROBE = 8  # the second size to measure is so many times the first
-REACH = 64  # and no later one is more than so many times the largest known to fit
+REACH = 1024  # and no later one is more than so many times the largest known to fit
 HALVE_EVERY = 4  # each fourth guess halves the bracket, so a cost that is no line costs a logarithm at most
 
 
