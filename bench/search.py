@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 PROBE = 8  # the second size to measure is so many times the first
@@ -39,11 +40,10 @@ def _guess(known: dict[int, int], limit: int, low: int, high: int | None) -> int
     """A size strictly between low and high (None: no upper end yet)."""
     if len(known) == 1:
         return low * PROBE
-    if high is not None and len(known) % HALVE_EVERY == 0:
-        return (low + high) // 2
+    end = high or low * REACH
+    middle = math.isqrt(low * end) if end > 4 * low else (low + end) // 2
     (n, at_n), (m, at_m) = sorted(known.items(), key=lambda item: abs(item[1] - limit))[:2]
-    end = high or low * REACH + 1
-    if at_n == at_m:
-        return (low + end) // 2
+    if at_n == at_m or (high is not None and len(known) % HALVE_EVERY == 0):
+        return middle
     crossing = n + (limit - at_n) * (m - n) // (at_m - at_n)
-    return min(max(crossing, low + 1), end - 1)
+    return min(max(crossing, low + 1), end - 1) if low <= crossing <= end else middle
