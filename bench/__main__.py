@@ -1,4 +1,4 @@
-"""Command line of the bench: `python -m bench run | list | compare | validate`."""
+"""Command line of the bench: `python -m bench run | fit | list | compare | validate`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands and options."""
     top = Parser(prog="python -m bench", description="Where the memory of fine-tuning goes.")
     commands = top.add_subparsers(
-        dest="command", required=True, metavar="run | list | compare | validate", parser_class=Parser
+        dest="command", required=True, metavar="run | fit | list | compare | validate", parser_class=Parser
     )
     run = commands.add_parser("run", help="measure or simulate the methods on one model and print the tables")
     run.add_argument("model", help="name from `list models`, folder with config.json, .gguf file, or hub id")
@@ -37,6 +37,15 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--group-size", type=int, help="weights a scale in qzo and qzo-full; default 128 where it divides")
     run.add_argument("--steps", type=int, default=5, help="optimizer steps of a measured cell, at least 3")
     run.add_argument("--out", help="result folder; default results/MODEL")
+    fit = commands.add_parser("fit", help="the largest batch and the longest sequence that a memory holds")
+    fit.add_argument("model", help="as for `run`")
+    fit.add_argument("--memory", help="24GiB, 24GB, 24576MiB, or a number of GiB; default the memory of --gpu")
+    fit.add_argument("--methods", help="comma-separated; default all (`list methods`)")
+    fit.add_argument("--gpu", help="GPU whose kernels and context count (`list gpus`)")
+    fit.add_argument("--seq-len", type=int, default=512, help="tokens for which the largest batch is wanted")
+    fit.add_argument("--attention", help="flash, efficient or eager; default the best the device has")
+    fit.add_argument("--gradient-checkpointing", action="store_true")
+    fit.add_argument("--json", help="write the answer to this file")
     show = commands.add_parser("list", help="print the known names")
     show.add_argument("what", choices=("models", "methods", "gpus"))
     compare = commands.add_parser("compare", help="exit 1 if memory grew more than allowed")
@@ -62,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from bench.validate import run as validate
 
             return validate(options.measurements, options.json)
+        if options.command == "fit":
+            from bench.fit import run as fit
+
+            return fit(options)
         if options.command == "list":
             from bench.listing import print_names
 

@@ -23,9 +23,13 @@ CUBLAS_WORKSPACE_BYTES = (8 << 20) + (128 << 10)
 # Operators that write into a tensor of known shape and allocate nothing: without data there is nothing to do, and
 # not running their meta kernels (Python, for most) makes the chunk loops of large models ten times faster to trace.
 IN_PLACE = (
-    "add_.Tensor", "addcdiv_.default", "addcmul_.default", "bitwise_and_.Scalar", "clamp_min_.default", "copy_.default",
-    "div_.Tensor", "fill_.Scalar", "lerp_.Scalar", "mul_.Tensor", "normal_.default", "sqrt_.default", "sub_.Tensor",
-    "zero_.default",
+    "add_.Tensor", "addcdiv_.default", "addcmul_.default", "bitwise_and_.Scalar", "clamp_.default",
+    "clamp_min_.default", "copy_.default", "div_.Tensor", "fill_.Scalar", "lerp_.Scalar", "mul_.Tensor",
+    "normal_.default", "sqrt_.default", "sub_.Tensor", "uniform_.default", "zero_.default",
+)  # fmt: skip
+IN_PLACE_LISTS = (  # the same for lists of tensors; they return nothing
+    "_foreach_add_.Scalar", "_foreach_addcdiv_.ScalarList", "_foreach_addcmul_.Scalar", "_foreach_div_.ScalarList",
+    "_foreach_lerp_.Scalar", "_foreach_mul_.Scalar",
 )  # fmt: skip
 OUT = ("add.out", "mul.out", "sub.out")
 # CUDA's softmax reads fp16 and writes fp32 in one kernel (SoftMax.cpp); elsewhere, and for bf16, a cast comes first.
@@ -50,7 +54,7 @@ class GemmRule:
         self.seen: set[bool] = set()
 
     def __call__(self, ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any:
-        out = func(*args, **kwargs)
+        out = ledger.run(func, args, kwargs)
         backward = torch._C._current_graph_task_id() != -1
         if backward not in self.seen:
             self.seen.add(backward)
@@ -64,6 +68,10 @@ def write(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
     return kwargs["out"] if "out" in kwargs else args[0]
 
 
+def write_list(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> None:
+    """An in-place operator on a list of tensors."""
+
+
 def route_evenly(experts: int, ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """`nonzero` of an expert mask [tokens, top_k]: tokens spread evenly over `experts`, at least one for each."""
     mask = args[0]
@@ -73,7 +81,7 @@ def route_evenly(experts: int, ledger: Ledger, func: Any, args: tuple, kwargs: d
 def softmax_backward(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """CUDA multiplies grad by output into a temporary first (SoftMax.cu, softmax_backward_cuda_out)."""
     grad = args[0]
-    out = func(*args, **kwargs)
+    out = ledger.run(func, args, kwargs)
     ledger.see(out)
     ledger.release(ledger.allocate(grad.numel() * grad.element_size()))
     return out
@@ -96,10 +104,14 @@ def rules(gpu: Gpu, experts: int = 1) -> dict[Any, Rule]:
     table.update(dict.fromkeys(GEMMS, gemm))
     table[aten._grouped_mm.default] = grouped_product
     table[aten._softmax_backward_data.default] = softmax_backward
-    for name in IN_PLACE + OUT:
-        packet, overload = name.split(".")
-        table[getattr(getattr(aten, packet), overload)] = write
+    for rule, names in ((write, IN_PLACE + OUT), (write_list, IN_PLACE_LISTS)):
+        table.update({_operator(name): rule for name in names})
     return table
+
+
+def _operator(name: str) -> Any:
+    packet, overload = name.split(".")
+    return getattr(getattr(aten, packet), overload)
 
 
 class CudaFunctions(TorchFunctionMode):

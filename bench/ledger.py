@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.outputs import MetaOutputs
+
 RESIDENT = ("weights", "quantization")  # roles given when the model is loaded; nothing overrides them
 DEFAULT_ROLE = "temporaries"
 
@@ -67,6 +69,7 @@ class Ledger(TorchDispatchMode):
         self.device = device
         self.granularity = granularity
         self.rules = rules or {}
+        self.run: Callable[[Any, tuple, dict], Any] = MetaOutputs() if device == "meta" else _run
         self.events: list[Event] = []
         self.phases: list[str] = ["load"]
         self._live: dict[int, Block] = {}
@@ -92,7 +95,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         rule = self.rules.get(func)
-        out = func(*args, **(kwargs or {})) if rule is None else rule(self, func, args, kwargs or {})
+        out = self.run(func, args, kwargs or {}) if rule is None else rule(self, func, args, kwargs or {})
         # Random numbers drawn between forwards are the directions of zeroth-order methods; inside they are dropout.
         noise = not self._depth and torch.Tag.nondeterministic_seeded in func.tags
         if isinstance(out, Tensor):
@@ -213,3 +216,7 @@ class Ledger(TorchDispatchMode):
             live += event.sign * event.block.nbytes
             peaks[name] = max(peaks[name], live)
         return peaks
+
+
+def _run(func: Any, args: tuple, kwargs: dict) -> Any:
+    return func(*args, **kwargs)

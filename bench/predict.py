@@ -22,7 +22,7 @@ from bench.methods.nf4 import to_nf4
 from bench.methods.prepared import Enter, Prepared
 from bench.text import Batch
 from bench.watch import register_resident, run_steps
-from bench.worlds.sim import SimWorld, number_of_experts
+from bench.worlds.sim import SimWorld, collector_off, number_of_experts
 
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WARM_UP = "warm-up"
@@ -32,6 +32,7 @@ WARM_UP = "warm-up"
 READ_AHEAD_BYTES = 256 << 20
 
 
+@collector_off()
 def predict(measurement: Measurement) -> dict[str, int]:
     """Bytes for each of `bench.measurement.METRICS`."""
     world = SimWorld(measurement.source, measurement.attention)

@@ -94,7 +94,8 @@ class QuantLinear(nn.Module):
         return self
 
     def _group_of_each(self, device: torch.device) -> Tensor:
-        return torch.arange(self.in_features, dtype=torch.int32, device=device) // self.group_size
+        groups = torch.arange(self.in_features // self.group_size, dtype=torch.int32, device=device)
+        return groups.repeat_interleave(self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype; differentiable in x and, where it requires a gradient, in `scales`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -56,6 +57,19 @@ class SimWorld:
             yield
 
 
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Without Python's garbage collector, which walks all events again and again: linear instead of quadratic time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@collector_off()
 def run(case: BenchCase) -> Record:
     """Simulate one cell on `case.gpu`: the same function a measured world calls, on the meta device."""
     source = resolve(case.model)
