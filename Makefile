@@ -13,10 +13,10 @@ READY   := $(VENV)/.ready
 PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench report compare test lint format baselines gpu clean
+.PHONY: help setup bench report compare test lint format baselines gptq-report gpu clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables:      MODEL=$(MODEL) METHODS=a,b DEVICE=auto|cuda|cpu|sim GPU=rtx-4090 BATCH=1 SEQ=128 OUT=DIR"
 
 setup: $(READY) ## make .venv with everything in it (once)
@@ -57,6 +57,10 @@ baselines: $(READY) ## make the committed baselines again (look at the differenc
 	done
 	cp results/llama2-13b/memory.png reports/figures/llama2-13b.png
 	$(RUN) -m reports.readme
+
+gptq-report: $(READY) ## make reports/gptq.md again: GPTQ and round-to-nearest on every layer of SmolLM2-135M
+	$(RUN) -m bench.reconstruction smollm2-135m --out reports/gptq.json
+	$(RUN) -m reports.gptq
 
 gpu: ## on a machine with a GPU: tests marked cuda, then MODEL measured
 	$(PYTHON) -m pytest -q -m cuda

@@ -27,14 +27,19 @@ def read_batches(model: nn.Module, calibration: Iterable[Batch]) -> list[Batch]:
     for number, batch in enumerate(batches):
         ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
         if getter is not None and ids is not None:
-            _check_ids(number, ids, getter().num_embeddings)
+            _check_ids(number, ids, model, getter().num_embeddings)
     return batches
 
 
-def _check_ids(number: int, ids: Tensor, vocabulary: int) -> None:
+def _check_ids(number: int, ids: Tensor, model: nn.Module, vocabulary: int) -> None:
     if ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
         raise QzoError(
             f"calibration batch {number} is {ids.dtype} {tuple(ids.shape)}; need input_ids [batch, tokens] of integers"
+        )
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] > longest:
+        raise QzoError(
+            f"calibration batch {number} has {ids.shape[1]} tokens a sequence, but the model reads {longest}"
         )
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= vocabulary:
