@@ -60,6 +60,7 @@ def measure(name: str, n_bits: int, group_size: int, samples: int, seq_len: int)
     Reviews with even numbers are calibration text, those with odd numbers are held out. Weights are bf16, scales fp16,
     arithmetic fp32. Raises QzoError.
     """
+    machine = environment()  # the commit that this code is of, whatever happens while it runs
     source = resolve(name)
     tokens = tokenizer(source)
     if tokens is None:
@@ -93,7 +94,7 @@ def measure(name: str, n_bits: int, group_size: int, samples: int, seq_len: int)
         "quantize_seconds": seconds,
         "perplexity": perplexities,
         "layers": errors,
-        "environment": environment(),
+        "environment": machine,
     }
 
 

@@ -54,7 +54,7 @@ def quantize_gptq(model: nn.Module, options: GptqOptions, batches: list[Batch]) 
 
     An expert that the router never chose gets round-to-nearest codes. Raises QzoError, with the layer's name.
     """
-    training = [module for module in model.modules() if module.training]
+    modes = {path: module.training for path, module in model.named_modules()}
     model.eval()
     try:
         _open_experts(model)
@@ -70,8 +70,8 @@ def quantize_gptq(model: nn.Module, options: GptqOptions, batches: list[Batch]) 
 
         quantize_in_order(model, plan, batches, replace)
     finally:
-        for module in training:
-            module.training = True
+        for path, module in model.named_modules():  # parents come first
+            module.training = modes.setdefault(path, modes[path.rpartition(".")[0]])
 
 
 def _open_experts(model: nn.Module) -> None:
