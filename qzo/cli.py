@@ -103,8 +103,15 @@ def _calibration(options: argparse.Namespace) -> list[Tensor] | None:
 
 
 def _copy_beside(source: Path, target: Path) -> None:
-    """Copy tokenizer and generation config as they are, where the model came from a folder."""
+    """Copy tokenizer and generation config as they are, or, where the model is no folder, write the tokenizer alone."""
     for pattern in BESIDE_WEIGHTS if source.is_dir() else ():
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
+    if not source.is_dir():
+        from qzo.load import load_tokenizer
+
+        try:
+            load_tokenizer(source).save_pretrained(target)
+        except QzoError as error:
+            print(f"note: {error}; {target} is written without one", file=sys.stderr)

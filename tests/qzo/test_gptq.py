@@ -275,6 +275,14 @@ def test_dtypes_and_modes_are_those_of_round_to_nearest(make_model, dtype):
     assert all("forward" not in vars(layer) and not layer._forward_pre_hooks for layer in found.modules())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_can_be_quantized_with_it(make_model, input_ids, tied):
+    model = make_model("llama", torch.bfloat16, tied)
+    before = model(input_ids).logits
+    quantize(model, 8, 16, method="gptq", embeddings=8, calibration=batches(2))
+    torch.testing.assert_close(model(input_ids).logits, before, rtol=0.05, atol=0.03)
+
+
 def test_layers_outside_of_the_chain_are_calibrated_too():
     from transformers import OPTConfig, OPTForCausalLM
 
