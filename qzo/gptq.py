@@ -154,7 +154,7 @@ def _order(hessian: Tensor, options: GptqOptions) -> Tensor:
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of (H + damping * mean)⁻¹; an input that was always zero counts as one of mean power."""
+    """Upper Cholesky factor of (H + damping * mean)⁻¹, the mean over the inputs that were not always zero."""
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise QzoError("the calibration text gives inputs that are not finite; check the model's weights")
@@ -162,7 +162,6 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     mean = diagonal[alive].mean() if bool(alive.any()) else torch.ones((), device=hessian.device)
     for power in range(DAMPING_TRIES):
         damped = hessian.clone()
-        damped.diagonal()[~alive] = mean
         damped.diagonal().add_(damping * 10**power * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if info == 0:

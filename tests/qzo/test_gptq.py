@@ -10,6 +10,7 @@ from torch import nn
 
 from qzo import gptq as module
 from qzo import quantize
+from qzo.calibrated import _open_experts
 from qzo.checkpoint import save
 from qzo.errors import QzoError
 from qzo.gptq import GptqOptions, Hessian, gptq
@@ -17,6 +18,8 @@ from qzo.linear import QuantLinear
 from qzo.load import load
 from qzo.rtn import round_to_nearest
 from qzo.scales import scales
+from qzo.trace import run_model, trace
+from qzo.walk import find_sites
 
 ORDERS = {"in order": {}, "act-order": {"act_order": True}, "static": {"act_order": True, "static_groups": True}}
 
@@ -191,43 +194,65 @@ def test_every_layer_of_a_model_is_closer_than_after_rounding(make_model, family
         assert errors[1] < errors[0], path
 
 
-def test_layers_get_what_the_quantized_model_feeds_them(make_model, monkeypatch):
+def padded(batch):
+    mask = torch.ones_like(batch)
+    mask[::2, :10] = 0
+    return {"input_ids": batch, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("shape", [lambda batch: batch, padded])
+def test_layers_get_what_the_quantized_model_feeds_them(make_model, monkeypatch, family, shape):
     """The Hessians against those of whole-model passes, with all layers before replaced."""
-    model, seen = make_model("llama"), {}
+    model, seen = make_model(family), []
 
     def spy(weight, hessian, options, dtype):
-        seen[weight.data_ptr()] = hessian.clone()
+        seen.append(hessian.clone())
         return gptq(weight, hessian, options, dtype)
 
     monkeypatch.setattr("qzo.calibrated.gptq", spy)
-    pointers = {path: layer.weight.data_ptr() for path, layer in model.named_modules() if type(layer) is nn.Linear}
-    quantize(model, 4, 16, method="gptq", calibration=batches(2))
-    expected = {path: 0 for path in pointers if path != "lm_head"}
-    handles = []
-    for path in expected:
+    text = [shape(batch) for batch in batches(2)]
+    quantize(model, 4, 16, method="gptq", calibration=text)
+    expected: dict[str, torch.Tensor] = {}  # in the order of the calls
 
-        def hook(_, args, path=path):
+    def watch(path):
+        def hook(_, args):
             rows = args[0].reshape(-1, args[0].shape[-1])
-            expected[path] = expected[path] + rows.t() @ rows
+            expected[path] = expected.get(path, 0) + rows.t() @ rows
 
-        handles.append(model.get_submodule(path).register_forward_pre_hook(hook))
-    for batch in batches(2):
-        model(batch)
-    assert len(expected) == 14
-    for path, hessian in expected.items():
-        torch.testing.assert_close(seen[pointers[path]], hessian, rtol=1e-4, atol=1e-4)
+        return hook
+
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            layer.register_forward_pre_hook(watch(path))
+    for batch in text:
+        run_model(model, batch)
+    assert len(expected) == len(seen) == len(scales(model))
+    for path, hessian in zip(expected, seen, strict=True):
+        torch.testing.assert_close(hessian, expected[path], rtol=1e-4, atol=1e-4, msg=path)
 
 
-def test_padding_masks_and_keyword_arguments_reach_the_layers(make_model):
-    ids, mask = batches(1)[0], torch.ones(8, 24, dtype=torch.int64)
-    mask[:, :10] = 0
-    models = [
-        quantize(make_model(), 4, 16, method="gptq", calibration=[{"input_ids": ids, **extra}])
-        for extra in ({}, {"attention_mask": mask}, {"labels": ids})
-    ]
-    torch.manual_seed(0)
-    weights = [model.model.layers[1].mlp.down_proj.qweight for model in models]
-    assert not torch.equal(weights[0], weights[1])
+def test_labels_change_nothing(make_model):
+    model, ids = make_model(), batches(1)[0]
+    first, second = (
+        quantize(copy.deepcopy(model), 4, 16, method="gptq", calibration=[batch]).state_dict()
+        for batch in (ids, {"input_ids": ids, "labels": ids})
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_layers_that_read_the_same_input_and_like_experts_share_a_pass(make_model):
+    model = make_model("llama")
+    plan = trace(model, find_sites(model), ids)
+    names = [[[paths[0].rpartition(".")[2] for paths in group] for group in stage.groups] for stage in plan.stages]
+    assert names == 2 * [[["q_proj", "k_proj", "v_proj"]], [["o_proj"]], [["gate_proj", "up_proj"]], [["down_proj"]]]
+    assert [stage.block for stage in plan.stages] == [0] * 4 + [1] * 4
+    assert plan.layers == ["model.layers.0", "model.layers.1"] and not plan.tuples
+    model = make_model("mixtral")
+    _open_experts(model)
+    stages = trace(model, find_sites(model), ids).stages
+    assert [[len(group) for group in stage.groups] for stage in stages] == 2 * [[3], [1], [1] * 4, [1] * 4]
+    assert [stage.visits for stage in stages] == 2 * [1, 1, 4, 4]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
