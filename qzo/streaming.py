@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -35,18 +34,26 @@ def quantize_in_order(model: nn.Module, plan: Trace, batches: Sequence[Batch], r
     dtype: they, one layer in fp32 and the Hessians of one stage are the extra memory. What stands outside of a chain
     of layers is run with the whole model, in its own dtype. The model should be in eval mode.
     """
-    hidden: list[Tensor] = []
-    arguments: list[list[_Arguments]] = []
-    for block, stages in [(block, list(group)) for block, group in groupby(plan.stages, lambda stage: stage.block)]:
-        if block is None:
-            _replace_stages(model, stages, lambda index: run_model(model, batches[index]), len(batches), replace)
-            continue
-        if not hidden:
-            hidden, arguments = _record(model, plan, batches)
-        log.info("layer %d of %d", block + 1, len(plan.layers))
-        layer, given = model.get_submodule(plan.layers[block]), arguments.pop(0)
-        run = _runner(layer, given, hidden)
+    first = next((n for n, stage in enumerate(plan.stages) if stage.block is not None), len(plan.stages))
+    before, rest = plan.stages[:first], plan.stages[first:]
+
+    def run(index: int) -> Any:
+        return run_model(model, batches[index])
+
+    _replace_stages(model, before, run, len(batches), replace)
+    if rest:
+        _replace_layers(model, plan, batches, replace)
+    _replace_stages(model, [stage for stage in rest if stage.block is None], run, len(batches), replace)
+
+
+def _replace_layers(model: nn.Module, plan: Trace, batches: Sequence[Batch], replace: Replace) -> None:
+    hidden, arguments = _record(model, plan, batches)
+    for number, path in enumerate(plan.layers):
+        log.info("layer %d of %d", number + 1, len(plan.layers))
+        layer = model.get_submodule(path)
+        run = _runner(layer, arguments.pop(0), hidden)
         with _in_fp32(layer):
+            stages = [stage for stage in plan.stages if stage.block == number]
             _replace_stages(model, stages, run, len(batches), replace)
             for index in range(len(batches) if arguments else 0):
                 hidden[index] = run(index).to(hidden[index].dtype)

@@ -343,6 +343,41 @@ def test_models_without_a_chain_of_layers_are_calibrated_as_a_whole():
     assert errors[1] < 0.5 * errors[0]
 
 
+class Chain(nn.Module):
+    """Layers that return tuples; the second has nothing to quantize, the third gets another argument."""
+
+    class Layer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, hidden_states, scale):
+            return hidden_states + scale * self.inner(hidden_states), None
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [self.Layer(nn.Linear(64, 64)), self.Layer(nn.Tanh()), self.Layer(nn.Linear(64, 64))]
+        )
+
+    def forward(self, x):
+        for number, layer in enumerate(self.layers):
+            x = layer(hidden_states=x, scale=float(number + 1))[0]
+        return x
+
+
+def test_layers_without_linear_parts_pass_their_output_on(monkeypatch):
+    torch.manual_seed(1)
+    model, x, seen = Chain(), correlated(64, 64), []
+    monkeypatch.setattr("qzo.calibrated.gptq", lambda w, h, *rest: seen.append(h.clone()) or gptq(w, h, *rest))
+    plan = trace(model, find_sites(model), x)
+    assert len(plan.layers) == 3 and plan.tuples
+    quantize(model, 4, 16, method="gptq", calibration=[x])
+    states = x + model.layers[0].inner(x)
+    states = states + 2 * torch.tanh(states)
+    torch.testing.assert_close(seen[1], states.t() @ states, rtol=1e-4, atol=1e-3)
+
+
 def test_old_weights_are_freed_layer_by_layer(make_model, monkeypatch):
     model = make_model()
     old = [weakref.ref(layer.weight) for layer in model.model.modules() if type(layer) is nn.Linear]
