@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,13 +71,10 @@ def measure(name: str, n_bits: int, group_size: int, samples: int, seq_len: int)
     )
     model = load(source, torch.bfloat16).eval()
     models: dict[str, nn.Module] = {}
-    seconds = {}
     for quantizer, options in QUANTIZERS.items():
         log.info("%s", quantizer)
-        start = time.perf_counter()
         given = {"calibration": calibration, **options} if options else {}
         models[quantizer] = qzo.quantize(copy.deepcopy(model), n_bits, group_size, **given).float()
-        seconds[quantizer] = round(time.perf_counter() - start, 1)
     model.float()
     errors = layer_errors(model, models, held_out)
     perplexities = {key: round(perplexity(each, held_out), 3) for key, each in {"16-bit": model, **models}.items()}
@@ -91,7 +87,6 @@ def measure(name: str, n_bits: int, group_size: int, samples: int, seq_len: int)
         "calibration_tokens": samples * seq_len,
         "held_out_tokens": samples * seq_len,
         "seq_len": seq_len,
-        "quantize_seconds": seconds,
         "perplexity": perplexities,
         "layers": errors,
         "environment": machine,

@@ -59,11 +59,8 @@ def _setting(record: Mapping[str, Any]) -> str:
 
 
 def _perplexity(record: Mapping[str, Any]) -> Table:
-    rows = [
-        [name, f"{value:.2f}", f"{record['quantize_seconds'][name]:.0f}" if name in record["quantize_seconds"] else ""]
-        for name, value in record["perplexity"].items()
-    ]
-    return Table("Perplexity on the held-out text", ["weights", "perplexity", "seconds to quantize"], rows)
+    rows = [[name, f"{value:.2f}"] for name, value in record["perplexity"].items()]
+    return Table("Perplexity on the held-out text", ["weights", "perplexity"], rows)
 
 
 def _kinds(layers: Mapping[str, Mapping[str, float]], quantizers: list[str]) -> Table:

@@ -160,7 +160,7 @@ def test_options_are_checked(options, message):
         GptqOptions(**options)
 
 
-def batches(count=8, seed=0):
+def batches(count=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(5, 96, (8, 24), generator=generator) for _ in range(count)]
 

@@ -16,7 +16,6 @@ def record():
         "calibration_tokens": 8192,
         "held_out_tokens": 4096,
         "seq_len": 128,
-        "quantize_seconds": {"rtn": 1.2, "gptq": 60.0},
         "perplexity": {"16-bit": 20.0, "rtn": 25.0, "gptq": 22.0},
         "layers": layers,
         "environment": dict.fromkeys(("torch", "transformers", "python", "platform", "commit"), "x"),
