@@ -13,10 +13,10 @@ READY   := $(VENV)/.ready
 PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench report compare test lint format baselines paper gpu clean
+.PHONY: help setup bench report compare test lint format baselines paper gptq-report validation gpu clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables:      MODEL=$(MODEL) METHODS=a,b DEVICE=auto|cuda|cpu|sim GPU=rtx-4090 BATCH=1 SEQ=128 OUT=DIR"
 
 setup: $(READY) ## make .venv with everything in it (once)
@@ -62,9 +62,13 @@ paper: $(READY) ## the paper's printed memory beside simulations of its protocol
 	$(RUN) -m bench.paper --out reports/paper_records.json
 	$(RUN) -m reports.paper_validation
 
-gpu: ## on a machine with a GPU: tests marked cuda, then MODEL measured
+gptq-report: $(READY) ## make reports/gptq.md again: GPTQ and round-to-nearest on every layer of SmolLM2-135M
+	$(RUN) -m bench.reconstruction smollm2-135m --out reports/gptq.json
+	$(RUN) -m reports.gptq
+
+gpu: ## on a machine with a GPU: tests marked cuda, then 0.1B to 13B measured into reports/measurements
 	$(PYTHON) -m pytest -q -m cuda
-	$(PYTHON) -m bench run "$(MODEL)" --device cuda --out results/cuda/$(notdir $(OUT))
+	$(PYTHON) -m bench.measure $(ARGS)
 
 clean: ## remove .venv and results
 	rm -rf $(VENV) results

@@ -17,10 +17,11 @@ from qzo.packing import zeros_to_v1
 
 FORMATS = ("gptq", "gptq_v2")
 WEIGHTS = "model.safetensors"
+QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ and gptqmodel look first
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: str = "gptq") -> None:
-    """Write `config.json` and `model.safetensors` of a model that `qzo.quantize` made, in the GPTQ layout.
+    """Write `config.json`, `quantize_config.json` and `model.safetensors` of a quantized model, in the GPTQ layout.
 
     The files are written to a folder beside `folder`, which is renamed when they are complete. Tokenizer and
     generation config are not written. Tensors that share memory are written once, under their first name. The
@@ -48,7 +49,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: st
     try:
         from safetensors.torch import save_file
 
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, content in (("config.json", config), (QUANTIZE_CONFIG, config["quantization_config"])):
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod((partial / "config.json").stat().st_mode)  # safetensors makes it private
         os.replace(partial, target)
@@ -86,7 +88,10 @@ def _config(model: nn.Module, checkpoint_format: str) -> dict[str, Any]:
         "group_size": group_size,
         "sym": all(bool((layer.zero_points() == 2 ** (n_bits - 1)).all()) for layer in layers),
         "desc_act": any(layer.act_order for layer in layers),
+        "lm_head": False,
+        "true_sequential": True,
         "checkpoint_format": checkpoint_format,
+        "pack_dtype": "int32",
     }
     return config
 

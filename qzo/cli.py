@@ -7,9 +7,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qzo.errors import QzoError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BESIDE_WEIGHTS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "generation_config.json", "*.jinja")
 
@@ -33,13 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qzo", description="Zeroth-order fine-tuning of quantized language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    quantize = commands.add_parser("quantize", help="write a GPTQ checkpoint, rounded to nearest")
+    quantize = commands.add_parser("quantize", help="write a checkpoint in the layout of GPTQ")
     quantize.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id of an unquantized model")
     quantize.add_argument("out", metavar="OUT", help="folder to write, new or empty")
     quantize.add_argument("--bits", type=int, default=4, choices=(2, 4, 8), help="bits a weight (default 4)")
     quantize.add_argument("--group-size", type=int, default=128, help="weights a scale, -1 a row (default 128)")
     quantize.add_argument("--asymmetric", action="store_true", help="a zero point for each group")
     quantize.add_argument("--format", choices=("gptq", "gptq_v2"), default="gptq", help="file format (default gptq)")
+    quantize.add_argument(
+        "--method", choices=("rtn", "gptq"), default="rtn", help="round to nearest (default), or GPTQ"
+    )
+    quantize.add_argument("--calibration", metavar="TEXT", help="gptq: text file, or rotten-tomatoes (default)")
+    quantize.add_argument("--samples", type=int, default=128, help="gptq: sequences of calibration text (default 128)")
+    quantize.add_argument("--seq-len", type=int, default=256, help="gptq: tokens a sequence (default 256)")
+    quantize.add_argument("--act-order", action="store_true", help="gptq: columns by falling weight of their inputs")
+    quantize.add_argument("--static-groups", action="store_true", help="gptq: with --act-order, keep groups in place")
     return parser
 
 
@@ -51,8 +62,18 @@ def _quantize(options: argparse.Namespace) -> None:
 
     target = Path(options.out)
     check_target(target)
+    calibration = _calibration(options)  # before the model: a text that cannot be read costs no time
     model = load(options.model)
-    quantize(model, options.bits, options.group_size, symmetric=not options.asymmetric)
+    quantize(
+        model,
+        options.bits,
+        options.group_size,
+        symmetric=not options.asymmetric,
+        method=options.method,
+        calibration=calibration,
+        act_order=options.act_order,
+        static_groups=options.static_groups,
+    )
     save(model, target, options.format)
     _copy_beside(Path(options.model), target)
     for name, size in quantized_bytes(model).items():
@@ -60,9 +81,37 @@ def _quantize(options: argparse.Namespace) -> None:
             print(f"{name:<12}{size:>16,}{'' if name == 'scale_count' else ' bytes'}")
 
 
+def _calibration(options: argparse.Namespace) -> list[Tensor] | None:
+    """Batches of calibration text for GPTQ; progress then goes to stderr."""
+    if options.method != "gptq":
+        if options.calibration is not None:
+            raise QzoError("--calibration needs --method gptq")
+        return None
+    import logging
+
+    from qzo.calibration import REVIEWS, calibration_text, token_batches
+    from qzo.load import load_tokenizer
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("qzo").setLevel(logging.INFO)
+    text = calibration_text(options.calibration or REVIEWS)
+    tokenizer = load_tokenizer(options.model)
+    tokenizer.model_max_length = sys.maxsize  # the text is cut afterwards, so its length is no news
+    return token_batches(
+        lambda string: tokenizer.encode(string, add_special_tokens=False), text, options.samples, options.seq_len
+    )
+
+
 def _copy_beside(source: Path, target: Path) -> None:
-    """Copy tokenizer and generation config as they are, where the model came from a folder."""
+    """Copy tokenizer and generation config as they are, or, where the model is no folder, write the tokenizer alone."""
     for pattern in BESIDE_WEIGHTS if source.is_dir() else ():
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
+    if not source.is_dir():
+        from qzo.load import load_tokenizer
+
+        try:
+            load_tokenizer(source).save_pretrained(target)
+        except QzoError as error:
+            print(f"note: {error}; {target} is written without one", file=sys.stderr)

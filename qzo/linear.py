@@ -81,10 +81,32 @@ class QuantLinear(nn.Module):
         rows, columns = weight.shape
         if weight.is_meta:
             return cls.empty(columns, rows, n_bits, group_size, bias is not None, weight.dtype, weight.device)
-        layer = cls(columns, rows, n_bits, group_size)
-        codes, scales, zeros = round_to_nearest(weight, n_bits, layer.group_size, symmetric, scale_dtype(weight.dtype))
-        qzeros = pack_zeros(zeros.t(), n_bits)
-        return layer._register(pack(codes.t(), n_bits), qzeros, scales.t().contiguous(), bias)
+        check_layout(columns, rows, n_bits, group_size)
+        quantized = round_to_nearest(weight, n_bits, group_size, symmetric, scale_dtype(weight.dtype))
+        return cls.from_codes(*quantized, bias=bias, n_bits=n_bits)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        zero_points: Tensor,
+        g_idx: Tensor | None = None,
+        bias: Tensor | None = None,
+        n_bits: int = 4,
+    ) -> QuantLinear:
+        """Pack codes [N, K], scales [N, K/g] and zero_points [N, K/g] of a quantizer; neither scales nor bias is cast.
+
+        `g_idx` [K] int32 names the group of each weight, None means k // g. Raises QzoError.
+        """
+        rows, columns = codes.shape
+        layer = cls(columns, rows, n_bits, columns // scales.shape[1])
+        qzeros = pack_zeros(zero_points.t(), n_bits)
+        layer._register(pack(codes.t(), n_bits), qzeros, scales.t().contiguous(), bias)
+        if g_idx is not None:
+            layer.g_idx.copy_(g_idx)
+            layer.detect_act_order()
+        return layer
 
     def _register(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None) -> QuantLinear:
         for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales)):

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qzo.checkpoint import FORMATS, WEIGHTS
+from qzo.checkpoint import FORMATS, QUANTIZE_CONFIG, WEIGHTS
 from qzo.errors import QzoError
 from qzo.linear import QuantLinear
 from qzo.packing import zeros_from_v1
 from qzo.walk import Site, find_sites, freeze, replace_sites
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 QUANTIZED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles
@@ -53,12 +53,26 @@ def load(
     folder = path if path.is_dir() else _download(str(source))
     config = _read_json(folder / "config.json")
     quantization = config.get("quantization_config")
+    if quantization is None and (folder / QUANTIZE_CONFIG).is_file():  # all that AutoGPTQ wrote at first
+        quantization = {"quant_method": "gptq", **_read_json(folder / QUANTIZE_CONFIG)}
     if quantization is None:
         return _from_pretrained(folder, dtype, device)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    method = _either(quantization, "quant_method", "method") if isinstance(quantization, dict) else None
     if method != "gptq":
         raise QzoError(f'{folder}: quant_method="{method}" is not supported; give a GPTQ or an unquantized checkpoint')
     return _load_gptq(folder, quantization, dtype or _dtype(config), torch.device(device))
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of what `load` loads. Raises QzoError where there is none."""
+    from transformers import AutoTokenizer
+
+    path = Path(source)
+    place, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
+    try:
+        return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **options)
+    except Exception as error:  # as in _from_pretrained
+        raise QzoError(f"{source} has no tokenizer that loads: {_one_line(error)}") from error
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:
@@ -96,7 +110,7 @@ def _download(name: str) -> Path:
 
 def _load_gptq(folder: Path, quantization: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
     """Build the model on meta, put QuantLinear layers in, and give every tensor its value file by file."""
-    checkpoint_format = quantization.get("checkpoint_format", "gptq")
+    checkpoint_format = _either(quantization, "checkpoint_format", "format") or "gptq"
     if checkpoint_format not in FORMATS:
         raise QzoError(f'{folder}: checkpoint_format="{checkpoint_format}" is not supported; need gptq or gptq_v2')
     try:
@@ -121,7 +135,8 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        del config.quantization_config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # as in _from_pretrained
@@ -190,9 +205,12 @@ def _finish(model: Any, device: torch.device) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that its index names."""
+    """The safetensors files of a folder: one, whatever it is called, or those that its index names."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
+    files = list(folder.glob("*.safetensors"))
+    if len(files) == 1 and not any(folder.glob("*.index.json")):  # AutoGPTQ: gptq_model-4bit-128g.safetensors
+        return files
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         raise QzoError(f"{folder} has no {WEIGHTS} and no {index.name}; only safetensors files are read")
@@ -236,6 +254,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise QzoError(f"{file} does not hold a JSON object")
     return content
+
+
+def _either(settings: dict[str, Any], *names: str) -> Any:
+    """The value of the first of these names that is there: readers and writers disagree on what to call it."""
+    return next((settings[name] for name in names if settings.get(name) is not None), None)
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype:

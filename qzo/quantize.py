@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qzo.calibrated import quantize_gptq, read_batches
 from qzo.embedding import QuantEmbedding, TiedQuantHead, check_table
 from qzo.errors import QzoError, named
+from qzo.gptq import GptqOptions
 from qzo.layout import check_layout
 from qzo.linear import QuantLinear
+from qzo.trace import Batch
 from qzo.walk import Site, find_sites, freeze, output_head, replace_sites
 
 
@@ -21,38 +26,67 @@ def quantize(
     symmetric: bool = True,
     method: str = "rtn",
     embeddings: int | None = None,
+    calibration: Iterable[Batch] | None = None,
+    act_order: bool = False,
+    static_groups: bool = False,
+    damping: float = 0.01,
 ) -> nn.Module:
     """Replace, in place, every linear layer but the output head by a QuantLinear; returns the model.
 
-    W ≈ Δ ⊙ W_int: see `QuantLinear` and `round_to_nearest`. Linear layers are nn.Linear, transformers' Conv1D and the
-    stacked experts of mixture models. Old weights are freed layer by layer; every parameter that remains is frozen.
-    Works on a model on `meta`, without data. Move the model to its device and dtype before `qzo.scales`.
+    W ≈ Δ ⊙ W_int: see `QuantLinear`, `round_to_nearest` and `gptq`. Linear layers are nn.Linear, transformers' Conv1D
+    and the stacked experts of mixture models. Old weights are freed layer by layer; every parameter that remains is
+    frozen. "rtn" works on a model on `meta`, without data. Move the model to its device and dtype before `qzo.scales`.
 
     Args:
         model: any nn.Module; the head is what `get_output_embeddings()` names.
         n_bits: 2, 4 or 8.
         group_size: weights along K that share a scale; -1 is the whole row.
         symmetric: one zero point 2^(b-1) for all groups, or one for each.
-        method: "rtn", round to nearest.
+        method: "rtn", round to nearest, or "gptq", which needs `calibration` and makes the error of each layer's
+            output small, on the inputs that it gets from the quantized layers before it.
         embeddings: 8 quantizes input embedding and head too (symmetric, sharing the codes where they are tied). 8-bit
             scales are 17 times smaller than 4-bit ones of like weights: train them, if at all, with a smaller `eps`.
+        calibration: batches of text for "gptq": input_ids int64 [batch, tokens], or mappings of keyword arguments;
+            read once. 64 sequences of 128 tokens do, best without padding, which counts as text. Extra memory: see
+            `quantize_in_order`.
+        act_order, static_groups, damping: for "gptq", see `GptqOptions`.
 
-    Raises QzoError, with the layer's name, before the first layer is replaced.
+    Raises QzoError, with the layer's name; before the first layer is replaced for all that can be known by then.
     """
-    if method != "rtn":
-        raise QzoError(f'method="{method}" is not known; choose "rtn"')
+    options = _options(method, calibration, n_bits, group_size, symmetric, act_order, static_groups, damping)
     if embeddings not in (None, 8):
         raise QzoError(f"embeddings={embeddings} is not supported; choose 8 bits, or None to leave them unquantized")
     sites = find_sites(model)
     _check_sites(sites, n_bits, group_size)
+    batches = [] if calibration is None else read_batches(model, calibration)
     if embeddings is not None:
         _quantize_embeddings(model, embeddings, group_size)
+
+    if options is not None:
+        del sites  # they would keep the old layers alive
+        quantize_gptq(model, options, batches)
+        return freeze(model)
 
     def build(_: int, weight: Tensor, bias: Tensor | None) -> QuantLinear:
         return QuantLinear.from_weight(weight, bias, n_bits, group_size, symmetric)
 
     replace_sites(model, sites, build)
     return freeze(model)
+
+
+def _options(
+    method: str, calibration: Iterable[Batch] | None, n_bits: int, group_size: int, symmetric: bool, *gptq_only: Any
+) -> GptqOptions | None:
+    """What GPTQ is told, None for another method."""
+    if method == "gptq":
+        if calibration is None:
+            raise QzoError('method="gptq" needs calibration text: pass calibration=[input_ids, ...]')
+        return GptqOptions(n_bits, group_size, symmetric, *gptq_only)
+    if method != "rtn":
+        raise QzoError(f'method="{method}" is not known; choose "rtn" or "gptq"')
+    if calibration is not None or any(gptq_only[:2]):
+        raise QzoError('method="rtn" knows no calibration, act_order or static_groups; choose method="gptq"')
+    return None
 
 
 def _check_sites(sites: list[Site], n_bits: int, group_size: int) -> None:

@@ -46,15 +46,18 @@ def round_to_nearest(
     for start in range(0, rows, step):
         part = slice(start, start + step)
         grouped = weight[part].float().reshape(-1, groups, group_size)
-        scale, zero = _scale_and_zero(grouped, n_bits, symmetric, scale_dtype)
+        scale, zero = scale_and_zero(grouped, n_bits, symmetric, scale_dtype)
         levels = (grouped / scale.float()).round_().add_(zero).clamp_(0, 2**n_bits - 1)
         codes[part] = levels.view(-1, columns)
         scales[part], zero_points[part] = scale.squeeze(-1), zero.squeeze(-1)
     return codes, scales, zero_points
 
 
-def _scale_and_zero(grouped: Tensor, n_bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale in `dtype` and zero point in fp32, both [rows, groups, 1]; a group of zeros gets the smallest scale."""
+def scale_and_zero(grouped: Tensor, n_bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale in `dtype` and zero point in fp32, both [N, K/g, 1], of weights fp32 [N, K/g, g].
+
+    A group of zeros gets the smallest scale. Raises QzoError where a scale is not finite.
+    """
     top = 2**n_bits - 1
     smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
     low, high = grouped.aminmax(dim=-1, keepdim=True)

@@ -31,7 +31,7 @@ class Site:
     def shapes(self) -> Iterator[tuple[str, LinearShape]]:
         """Name and shape of the linear maps inside: one, or two for a mixture of experts."""
         if isinstance(self.module, nn.Linear) or _is_conv1d(self.module):
-            rows, columns = _weight(self.module).shape
+            rows, columns = weight_of(self.module).shape
             yield self.paths[0], LinearShape(columns, rows)
             return
         for name in ("gate_up_proj", "down_proj"):
@@ -77,11 +77,16 @@ def replace_sites(model: nn.Module, sites: list[Site], build: Build) -> None:
             if looks_like_experts(module):
                 new: nn.Module = QuantExperts.from_experts(module, build, count)
             else:
-                new = build(count, _weight(module), module.bias)  # type: ignore[arg-type]
+                new = build(count, weight_of(module), module.bias)  # type: ignore[arg-type]
         count += 2 * len(new.down_proj) if isinstance(new, QuantExperts) else 1
-        new.train(module.training)
-        for path in site.paths:
-            model.set_submodule(path, new)
+        put(model, site.paths, new)
+
+
+def put(model: nn.Module, paths: tuple[str, ...], new: nn.Module) -> None:
+    """Put a module, in the mode of the old one, at every path of it."""
+    new.train(model.get_submodule(paths[0]).training)
+    for path in paths:
+        model.set_submodule(path, new)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -100,7 +105,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """Weight as [N, K]."""
+def weight_of(module: nn.Module) -> Tensor:
+    """Weight of an nn.Linear or Conv1D as [N, K], a view."""
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
     return weight.t() if _is_conv1d(module) else weight

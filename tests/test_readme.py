@@ -48,7 +48,7 @@ def test_the_second_command_runs_tests():
 
 def test_help_lists_every_target_with_its_comment():
     listed = make("help").stdout
-    for target in ("setup", "bench", "report", "compare", "test", "lint", "gpu", "help"):
+    for target in ("setup", "bench", "report", "compare", "test", "lint", "gptq-report", "gpu", "help"):
         assert re.search(rf"make {target} +\S", listed)
 
 

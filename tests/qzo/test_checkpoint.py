@@ -86,8 +86,12 @@ def test_the_file_has_the_gptq_layout(saved):
         "group_size": 32,
         "sym": True,
         "desc_act": False,
+        "lm_head": False,
+        "true_sequential": True,
         "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
     }
+    assert json.loads((folder / "quantize_config.json").read_text()) == config["quantization_config"]
     assert config["dtype"] == "bfloat16" and config["model_type"] == "llama"
     tensors = load_file(folder / "model.safetensors")
     shapes = {name[len(Q_PROJ) + 1 :]: (t.shape, t.dtype) for name, t in tensors.items() if name.startswith(Q_PROJ)}

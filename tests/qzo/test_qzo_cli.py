@@ -5,9 +5,14 @@ import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from qzo import load, scales
 from qzo.cli import main
+from qzo.load import load_tokenizer
 
 
 @pytest.fixture
@@ -24,6 +29,50 @@ def test_quantize_writes_a_checkpoint_and_its_sizes(plain, tmp_path, capsys):
     n_scales = sum(scale.numel() for scale in scales(load(out)).values())
     assert table[table.index("scale_count") + 1] == f"{n_scales:,}"
     assert (out / "tokenizer.json").read_text() == "{}" and (out / "generation_config.json").exists()
+
+
+@pytest.fixture
+def with_tokenizer(plain):
+    """A tokenizer that knows the words w0 ... w95."""
+    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(96)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(plain)
+    (plain.parent / "text.txt").write_text(" ".join(f"w{number * 7 % 96}" for number in range(400)))
+    return plain
+
+
+def test_gptq_is_calibrated_on_a_text_file(with_tokenizer, tmp_path, capsys):
+    options = ["--method", "gptq", "--group-size", "16", "--samples", "12", "--seq-len", "32", "--act-order"]
+    text = ["--calibration", str(tmp_path / "text.txt")]
+    assert main(["quantize", str(with_tokenizer), str(tmp_path / "out"), *options, *text]) == 0
+    assert load(tmp_path / "out").model.layers[0].self_attn.q_proj.act_order
+    assert load_tokenizer(tmp_path / "out").encode("w5 w6", add_special_tokens=False) == [5, 6]
+    assert "scale_count" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "13"], "holds 400 tokens, 12 sequences of 32; ask for fewer than 13 samples"),
+        (["--samples", "0"], "samples=0, seq_len=32: both must be at least 1"),
+        (["--calibration", "NOWHERE"], "cannot be read: No such file or directory; give a text file"),
+        (["--static-groups"], "static_groups=True has no effect without act_order=True"),
+        (["--method", "rtn"], "--calibration needs --method gptq"),
+    ],
+)
+def test_wrong_calibration_is_one_line_and_exit_code_2(with_tokenizer, tmp_path, capsys, options, message):
+    given = ["--method", "gptq", "--group-size", "16", "--seq-len", "32", "--samples", "9", "--calibration"]
+    command = ["quantize", str(with_tokenizer), str(tmp_path / "out"), *given, str(tmp_path / "text.txt"), *options]
+    assert main(command) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0] and not (tmp_path / "out").exists()
+
+
+def test_gptq_needs_a_tokenizer_that_loads(plain, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("text")
+    command = ["quantize", str(plain), str(tmp_path / "out"), "--method", "gptq"]
+    assert main([*command, "--calibration", str(tmp_path / "text.txt")]) == 2
+    assert "has no tokenizer that loads" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
