@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import route_evenly
+from bench.kernels import IN_PLACE, route_evenly, write
 from bench.ledger import Ledger, Rule
 
 aten = torch.ops.aten
@@ -35,6 +35,9 @@ def rules(experts: int = 1) -> dict[Any, Rule]:
         aten._scaled_dot_product_flash_attention_for_cpu.default: flash_attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default: flash_attention_backward,
     }
+    for name in IN_PLACE:
+        packet, overload = name.split(".")
+        table[getattr(getattr(aten, packet), overload)] = write
     for name in ARITHMETIC:
         for packet in (getattr(aten, name), getattr(aten, f"{name}_")):
             table[packet.Tensor] = mixed_arithmetic
@@ -67,12 +70,11 @@ def mixed_arithmetic(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Te
 
 
 def safe_softmax(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
-    """Attention's math kernel takes a softmax, marks what is -inf, then the rows that are so throughout, and copies what
-    is left (transformers/attention.cpp, _safe_softmax).
+    """Attention's math kernel marks in the softmax what was -inf and the rows that were so throughout, and zeroes those
+    in place (transformers/attention.cpp, _safe_softmax).
     """
-    scores, dim, dtype = (*args, None)[:3]
-    result = (kwargs.get("dtype") or dtype or scores.dtype).itemsize * scores.numel()
-    return with_temporaries(ledger, func, args, kwargs, (result, scores.numel(), scores.numel() // scores.shape[dim]))
+    scores, dim = args[0], args[1]
+    return with_temporaries(ledger, func, args, kwargs, (scores.numel(), scores.numel() // scores.shape[dim]))
 
 
 def flash_attention(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -86,10 +88,15 @@ def flash_attention(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any
 
 
 def flash_attention_backward(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any:
-    """As forward, with two blocks of scores, theirs and their gradient's (cpu_flash_attention_backward)."""
-    query, key = args[1], args[2]
+    """As forward, with two blocks of scores, theirs and their gradient's, and a sum for each row of a block. Where the
+    output's gradient is not laid out as [batch, tokens, heads, head_dim], a copy is (cpu_flash_attention_backward).
+    """
+    grad, query, key = args[:3]
     rows, columns = attention_block(query, key)
-    return with_temporaries(ledger, func, args, kwargs, per_thread(query, 2 * rows * columns, 2 * rows * columns))
+    sizes = per_thread(query, 2 * rows * columns + rows, 2 * rows * columns)
+    if not grad.transpose(1, 2).is_contiguous():
+        sizes.append(grad.numel() * grad.element_size())
+    return with_temporaries(ledger, func, args, kwargs, sizes)
 
 
 def attention_block(query: Tensor, key: Tensor) -> tuple[int, int]:
