@@ -75,6 +75,7 @@ def run(case: BenchCase) -> Record:
         with ledger, fast_bf16():
             # a zeroth-order step leaves nothing behind for the next
             run_steps(ledger, prepared, batches if case.first_order else batches[:1])
+        register_resident(ledger, prepared)  # bitsandbytes casts its biases when it first runs
         prepared.notes += [NOTE] if needs_blocks() else []
         return describe(
             replace(case, attention=attention), "simulated", dict(environment(), gpu=None, driver=None), prepared,

@@ -71,7 +71,7 @@ def test_peaks_agree_with_checkpointing_with_eager_attention_and_on_long_sequenc
 
 
 def test_a_simulated_cpu_knows_neither_reserved_nor_process_bytes(folders):
-    source, (case,) = cells(BenchCase(folders["opt"], "mezo", device="sim", gpu="cpu", seq_len=16), ["mezo"])
+    _, (case,) = cells(BenchCase(folders["opt"], "mezo", device="sim", gpu="cpu", seq_len=16), ["mezo"])
     record = run_cell(case)
     assert record["status"] == "ok" and record["world"] == "simulated" and record["case"]["gpu"] == "cpu"
     assert record["peak"]["reserved"] is None and record["peak"]["process"] is None
@@ -82,7 +82,7 @@ def test_a_simulated_cpu_knows_neither_reserved_nor_process_bytes(folders):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_only_a_simulation_can_stand_for_a_cpu(folders, device):
-    with pytest.raises(QzoError, match="gpu='cpu'.*--device sim"):
+    with pytest.raises(QzoError, match="add --device sim"):
         cells(BenchCase(folders["opt"], "mezo", device=device, gpu="cpu"), ["mezo"])
 
 
