@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import IN_PLACE, route_evenly, write
+from bench.kernels import IN_PLACE, OUT, route_evenly, write
 from bench.ledger import Ledger, Rule
 
 aten = torch.ops.aten
@@ -35,7 +35,7 @@ def rules(experts: int = 1) -> dict[Any, Rule]:
         aten._scaled_dot_product_flash_attention_for_cpu.default: flash_attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default: flash_attention_backward,
     }
-    for name in IN_PLACE:
+    for name in IN_PLACE + OUT:
         packet, overload = name.split(".")
         table[getattr(getattr(aten, packet), overload)] = write
     for name in ARITHMETIC:

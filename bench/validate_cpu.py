@@ -77,10 +77,9 @@ def compare(case: BenchCase, methods: Sequence[str]) -> list[Pair]:
         if weights.kind(source) == "gguf":
             weights.unpack(source, unpacked)
         there = str(unpacked) if unpacked.exists() else None
-        for method in methods:
-            simulated = replace(case, method=method, device="sim", gpu=gpus.CPU)
-            measured = replace(case, method=method, device="cpu", weights=there)
-            run_cells([simulated, measured], out, done)
+        simulated = [replace(case, method=method, device="sim", gpu=gpus.CPU) for method in methods]
+        measured = [replace(case, method=method, device="cpu", weights=there) for method in methods]
+        run_cells(simulated + measured, out, done)
     return [(found["simulated"][method], found["measured-cpu"][method]) for method in methods]
 
 
