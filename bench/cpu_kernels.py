@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import IN_PLACE, OUT, route_evenly, write
+from bench.kernels import IN_PLACE, OUT, grouped_product, route_evenly, write
 from bench.ledger import Ledger, Rule
 
 aten = torch.ops.aten
@@ -31,6 +31,7 @@ def rules(experts: int = 1) -> dict[Any, Rule]:
     table: dict[Any, Rule] = {
         aten._local_scalar_dense.default: read_scalar,
         aten.nonzero.default: partial(route_evenly, experts),
+        aten._grouped_mm.default: grouped_product,
         aten._safe_softmax.default: safe_softmax,
         aten._scaled_dot_product_flash_attention_for_cpu.default: flash_attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default: flash_attention_backward,

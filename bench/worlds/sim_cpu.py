@@ -58,7 +58,8 @@ class SimCpuWorld(SimWorld):
 
 
 def run(case: BenchCase) -> Record:
-    """Simulate what `bench.worlds.cpu` measures. A CPU has no caching allocator and other libraries' memory is not
+    """Simulate what `bench.worlds.cpu` would measure on this machine: its thread count and its lack of bf16
+    instructions, if it lacks them, count. A CPU has no caching allocator and what libraries take besides tensors is not
     known, so reserved and process bytes are None.
     """
     source = resolve(case.model)
