@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("model", help="name from `list models`, folder with config.json, .gguf file, or hub id")
     run.add_argument("--methods", help="comma-separated; default all (`list methods`)")
     run.add_argument("--device", default="auto", help="auto, cuda, cpu or sim")
-    run.add_argument("--gpu", help="GPU that sim stands for (`list gpus`)")
+    run.add_argument("--gpu", help="what sim stands for: a GPU (`list gpus`) or cpu")
     run.add_argument("--batch-size", type=int, default=1)
     run.add_argument("--seq-len", type=int, default=128)
     run.add_argument("--attention", help="flash, efficient or eager; default the best the device has")

@@ -32,7 +32,7 @@ class BenchCase:
         model: catalog name, folder with a config.json, .gguf file or hub id.
         method: one of `bench.record.METHODS` or `EXTRA_METHODS`.
         device: "cuda", "cpu" or "sim" ("auto" is resolved before a case is run).
-        gpu: name from `bench list gpus` that `sim` stands for; None on a real device.
+        gpu: what `sim` stands for, a name from `bench list gpus` or "cpu"; None on a real device.
         batch_size, seq_len: sequences a step and tokens a sequence.
         attention: "flash", "efficient" or "eager"; None takes flash where the device has it, else efficient.
         gradient_checkpointing: recompute each layer in backward (non-reentrant); first-order methods only.

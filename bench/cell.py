@@ -9,6 +9,7 @@ import traceback
 from typing import Any
 
 from bench.case import BenchCase
+from bench.gpus import CPU
 from bench.record import Record
 
 WORLD_OF = {"sim": "simulated", "cpu": "measured-cpu", "cuda": "measured-cuda"}
@@ -22,7 +23,7 @@ def run(case: BenchCase) -> Record:
     from qzo.errors import QzoError
 
     try:
-        return _world(case.device)(case)
+        return _world(case)(case)
     except QzoError as error:
         status, message = "unsupported", str(error)
     except ImportError as error:
@@ -34,12 +35,16 @@ def run(case: BenchCase) -> Record:
     return failed_record(case_of(case), WORLD_OF[case.device], environment(), status=status, message=message)
 
 
-def _world(device: str) -> Any:
-    if device == "sim":
+def _world(case: BenchCase) -> Any:
+    if case.device == "sim" and case.gpu == CPU:
+        from bench.worlds import sim_cpu
+
+        return sim_cpu.run
+    if case.device == "sim":
         from bench.worlds import sim
 
         return sim.run
-    if device == "cpu":
+    if case.device == "cpu":
         from bench.worlds import cpu
 
         return cpu.run

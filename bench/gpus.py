@@ -11,6 +11,7 @@ from bench.case import choose
 
 MIB = 1 << 20
 DEFAULT_GPU = "rtx-4090"  # the card the paper measured its zeroth-order rows on
+CPU = "cpu"  # stands in a GPU's place for a step on the CPU
 
 # A context is what the driver and the loaded kernels take plus the local memory that it sets aside for every thread
 # the GPU can hold at once. The T4's measured 141 MiB leaves 101 MiB after 1 KiB for each of 40 x 1024 threads; other

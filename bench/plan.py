@@ -36,7 +36,11 @@ def cells(case: BenchCase, methods: Sequence[str]) -> tuple[ModelSource, list[Be
     """The source and one checked case for each method, `auto` resolved to sim, cpu, or (for later) cuda."""
     source = resolve(case.model)
     device = automatic(source) if case.device == "auto" else case.device
-    gpu = gpus.get(case.gpu or gpus.DEFAULT_GPU).name
+    gpu = case.gpu or gpus.DEFAULT_GPU
+    if gpu != gpus.CPU:
+        gpus.get(gpu)
+    elif device != "sim":
+        raise QzoError(f"gpu={gpus.CPU!r} is nothing that device {device!r} has; add --device sim, or leave --gpu out")
     check(case, source)
     if device != "sim":
         weights.check(source)

@@ -5,7 +5,6 @@ bitsandbytes is imported where it is used: the other methods run on machines tha
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -68,9 +67,9 @@ def _nf4_weight(weight: torch.Tensor) -> Any:
 def nf4_tensors(model: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Codes, and absmax with the 16-entry table, of all NF4 layers."""
     parts: dict[str, list[torch.Tensor]] = {"codes": [], "scales": []}
-    bnb: Any = sys.modules.get("bitsandbytes")
-    for parameter in model.parameters() if bnb else ():
-        if isinstance(parameter, bnb.nn.Params4bit):
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
             parts["codes"].append(parameter.data)
-            parts["scales"] += [parameter.quant_state.absmax, parameter.quant_state.code]
+            parts["scales"] += [state.absmax, state.code]
     return parts

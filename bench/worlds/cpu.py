@@ -37,6 +37,7 @@ def run(case: BenchCase) -> Record:
     losses, seconds = _timed(prepared, batches[:unwatched])
     process = peak_rss()  # before the profiler, whose records would be the larger part of it
     ledger.enter("forward" if case.first_order else "perturb")  # what the first steps left behind is no part of loading
+    register_resident(ledger, prepared)  # bitsandbytes casts its biases when it first runs
     watched, allocated = watch_steps(prepared, ledger, batches[unwatched:])
     losses += watched
     prepared.notes += origin_notes(case, batches)

@@ -1,0 +1,124 @@
+"""The simulated CPU: the step that the measured CPU world runs, on tensors that claim to be on a CPU and hold no data.
+
+PyTorch's fake tensors carry the CPU's dispatch keys. So autocast, the choice of attention kernel, dropout and the
+blocked bf16 products are the real ones, and only what a kernel allocates inside itself needs a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.utils import import_utils
+
+from bench.attention import attention_of
+from bench.case import BenchCase
+from bench.catalog import ModelSource, resolve
+from bench.cpu_kernels import rules
+from bench.environment import environment
+from bench.ledger import Ledger
+from bench.methods import METHODS
+from bench.record import Record
+from bench.text import Batch
+from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
+from bench.worlds.cpu_gemm import NOTE, fast_bf16, needs_blocks
+from bench.worlds.sim import SimWorld, number_of_experts
+
+DEVICE = "cpu"
+
+
+class SimCpuWorld(SimWorld):
+    """Models are built and changed on the meta device, then moved to fake CPU tensors.
+
+    Args:
+        context: gets the mode in which, from then on, every new tensor is fake.
+    """
+
+    def __init__(self, source: ModelSource, attention: str, context: ExitStack) -> None:
+        super().__init__(source, attention)
+        self.context = context
+
+    def place(self, model: nn.Module) -> nn.Module:
+        self.context.enter_context(FakeTensorMode())
+        self.context.enter_context(taken_for_real())
+        return to_cpu(model)
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(DEVICE, torch.bfloat16)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Nothing: the CPU's backward runs in the thread of the forward, modes and all."""
+        yield
+
+
+def run(case: BenchCase) -> Record:
+    """Simulate what `bench.worlds.cpu` would measure on this machine: its thread count and its lack of bf16
+    instructions, if it lacks them, count. A CPU has no caching allocator and what libraries take besides tensors is not
+    known, so reserved and process bytes are None.
+    """
+    source = resolve(case.model)
+    attention = attention_of(case, source, flash=True)
+    with ExitStack() as context:
+        world = SimCpuWorld(source, attention, context)
+        prepared = METHODS[case.method](case, world)
+        ledger = Ledger(DEVICE, rules=rules(number_of_experts(source.config)))
+        parts = register_resident(ledger, prepared)
+        ledger.enter("forward" if case.first_order else "perturb")
+        batches = [_batch(case) for _ in range(WATCHED_STEPS)]
+        for batch in batches:
+            ledger.assign("temporaries", (batch.input_ids, batch.labels))
+        with ledger, fast_bf16():
+            # a zeroth-order step leaves nothing behind for the next
+            run_steps(ledger, prepared, batches if case.first_order else batches[:1])
+        register_resident(ledger, prepared)  # bitsandbytes casts its biases when it first runs
+        prepared.notes += [NOTE] if needs_blocks() else []
+        return describe(
+            replace(case, attention=attention), "simulated", dict(environment(), gpu=None, driver=None), prepared,
+            ledger, parts, world.parameters, allocated=ledger.peak_bytes(),
+        )  # fmt: skip
+
+
+def to_cpu(model: nn.Module) -> nn.Module:
+    """Replace all parameters and buffers in place by fake CPU tensors; shared ones stay shared, NF4 keeps its state."""
+    moved: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    if tensor not in moved:
+                        moved[tensor] = _moved(tensor)
+                    tensors[name] = moved[tensor]  # type: ignore[assignment]
+    return model
+
+
+def _moved(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, nn.Parameter):
+        return _fake(tensor)
+    parameter = nn.Parameter(_fake(tensor), requires_grad=tensor.requires_grad)
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:  # all that bitsandbytes reads of a weight is this attribute and its data
+        state.absmax, state.code = _fake(state.absmax), _fake(state.code)
+        parameter.quant_state = state  # type: ignore[attr-defined]
+    return parameter
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+
+
+@contextmanager
+def taken_for_real() -> Iterator[None]:
+    """transformers takes fake tensors for a graph that is traced, and then builds masks that no real step has."""
+    with mock.patch.object(import_utils, "is_fake_tensor", lambda tensor: False):
+        yield
+
+
+def _batch(case: BenchCase) -> Batch:
+    tokens = torch.empty(case.batch_size, case.seq_len, dtype=torch.long, device=DEVICE)
+    return Batch(input_ids=tokens, labels=tokens.clone(), kind="none")

@@ -1,0 +1,51 @@
+"""The comparison of the simulated with the measured CPU: what its table says, and one run of it."""
+
+import pytest
+from transformers import OPTConfig
+
+from bench.record import build_record, failed_record
+from bench.validate_cpu import document, error_percent, main
+
+CASE = {
+    "model": "tiny", "method": "mezo", "batch_size": 1, "seq_len": 8, "dtype": None, "attention": None,
+    "gradient_checkpointing": False, "optimizer": None, "quantization": None, "gpu": None,
+}  # fmt: skip
+EMPTY = dict.fromkeys(("torch", "transformers", "python", "platform", "gpu", "driver", "commit", "dirty"))
+
+
+def record(allocated: int, world: str = "measured-cpu") -> dict:
+    held = {"weights": allocated}
+    return build_record(
+        CASE, world, EMPTY, total=1, trainable=1, allocated=allocated, at_peak=held, floor=1, phases={}
+    )  # fmt: skip
+
+
+def test_the_error_is_that_of_the_prediction_and_signed():
+    assert error_percent((record(102), record(100))) == pytest.approx(2)
+    assert error_percent((record(99), record(100))) == pytest.approx(-1)
+
+
+def test_the_table_has_statistics_and_a_failed_cell_its_reason():
+    failed = failed_record(CASE, "simulated", EMPTY, status="error", message="no such layer")
+    text = document([(record(2_000), record(1_000)), (record(990), record(1_000)), (failed, record(1_000))])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| tiny")]
+    assert cells[0] == ["tiny", "mezo", "2,000", "1,000", "+100.0000"]
+    assert "no such layer" in text
+    assert "mean 50.5000" in text and "mean signed +49.5000; 2 of 3 cells" in text
+
+
+def test_one_small_model_is_simulated_and_run(tmp_path, capsys):
+    OPTConfig(
+        hidden_size=256, word_embed_proj_dim=256, ffn_dim=512, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=500, architectures=["OPTForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    table = tmp_path / "table.md"
+    options = ["--models", str(tmp_path), "--methods", "qzo", "--seq-len", "16", "--out", str(table)]
+    assert main(options) == 0
+    assert table.read_text(encoding="utf-8").strip() == capsys.readouterr().out.strip()
+    assert "1 of 1 cells" in table.read_text(encoding="utf-8")
+
+
+def test_an_unknown_model_is_one_line_and_exit_code_two(tmp_path, capsys):
+    assert main(["--models", "opt-126m", "--out", str(tmp_path / "table.md")]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown model 'opt-126m'")
