@@ -66,6 +66,14 @@ gptq-report: $(READY) ## make reports/gptq.md again: GPTQ and round-to-nearest o
 	$(RUN) -m bench.reconstruction smollm2-135m --out reports/gptq.json
 	$(RUN) -m reports.gptq
 
+FILES ?= $(wildcard ../shared/measurements/*.jsonl reports/measurements/*.jsonl)
+validation: $(READY) ## make reports/validation.md again from measurement files (FILES)
+	mkdir -p results/validation
+	for file in $(FILES); do \
+		$(RUN) -m bench validate $$file --json results/validation/$$(basename $$file .jsonl).json || exit 1; \
+	done
+	$(RUN) -m reports.validation $(patsubst %.jsonl,results/validation/%.json,$(notdir $(FILES)))
+
 gpu: ## on a machine with a GPU: tests marked cuda, then 0.1B to 13B measured into reports/measurements
 	$(PYTHON) -m pytest -q -m cuda
 	$(PYTHON) -m bench.measure $(ARGS)
