@@ -27,7 +27,7 @@ from torch import Tensor
 from qzo.errors import QzoError
 
 Options = dict[str, Any]
-UPDATE_OPTIONS = ("relative", "nonnegative", "momentum", "betas", "adam_eps")  # with lr and d', they make the update
+UPDATE_OPTIONS = ("lr", "relative", "nonnegative", "momentum", "betas", "adam_eps")
 
 
 def check_rule(group: Options) -> None:
@@ -43,6 +43,11 @@ def check_rule(group: Options) -> None:
         raise QzoError(f"betas={betas} are not two numbers in [0, 1); choose e.g. (0.9, 0.999), or None for no Adam")
     if not group.get("adam_eps", 1e-8) > 0:
         raise QzoError(f"adam_eps={group['adam_eps']} is not positive; choose e.g. 1e-8")
+
+
+def update_options(group: Options) -> Options:
+    """The options of a group that, with d' and z, make its update."""
+    return {name: group[name] for name in UPDATE_OPTIONS if name in group}
 
 
 def factors(group: Options, derivatives: tuple[float, ...]) -> list[float]:

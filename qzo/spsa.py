@@ -16,6 +16,7 @@ from qzo.errors import QzoError
 from qzo.estimator import Estimator, Losses, all_finite
 from qzo.groups import Group, check_options, check_tensor, unique
 from qzo.noise import full_noise, mixed_chunks, noise_chunks
+from qzo.rules import update_options
 
 Closure = Callable[[], Tensor | float]
 Parameters = dict[str, Tensor] | Iterable[Any]
@@ -32,7 +33,7 @@ class LastStep:
 
     With several directions, losses and `directional_derivative` are those of the first one, and `derivatives` holds d
     of each. One-sided, `loss_minus` is the loss at θ. `applied`: d' of each group and direction, after clipping and
-    normalization, which with z and the options makes the update; empty for a skipped step.
+    normalization; empty for a skipped step. `options`: lr and what else of each group made the update of it and z.
     """
 
     loss_plus: float
@@ -44,6 +45,7 @@ class LastStep:
     skipped: bool
     derivatives: tuple[float, ...] = ()
     applied: Applied = ()
+    options: tuple[Group, ...] = ()
 
 
 class SpsaOptimizer(torch.optim.Optimizer, ABC):
@@ -131,10 +133,10 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
             self._restore()
             self._check_skips(losses)
         clipped = any(abs(d) > bound for group, bound in zip(raw, bounds, strict=True) for d in group)
-        first = (*losses[0], raw[0][0], clipped and not skipped)
-        step = self.steps
-        self._take(None if skipped else applied)
-        self.last = LastStep(*first, self.seed, step, skipped, raw[0], () if skipped else applied)
+        first, step = (*losses[0], raw[0][0], clipped and not skipped), self.steps
+        self._take(() if skipped else applied)
+        options = tuple(update_options(group) for group in self.param_groups)
+        self.last = LastStep(*first, self.seed, step, skipped, raw[0], () if skipped else applied, options)
 
     def _check_skips(self, losses: list[Losses]) -> None:
         if self.max_skipped is not None and self.skipped_in_a_row + 1 >= self.max_skipped:
@@ -144,29 +146,29 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
                 "lower lr or eps, or look at the data"
             )
 
-    def _take(self, applied: Applied | None) -> None:
-        """Update θ by d' of each group and direction, or skip; count the step."""
-        if applied is None:
-            self.skipped_steps += 1
-            self.skipped_in_a_row += 1
-        else:
+    def _take(self, applied: Applied) -> None:
+        """Update θ by d' of each group and direction, or skip where there is none; count the step."""
+        if applied:
             self._update(applied)
             self.skipped_in_a_row = 0
+        else:
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
         self.steps += 1
 
     @torch.no_grad()
-    def replay(self, applied: Applied | None) -> None:
+    def replay(self, applied: Applied) -> None:
         """Take a step whose d' are known, without any loss; bit for bit what `step` did.
 
         Args:
-            applied: `last.applied` of that step, None or () for a skipped one. Options and seed must be those of it.
+            applied: `last.applied` of that step, empty for a skipped one. Options and seed must be those of it.
 
         Raises QzoError where `applied` does not fit the groups and directions.
         """
         wanted = [self.estimator.directions] * len(self.param_groups)
         if applied and [len(group) for group in applied] != wanted:
             raise QzoError(f"d' of {[len(group) for group in applied]} directions a group; this optimizer has {wanted}")
-        self._take(applied or None)
+        self._take(applied)
         self.last = None
 
     def direction(self, number: int = 0) -> dict[str, Tensor]:
