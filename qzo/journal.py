@@ -72,6 +72,7 @@ class Journal:
         self._contents: lines.Contents | None = lines.read(self.path)
         check_same(self.path, self._contents.header, header)
         self.steps = self._contents.steps  # recorded, the waiting ones included
+        self._crc, self._end = self._contents.crcs[-1], self._contents.ends[-1]
         self._options = [_rule(group) for group in header["groups"]]
         self._waiting = b""  # lines that a full disk did not take
         self._file = self.path.open("ab", buffering=0)

@@ -37,7 +37,7 @@ def write_snapshot(journal: Path, optimizer: SpsaOptimizer, crc: int) -> None:
 def load_snapshot(journal: Path, optimizer: SpsaOptimizer, contents: Contents, steps: int) -> str | None:
     """Bring the optimizer to the snapshot's step where that is at most `steps` and belongs to the journal.
 
-    Returns why a snapshot that is there was not used, None where it was or there is none.
+    Returns why a snapshot was not used that should have fitted, else None.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -48,8 +48,10 @@ def load_snapshot(journal: Path, optimizer: SpsaOptimizer, contents: Contents, s
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             step, crc = int(metadata["steps"]), int(metadata["crc"], 16)
-            if step > steps or contents.crcs[step] != crc:
-                return f"{path} is of step {step} of another run or of a later one; replaying from the start"
+            if step > steps:
+                return None
+            if contents.crcs[step] != crc:
+                return f"{path} is of another run; replaying from the start"
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if digest(sorted(tensors.items())) != metadata["sha256"]:
             return f"{path} is damaged; replaying from the start"
