@@ -16,7 +16,8 @@ from qzo.spsa import SpsaOptimizer
 def model_hash(model: nn.Module, optimizer: SpsaOptimizer) -> str:
     """SHA-256 of all codes, scales and other buffers of quantized layers, and of all trained tensors, as they stand.
 
-    Names, dtypes and shapes count too. Extra memory: one tensor at a time where it is not on the CPU.
+    Names, dtypes and shapes count too; unquantized parameters that are not trained do not.
+    Extra memory: one tensor at a time where it is not on the CPU.
     """
     buffers = [
         (f"{path}.{name}", buffer)

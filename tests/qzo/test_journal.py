@@ -120,7 +120,7 @@ def test_resume_to_an_earlier_step_cuts_the_rest_off(tmp_path):
 
 
 def test_an_optimizer_that_was_loaded_stays_as_it_is(tmp_path):
-    model, optimizer = recorded(tmp_path / "j", 8)
+    _, optimizer = recorded(tmp_path / "j", 8)
     fresh = Tiny(torch.float16)
     other = QZO(scales(fresh), lr=1e-4)
     journal = Journal(tmp_path / "j", fresh, other)
@@ -292,7 +292,7 @@ def test_a_snapshot_that_finds_no_room_leaves_the_old_one(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("how", ["flip", "cut", "other"])
 def test_a_snapshot_that_does_not_fit_costs_time_only(tmp_path, how):
-    model, optimizer = recorded(tmp_path / "j", 7, snapshot_every=3)
+    _, optimizer = recorded(tmp_path / "j", 7, snapshot_every=3)
     path = snapshot_path(tmp_path / "j")
     data = bytearray(path.read_bytes())
     if how == "flip":
