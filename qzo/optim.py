@@ -146,42 +146,44 @@ class QZO(SpsaOptimizer):
 
     def _perturb(self, direction: int, sign: int) -> None:
         for index, _, number, tensor in self._tensors():
-            group, master = self.param_groups[number], flat(self.state[tensor]["master"])
-            distance = sign * group["eps"]
+            group, live, master = self.param_groups[number], flat(tensor), flat(self.state[tensor]["master"])
+            distance, relative, follows = sign * group["eps"], group["relative"], tensor in self._offsets
             for z, part in self._noise(index, tensor, direction):
+                chunk = master[part]
                 z.mul_(distance)
-                if group["relative"]:
-                    z.mul_(master[part])
-                self._write(tensor, part, z.add_(master[part]))
+                if relative:
+                    z.mul_(chunk)
+                live[part].copy_(z.add_(chunk))
+                if follows:
+                    self._follow(tensor, part, z)
             del z  # before the next tensor's is born
 
     def _restore(self) -> None:
         for _, _, _, tensor in self._tensors():
             master = self.state[tensor]["master"]
-            if tensor not in self._offsets:
-                tensor.detach().copy_(master)
-                continue
-            for part in _parts(master.numel()):
-                self._write(tensor, part, flat(master)[part].clone())
+            tensor.detach().copy_(master)
+            if tensor in self._offsets:
+                for part in _parts(master.numel()):
+                    self._follow(tensor, part, flat(master)[part].clone())
 
     def _update(self, applied: Applied) -> None:
         for index, _, number, tensor in self._tensors():
-            group, state = self.param_groups[number], self.state[tensor]
+            group, state, live = self.param_groups[number], self.state[tensor], flat(tensor)
             rules.prepare(group, state, state["master"])
-            master = flat(state["master"])
+            master, nonnegative, follows = flat(state["master"]), group["nonnegative"], tensor in self._offsets
             for mixed, part in self._mixed(index, tensor, rules.factors(group, applied[number])):
                 chunk = master[part]
                 chunk.add_(rules.change(group, state, part, mixed, chunk))
-                if group["nonnegative"]:
+                if nonnegative:
                     chunk.clamp_(min=0)
-                self._write(tensor, part, mixed.copy_(chunk) if tensor in self._offsets else chunk)
+                live[part].copy_(chunk)
+                if follows:
+                    self._follow(tensor, part, mixed.copy_(chunk))
             del mixed
 
-    def _write(self, tensor: Tensor, part: slice, value: Tensor) -> None:
-        """Give the live scales, and offsets that follow them, the fp32 `value`; it is overwritten where they do."""
-        flat(tensor)[part].copy_(value)
-        if tensor in self._offsets:
-            offsets.follow(self._offsets[tensor], self.state[tensor], part, value)
+    def _follow(self, tensor: Tensor, part: slice, scale: Tensor) -> None:
+        """Write the offset of a tensor's elements `part`, whose scales are `scale`, which is overwritten."""
+        offsets.follow(self._offsets[tensor], self.state[tensor], part, scale)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_offsets": self._offsets}
