@@ -20,6 +20,7 @@ from tiny import Tiny
 import qzo
 
 STEPS = 200
+MOST = 9  # steps of a life that is to be killed, after which it waits for that: 20 lives never reach the end
 OPTIONS = {
     "plain": {},
     "momentum": {"momentum": 0.9},
@@ -33,25 +34,27 @@ def make(rule: str) -> tuple[Tiny, qzo.QZO]:
     return model, qzo.QZO(qzo.scales(model), **{"lr": 1e-5, "seed": 3, **OPTIONS[rule]})
 
 
-def train(folder: Path, rule: str, stop: int = STEPS) -> dict[str, torch.Tensor]:
-    """From wherever the journal ends to step `stop`; returns masters and live scales."""
+def train(folder: Path, rule: str, stop: int = STEPS, most: int = STEPS) -> dict[str, torch.Tensor]:
+    """From wherever the journal ends to step `stop`, `most` steps at most; returns masters and live scales."""
     model, optimizer = make(rule)
     with qzo.Journal(folder / "run.journal", model, optimizer, snapshot_every=30, sync_every=5) as journal:
-        journal.resume()
+        last = journal.resume() + most
         optimizer.register_step_post_hook(journal.record)
         while optimizer.steps < stop:
             step = optimizer.steps
+            if step == last:
+                signal.pause()
             optimizer.step(lambda: float("nan") if step % 50 == 17 else model.loss(step))  # noqa: B023
     return {**optimizer.truth(), **{name: scale.clone() for name, scale in qzo.scales(model).items()}}
 
 
-def live(folder: Path, rule: str) -> None:
-    torch.save(train(folder, rule), folder / "killed.pt.part")
+def live(folder: Path, rule: str, most: int) -> None:
+    torch.save(train(folder, rule, most=most), folder / "killed.pt.part")
     os.replace(folder / "killed.pt.part", folder / "killed.pt")
 
 
-def size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def main(folder: Path, kills: int, rule: str) -> None:
@@ -59,21 +62,21 @@ def main(folder: Path, kills: int, rule: str) -> None:
     journal = folder / "run.journal"
     make(rule)  # what PyTorch imports late is imported here, once
     for life in range(kills + 1):
-        start = size(journal)
+        start = lines(journal)
         child = os.fork()
         if child == 0:
             warnings.simplefilter("ignore")
-            live(folder, rule)
+            live(folder, rule, MOST if life < kills else STEPS + 1)
             os._exit(0)
         if life < kills:
-            wanted = start + dice.randrange(400)  # bytes of up to ten steps; 0 kills it while it loads or replays
-            while size(journal) < wanted and not (folder / "killed.pt").exists():
+            wanted = start + dice.randrange(MOST)  # 0 kills it while it loads or replays
+            while lines(journal) < wanted:
                 time.sleep(0.0002)
             time.sleep(dice.random() * 0.004)
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
-        print(life, how, size(journal), flush=True)
+        print(life, how, lines(journal), flush=True)
 
 
 if __name__ == "__main__":

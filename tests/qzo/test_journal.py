@@ -374,3 +374,26 @@ def test_replaying_a_name_that_the_model_lacks_is_explained(tmp_path):
     with pytest.raises(QzoError, match="trains 0, which the model does not have"):
         replay(Tiny(torch.float16), tmp_path / "j")
     assert qzo.replay is replay
+
+
+def test_an_option_changed_long_before_a_snapshot_still_counts_after_it(tmp_path):
+    model = Tiny(torch.float16)
+    optimizer = QZO(scales(model), lr=1e-4, momentum=0.9)
+    with Journal(tmp_path / "j", model, optimizer, snapshot_every=5) as journal:
+        for step in range(8):
+            if step == 2:
+                optimizer.param_groups[0]["momentum"] = 0.5
+            optimizer.step(lambda: model.loss(step))  # noqa: B023
+            journal.record()
+    for snapshot in (True, False):
+        again, _ = replay(Tiny(torch.float16), tmp_path / "j", snapshot)
+        assert same(again.truth(), optimizer.truth())
+
+
+def test_options_are_the_optimizers_own_again_after_a_resume(tmp_path):
+    recorded(tmp_path / "j", 3)
+    model = Tiny(torch.float16)
+    optimizer = QZO(scales(model), lr=0.5)
+    with Journal(tmp_path / "j", model, optimizer) as journal:
+        journal.resume()
+    assert optimizer.param_groups[0]["lr"] == 0.5
