@@ -37,7 +37,7 @@ def make(rule: str) -> tuple[Tiny, qzo.QZO]:
 def train(folder: Path, rule: str, stop: int = STEPS, most: int = STEPS) -> dict[str, torch.Tensor]:
     """From wherever the journal ends to step `stop`, `most` steps at most; returns masters and live scales."""
     model, optimizer = make(rule)
-    with qzo.Journal(folder / "run.journal", model, optimizer, snapshot_every=30, sync_every=5) as journal:
+    with qzo.Journal(folder / "run.journal", model, optimizer, snapshot_every=7, sync_every=5) as journal:
         last = journal.resume() + most
         optimizer.register_step_post_hook(journal.record)
         while optimizer.steps < stop:
