@@ -1,8 +1,9 @@
-"""The command line: `qzo quantize MODEL OUT`."""
+"""The command line: `qzo quantize MODEL OUT`, `qzo replay MODEL JOURNAL [OUT]`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 an error, told in one line on stderr."""
     try:
         options = _parser().parse_args(arguments)
-        _quantize(options)
+        options.run(options)
     except (QzoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--seq-len", type=int, default=256, help="gptq: tokens a sequence (default 256)")
     quantize.add_argument("--act-order", action="store_true", help="gptq: columns by falling weight of their inputs")
     quantize.add_argument("--static-groups", action="store_true", help="gptq: with --act-order, keep groups in place")
+    quantize.set_defaults(run=_quantize)
+    replay = commands.add_parser("replay", help="rebuild a tuned model from its journal, without data")
+    replay.add_argument("model", metavar="MODEL", help="folder or hub id of the GPTQ checkpoint that was tuned")
+    replay.add_argument("journal", metavar="JOURNAL", help="file that qzo.Journal wrote")
+    replay.add_argument("out", metavar="OUT", nargs="?", help="folder to write, new or empty; without, only check")
+    replay.add_argument("--no-snapshot", action="store_true", help="replay every step from the first")
+    replay.set_defaults(run=_replay)
     return parser
 
 
@@ -100,6 +108,37 @@ def _calibration(options: argparse.Namespace) -> list[Tensor] | None:
     return token_batches(
         lambda string: tokenizer.encode(string, add_special_tokens=False), text, options.samples, options.seq_len
     )
+
+
+def _replay(options: argparse.Namespace) -> None:
+    import torch
+
+    from qzo.checkpoint import check_target, save
+    from qzo.journal_lines import read
+    from qzo.load import load
+    from qzo.replay import replay
+
+    journal = Path(options.journal)
+    header = read(journal).header
+    if options.out and header["optimizer"] != "QZO":
+        raise QzoError(f"{journal} is of {header['optimizer']}; only a quantized model can be written, leave OUT away")
+    if options.out:
+        check_target(Path(options.out))
+    model = load(options.model, getattr(torch, header["dtype"]), header["device"])
+    optimizer, notices = replay(model, journal, snapshot=not options.no_snapshot)
+    for notice in notices:
+        print(f"notice: {notice}", file=sys.stderr)
+    if options.out:
+        save(model, options.out, _format(Path(options.model)))
+        _copy_beside(Path(options.model), Path(options.out))
+    print(f"steps       {optimizer.steps:>16,}\nskipped     {optimizer.skipped_steps:>16,}")
+
+
+def _format(source: Path) -> str:
+    """The checkpoint format of a folder, so that a tuned model is written as it came."""
+    config = source / "config.json"
+    quantization = json.loads(config.read_text(encoding="utf-8"))["quantization_config"] if config.is_file() else {}
+    return str(quantization.get("checkpoint_format", "gptq"))
 
 
 def _copy_beside(source: Path, target: Path) -> None:

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qzo import offsets, rules
 from qzo.errors import QzoError
-from qzo.spsa import Group, Parameters, SpsaOptimizer, flat
+from qzo.estimator import Estimator
+from qzo.groups import Group, check_sign
+from qzo.noise import chunk_elements
+from qzo.spsa import Applied, Parameters, SpsaOptimizer, flat
 
 
 class QZO(SpsaOptimizer):
@@ -24,14 +28,24 @@ class QZO(SpsaOptimizer):
     optimizer is made is therefore overwritten by the next step.
 
     Args:
-        scales: `qzo.scales(model)`, or tensors, (name, tensor) pairs, parameter groups. A tensor named twice is
-            trained once. Tensors change in place.
-        lr: η. Groups may have their own `lr`, `eps`, `clip_threshold`; any torch.optim.lr_scheduler works.
+        scales: `qzo.scales(model)`, `qzo.trainable(model, ...)`, or tensors, (name, tensor) pairs, parameter groups. A
+            tensor named twice is trained once. Tensors change in place. A group with named scales may hold "offsets",
+            name -> tensor, which follow them, see `qzo.offsets`.
+        lr: η. Groups may have their own `lr`, `eps`, `clip_threshold`, and all options below down to `adam_eps`; any
+            torch.optim.lr_scheduler works.
         eps: ε, step of the finite difference.
         clip_threshold: C, None turns clipping off.
         seed: with the step counter it makes z, see `qzo.noise`.
+        relative: perturb by eps Δ z and update by lr d' z Δ: both are relative amounts, and d is the change of the
+            loss for a relative change of the scales, see `qzo.rules`. Scales of 0 stay there.
+        nonnegative: the max(., 0) of Algorithm 1. False for tensors that may be negative: norms, biases, adapters.
+        momentum, betas, adam_eps: momentum, or Adam, on the masters, see `qzo.rules`; None, no Adam. 4 or 8 bytes a
+            scale.
+        directions, distribution, estimator, normalize: how d is measured, see `qzo.estimator.Estimator`.
+        max_skipped: losses in a row that are not finite before training stops with an error; None, never.
 
-    `last` tells what the last step saw, `direction()` its z. Extra memory in a step: one chunk of z.
+    `last` tells what the last step saw, `direction()` its z. Extra memory in a step: one chunk of z, a second one with
+    several directions.
 
     Raises:
         QzoError: an option out of range, nothing to train, a tensor that is not floating point or has no flat view.
@@ -44,15 +58,57 @@ class QZO(SpsaOptimizer):
         eps: float = 1e-3,
         clip_threshold: float | None = 100.0,
         seed: int = 0,
+        *,
+        relative: bool = False,
+        nonnegative: bool = True,
+        momentum: float = 0.0,
+        betas: tuple[float, float] | None = None,
+        adam_eps: float = 1e-8,
+        directions: int = 1,
+        distribution: str = "gaussian",
+        estimator: str = "two-sided",
+        normalize: bool = False,
+        max_skipped: int | None = 10,
     ) -> None:
-        super().__init__(scales, seed, lr=lr, eps=eps, clip_threshold=clip_threshold)
+        self._offsets: dict[Tensor, Tensor] = {}  # scale -> the live offset that follows it
+        rule: dict[str, Any] = {"momentum": momentum} if betas is None else {"betas": betas, "momentum": momentum}
+        super().__init__(
+            scales,
+            seed,
+            Estimator(directions, distribution, estimator, normalize),
+            max_skipped,
+            lr=lr,
+            eps=eps,
+            clip_threshold=clip_threshold,
+            relative=relative,
+            nonnegative=nonnegative,
+            adam_eps=adam_eps,
+            **rule,
+        )
 
+    @torch.no_grad()
     def add_param_group(self, param_group: Group) -> None:
-        """As the base class; makes the masters too."""
-        super().add_param_group(param_group)
-        for tensor in self.param_groups[-1]["params"]:
+        """As the base class; makes the masters too. Raises QzoError."""
+        group = {name: value for name, value in param_group.items() if name != "offsets"}
+        rules.check_rule({**self.defaults, **group})
+        super().add_param_group(group)
+        try:
+            self._take_over(self.param_groups[-1], param_group.get("offsets") or {})
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _take_over(self, group: Group, following: dict[str, Tensor]) -> None:
+        pairs = offsets.take_offsets(following, group)
+        for position, tensor in enumerate(group["params"]):
+            if group["nonnegative"]:
+                check_sign(group["param_names"][position] if "param_names" in group else "a tensor", tensor)
+        for tensor in group["params"]:
             master = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
             self.state[tensor]["master"] = master.copy_(tensor.detach())
+            if tensor in pairs:
+                self.state[tensor].update(offsets.start(tensor, pairs[tensor]))
+        self._offsets.update(pairs)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -60,45 +116,110 @@ class QZO(SpsaOptimizer):
 
         PyTorch alone would cast them to the dtype of the scales.
         """
-        masters = {tensor: self.state[tensor]["master"] for _, _, _, tensor in self._tensors()}
-        saved = _saved_masters(state_dict, list(masters.values()))
+        owned = [self.state[tensor] for _, _, _, tensor in self._tensors()]
+        saved = _saved_states(state_dict, owned)
         super().load_state_dict({**state_dict, "state": {}})
-        for (tensor, master), value in zip(masters.items(), saved, strict=True):
-            self.state[tensor]["master"] = master.copy_(value)
+        for (_, _, _, tensor), state, values in zip(self._tensors(), owned, saved, strict=True):
+            self.state[tensor] = _copied(state, values)
         self._restore()
 
-    def _perturb(self, sign: int) -> None:
-        for index, _, group, tensor in self._tensors():
-            live, master = flat(tensor), flat(self.state[tensor]["master"])
-            distance = sign * self.param_groups[group]["eps"]
-            for z, part in self._noise(index, tensor):
-                live[part].copy_(z.mul_(distance).add_(master[part]))
+    def truth(self) -> dict[str, Tensor]:
+        """The optimizer's state of every tensor, as "index.key": masters, what offsets start from, rule buffers."""
+        return {
+            f"{index}.{key}": value
+            for index, _, _, tensor in self._tensors()
+            for key, value in self.state[tensor].items()
+        }
+
+    @torch.no_grad()
+    def set_truth(self, tensors: dict[str, Tensor]) -> None:
+        """As the base class; the live tensors are written too."""
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            index, _, key = name.partition(".")
+            states.setdefault(int(index), {})[key] = value
+        owned = [self.state[tensor] for _, _, _, tensor in self._tensors()]
+        saved = {"state": states, "param_groups": [{"params": list(range(len(owned)))}]}
+        for (_, _, _, tensor), state, values in zip(self._tensors(), owned, _saved_states(saved, owned), strict=True):
+            self.state[tensor] = _copied(state, values)
+        self._restore()
+
+    def _perturb(self, direction: int, sign: int) -> None:
+        for index, _, number, tensor in self._tensors():
+            group, live, master = self.param_groups[number], flat(tensor), flat(self.state[tensor]["master"])
+            distance, relative, follows = sign * group["eps"], group["relative"], tensor in self._offsets
+            for z, part in self._noise(index, tensor, direction):
+                chunk = master[part]
+                z.mul_(distance)
+                if relative:
+                    z.mul_(chunk)
+                live[part].copy_(z.add_(chunk))
+                if follows:
+                    self._follow(tensor, part, z)
             del z  # before the next tensor's is born
 
     def _restore(self) -> None:
         for _, _, _, tensor in self._tensors():
-            tensor.detach().copy_(self.state[tensor]["master"])
+            master = self.state[tensor]["master"]
+            tensor.detach().copy_(master)
+            if tensor in self._offsets:
+                for part in _parts(master.numel()):
+                    self._follow(tensor, part, flat(master)[part].clone())
 
-    def _update(self, derivatives: list[float]) -> None:
-        for index, _, group, tensor in self._tensors():
-            live, master = flat(tensor), flat(self.state[tensor]["master"])
-            distance = -self.param_groups[group]["lr"] * derivatives[group]
-            for z, part in self._noise(index, tensor):
-                live[part].copy_(master[part].add_(z.mul_(distance)).clamp_(min=0))
-            del z
+    def _update(self, applied: Applied) -> None:
+        for index, _, number, tensor in self._tensors():
+            group, state, live = self.param_groups[number], self.state[tensor], flat(tensor)
+            rules.prepare(group, state, state["master"])
+            master, nonnegative, follows = flat(state["master"]), group["nonnegative"], tensor in self._offsets
+            for mixed, part in self._mixed(index, tensor, rules.factors(group, applied[number])):
+                chunk = master[part]
+                chunk.add_(rules.change(group, state, part, mixed, chunk))
+                if nonnegative:
+                    chunk.clamp_(min=0)
+                live[part].copy_(chunk)
+                if follows:
+                    self._follow(tensor, part, mixed.copy_(chunk))
+            del mixed
+
+    def _follow(self, tensor: Tensor, part: slice, scale: Tensor) -> None:
+        """Write the offset of a tensor's elements `part`, whose scales are `scale`, which is overwritten."""
+        offsets.follow(self._offsets[tensor], self.state[tensor], part, scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_offsets": self._offsets}
 
 
-def _saved_masters(state_dict: dict[str, Any], masters: list[Tensor]) -> list[Tensor]:
-    """Masters in a state dict, in the order of the tensors; QzoError where they do not fit this optimizer's."""
+def _parts(numel: int) -> list[slice]:
+    size = chunk_elements(numel)
+    return [slice(first, min(first + size, numel)) for first in range(0, numel, size)]
+
+
+def _copied(state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """`saved` on the device of the master; where `state` has the tensor already, that one takes the values."""
+    device = state["master"].device
+    return {
+        key: state[key].copy_(value)
+        if key in state
+        else torch.empty_like(value, device="cpu" if key == "updates" else device).copy_(value)
+        for key, value in saved.items()
+    }
+
+
+def _saved_states(state_dict: dict[str, Any], owned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """State of each tensor in a state dict, in order; QzoError where it does not fit this optimizer's."""
     try:
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        saved = [state_dict["state"][number]["master"] for number in numbers]
+        saved = [state_dict["state"][number] for number in numbers]
+        shapes = [value["master"].shape for value in saved]
     except KeyError as error:
         raise QzoError("the state dict has no master scales; load one that QZO.state_dict() made") from error
-    if len(saved) != len(masters):
-        raise QzoError(f"the state dict holds {len(saved)} scale tensors, the optimizer {len(masters)}")
-    for number, (value, master) in enumerate(zip(saved, masters, strict=True)):
-        if value.shape != master.shape:
-            found, wanted = tuple(value.shape), tuple(master.shape)
-            raise QzoError(f"scale {number} has shape {found} in the state dict, {wanted} in the model")
+    if len(saved) != len(owned):
+        raise QzoError(f"the state dict holds {len(saved)} scale tensors, the optimizer {len(owned)}")
+    for number, (values, shape, state) in enumerate(zip(saved, shapes, owned, strict=True)):
+        wanted = state["master"].shape
+        if any(value.shape not in (wanted, torch.Size()) for value in values.values()) or shape != wanted:
+            raise QzoError(f"scale {number} has shape {tuple(shape)} in the state dict, {tuple(wanted)} in the model")
+        for key in offsets.OFFSET_STATE:
+            if (key in values) != (key in state):
+                raise QzoError(f"scale {number} is saved {'with' if key in values else 'without'} an offset")
     return saved

@@ -32,7 +32,7 @@ def scales(model: nn.Module) -> dict[str, Tensor]:
 
 
 def quantized_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Component ("codes", "scales", "zero_points", "g_idx", "codebooks") -> its tensors, every storage once."""
+    """Component ("codes", "scales", "zero_points", "g_idx", "codebooks", ...) -> its tensors, every storage once."""
     tensors: dict[str, list[Tensor]] = {component: [] for component in COMPONENTS}
     seen: set[int] = set()
     for module in model.modules():
@@ -42,7 +42,7 @@ def quantized_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
             storage = buffer.untyped_storage()._cdata
             if storage not in seen:
                 seen.add(storage)
-                tensors[COMPONENT.get(name, name)].append(buffer)
+                tensors.setdefault(COMPONENT.get(name, name), []).append(buffer)
     return tensors
 
 

@@ -1,23 +1,27 @@
-"""What QZO and MeZO share: two evaluations of the loss along a random direction."""
+"""What QZO and MeZO share: evaluations of the loss along random directions, and what a step makes of them."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.noise import full_noise, noise_chunks
+from qzo.estimator import Estimator, Losses, all_finite
+from qzo.groups import Group, check_options, check_tensor, unique
+from qzo.noise import full_noise, mixed_chunks, noise_chunks
+from qzo.rules import update_options
 
 Closure = Callable[[], Tensor | float]
 Parameters = dict[str, Tensor] | Iterable[Any]
-Group = dict[str, Any]
-TRAINABLE = (torch.float32, torch.float16, torch.bfloat16)
+Applied = tuple[tuple[float, ...], ...]  # d' of each group, of each direction
+COUNTERS = ("steps", "skipped_steps", "skipped_in_a_row")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class LastStep:
 
     `step` counts from 0 and, with `seed`, tells z. Where groups differ in `eps`, d is that of the first group;
     `clipped` tells of any. `skipped`: a loss was not finite, the weights are what they were.
+
+    With several directions, losses and `directional_derivative` are those of the first one, and `derivatives` holds d
+    of each. One-sided, `loss_minus` is the loss at θ. `applied`: d' of each group and direction, after clipping and
+    normalization; empty for a skipped step. `options`: lr and what else of each group made the update of it and z.
     """
 
     loss_plus: float
@@ -35,20 +43,32 @@ class LastStep:
     seed: int
     step: int
     skipped: bool
+    derivatives: tuple[float, ...] = ()
+    applied: Applied = ()
+    options: tuple[Group, ...] = ()
 
 
 class SpsaOptimizer(torch.optim.Optimizer, ABC):
     """Base of QZO and MeZO: SPSA (Eq. 5), clipping (Eq. 6), the step counter, and its saving.
 
-    A child moves the tensors: `_perturb`, `_restore`, `_update`.
+    A child moves the tensors: `_perturb`, `_restore`, `_update`. How the loss is measured is `estimator`'s business.
+
+    `skipped_steps` counts the steps left out because a loss was not finite; `max_skipped` of them in a row raise
+    QzoError in place of the last, None never does.
     """
 
-    def __init__(self, params: Parameters, seed: int, **defaults: Any) -> None:
+    def __init__(
+        self, params: Parameters, seed: int, estimator: Estimator, max_skipped: int | None, **defaults: Any
+    ) -> None:
         self.seed: int = seed
-        self.steps: int = 0
+        self.estimator = estimator
+        self.max_skipped = max_skipped
+        self.steps = self.skipped_steps = self.skipped_in_a_row = 0
         self.last: LastStep | None = None
         if not isinstance(seed, int):
             raise QzoError(f"seed={seed!r} is not an integer")
+        if max_skipped is not None and not max_skipped >= 1:
+            raise QzoError(f"max_skipped={max_skipped} is not positive; choose e.g. 10, or None to go on for ever")
         if isinstance(params, Tensor | set):
             raise QzoError(f"a {type(params).__name__} cannot be trained; pass name -> tensor, e.g. qzo.scales(model)")
         items = list(params.items() if isinstance(params, dict) else params)
@@ -60,67 +80,115 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         """Add tensors with options of their own (`lr`, `eps`, `clip_threshold`). Raises QzoError."""
         if "params" not in param_group:
             raise QzoError(f'a parameter group needs "params"; this one has {sorted(param_group)}')
-        group = {**param_group, "params": _unique(param_group["params"])}
-        _check_options({**self.defaults, **group})
+        group = {**param_group, "params": unique(param_group["params"])}
+        check_options({**self.defaults, **group})
         for item in group["params"]:
-            _check_tensor(item)
+            check_tensor(item)
         try:
             super().add_param_group(group)
         except (TypeError, ValueError) as error:
             raise QzoError(str(error)) from error
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
+    def step(self, closure: Closure | Iterable[Closure] | None = None) -> float:  # type: ignore[override]
         """Evaluate the loss at θ + eps z and θ - eps z, then update θ in place; returns the mean of both losses.
 
         Args:
-            closure: returns the loss, a scalar, of the model as it stands; called twice, without gradients. It should
-                be deterministic: the same batch, no dropout.
+            closure: returns the loss, a scalar, of the model as it stands; called once an evaluation, twice in all by
+                default, without gradients. It should be deterministic: the same batch, no dropout. Several closures,
+                one for each micro-batch, accumulate: their losses are summed at each evaluation, as `backward()` sums
+                gradients, so let each return its share of the loss (of m equal micro-batches, its mean divided by m).
 
         Each loss is read once (`float`). If it is not finite, or the closure raises, θ is put back and the update is
         left out; an exception travels on and the step does not count. See the class for what "put back" means.
-        Extra memory: chunks of z, see `qzo.noise`. Raises QzoError without a closure.
+        Extra memory: chunks of z, see `qzo.noise`. Raises QzoError without a closure, and where `max_skipped` losses
+        in a row were not finite.
         """
         if closure is None:
             raise QzoError("step() needs a closure; call optimizer.step(lambda: model(**batch).loss)")
-        losses: list[float] = []
+        closures = [closure] if callable(closure) else list(closure)
+        if not closures:
+            raise QzoError("step() got no closure at all; pass one for each micro-batch")
         try:
-            for sign in (1, -1):
-                self._perturb(sign)
-                losses.append(_read(closure()))
+            losses = self.estimator.measure(partial(self._loss_at, closures))
         except BaseException:
             self._restore()
             raise
-        self._finish(*losses)
-        return (losses[0] + losses[1]) / 2
+        self._finish(losses)
+        return self.estimator.value(losses)
 
-    def _finish(self, loss_plus: float, loss_minus: float) -> None:
-        raw = [(loss_plus - loss_minus) / (2 * group["eps"]) for group in self.param_groups]
+    def _loss_at(self, closures: list[Closure], direction: int, sign: int) -> float:
+        if sign:
+            self._perturb(direction, sign)
+        else:
+            self._restore()
+        return sum(_read(closure()) for closure in closures)
+
+    def _finish(self, losses: list[Losses]) -> None:
+        raw = [self.estimator.derivatives(losses, group["eps"]) for group in self.param_groups]
         bounds = [group["clip_threshold"] or math.inf for group in self.param_groups]
-        clipped = [min(max(d, -bound), bound) for d, bound in zip(raw, bounds, strict=True)]
-        skipped = not (math.isfinite(loss_plus) and math.isfinite(loss_minus))
+        applied = tuple(self.estimator.applied(d, losses, bound) for d, bound in zip(raw, bounds, strict=True))
+        skipped = not (all_finite(losses) and all(math.isfinite(d) for group in applied for d in group))
         if skipped:
             self._restore()
+            self._check_skips(losses)
+        clipped = any(abs(d) > bound for group, bound in zip(raw, bounds, strict=True) for d in group)
+        first, step = (*losses[0], raw[0][0], clipped and not skipped), self.steps
+        self._take(() if skipped else applied)
+        options = tuple(update_options(group) for group in self.param_groups)
+        self.last = LastStep(*first, self.seed, step, skipped, raw[0], () if skipped else applied, options)
+
+    def _check_skips(self, losses: list[Losses]) -> None:
+        if self.max_skipped is not None and self.skipped_in_a_row + 1 >= self.max_skipped:
+            raise QzoError(
+                f"the loss was not finite for {self.max_skipped} steps in a row, up to step {self.steps} "
+                f"({losses[0][0]} and {losses[0][1]}); the weights are those of the last good step; "
+                "lower lr or eps, or look at the data"
+            )
+
+    def _take(self, applied: Applied) -> None:
+        """Update θ by d' of each group and direction, or skip where there is none; count the step."""
+        if applied:
+            self._update(applied)
+            self.skipped_in_a_row = 0
         else:
-            self._update(clipped)
-        changed = not skipped and clipped != raw
-        self.last = LastStep(loss_plus, loss_minus, raw[0], changed, self.seed, self.steps, skipped)
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
         self.steps += 1
 
-    def direction(self) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def replay(self, applied: Applied) -> None:
+        """Take a step whose d' are known, without any loss; bit for bit what `step` did.
+
+        Args:
+            applied: `last.applied` of that step, empty for a skipped one. Options and seed must be those of it.
+
+        Raises QzoError where `applied` does not fit the groups and directions.
+        """
+        wanted = [self.estimator.directions] * len(self.param_groups)
+        if applied and [len(group) for group in applied] != wanted:
+            raise QzoError(f"d' of {[len(group) for group in applied]} directions a group; this optimizer has {wanted}")
+        self._take(applied)
+        self.last = None
+
+    def direction(self, number: int = 0) -> dict[str, Tensor]:
         """Name -> z of the last step, fp32, drawn again; names are "0", "1", ... where the tensors were given without.
 
-        Needs four bytes for each trained number. Raises QzoError before the first step.
+        `number` tells which z where a step has several. Needs four bytes for each trained number. Raises QzoError
+        before the first step, and for a direction that a step does not have.
         """
         if self.steps == 0:
             raise QzoError("no step was taken yet; call step(closure) first")
+        if not 0 <= number < self.estimator.directions:
+            raise QzoError(f"direction {number} of {self.estimator.directions}; they count from 0")
+        key, distribution = (self.seed, self.steps - 1), self.estimator.distribution
         return {
-            name: full_noise(tensor.shape, self.seed, self.steps - 1, index, tensor.device)
+            name: full_noise(tensor.shape, *key, index, tensor.device, number, distribution)
             for index, name, _, tensor in self._tensors()
         }
 
     @abstractmethod
-    def _perturb(self, sign: int) -> None:
+    def _perturb(self, direction: int, sign: int) -> None:
         """Move to θ + sign * eps * z."""
 
     @abstractmethod
@@ -128,8 +196,16 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         """Move back to θ, to the bit where the child promises it."""
 
     @abstractmethod
-    def _update(self, derivatives: list[float]) -> None:
-        """Move to θ - lr * d' * z, with one d' for each group."""
+    def _update(self, applied: Applied) -> None:
+        """Move to θ - lr * g with g = 1/n Σ_j d'_j z_j, or what the update rule makes of g."""
+
+    @abstractmethod
+    def truth(self) -> dict[str, Tensor]:
+        """Everything that a step changes and the next one starts from, live: what a snapshot must hold."""
+
+    @abstractmethod
+    def set_truth(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `truth` gave, bit for bit. Raises QzoError where it does not fit."""
 
     def _tensors(self) -> Iterator[tuple[int, str, int, Tensor]]:
         """(index of the tensor, its name, index of its group, tensor) in the order that z is drawn in."""
@@ -140,27 +216,42 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
                 yield index, names[position] if names else str(index), number, tensor
                 index += 1
 
-    def _noise(self, index: int, tensor: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    def _noise(self, index: int, tensor: Tensor, direction: int) -> Iterator[tuple[Tensor, slice]]:
         """z of the current step and the elements of the flat tensor that it belongs to."""
-        for start, z in noise_chunks(tensor.numel(), self.seed, self.steps, index, tensor.device):
+        key, distribution = (self.seed, self.steps, index), self.estimator.distribution
+        for start, z in noise_chunks(tensor.numel(), *key, tensor.device, direction, distribution):
             yield z, slice(start, start + len(z))
 
+    def _mixed(self, index: int, tensor: Tensor, factors: list[float]) -> Iterator[tuple[Tensor, slice]]:
+        """Σ_j factors[j] z_j of the current step and the elements that it belongs to."""
+        key, distribution = (self.seed, self.steps, index), self.estimator.distribution
+        for start, mixed in mixed_chunks(tensor.numel(), *key, tensor.device, factors, distribution):
+            yield mixed, slice(start, start + len(mixed))
+
     def state_dict(self) -> dict[str, Any]:
-        """PyTorch's state dict with `seed` and `steps` added, which make z: a resumed run goes on bit for bit."""
-        return {**super().state_dict(), "seed": self.seed, "steps": self.steps}
+        """PyTorch's state dict with what makes z and the counters added: a resumed run goes on bit for bit."""
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return {**super().state_dict(), "seed": self.seed, **counters, "estimator": asdict(self.estimator)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over options, seed, step counter and state. Raises QzoError for another optimizer's or model's dict."""
+        """Take over options, seed, counters and state. Raises QzoError for another optimizer's or model's dict."""
         if "seed" not in state_dict or "steps" not in state_dict:
             raise QzoError("the state dict has no seed and steps; load one that this optimizer's state_dict() made")
+        estimator = Estimator(**state_dict.get("estimator", {}))
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
             raise QzoError(str(error)) from error
-        self.seed, self.steps, self.last = state_dict["seed"], state_dict["steps"], None
+        for group in self.param_groups:  # a dict of an older version lacks the newer options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self.seed, self.estimator, self.last = state_dict["seed"], estimator, None
+        for name in COUNTERS:
+            setattr(self, name, state_dict.get(name, 0))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "seed": self.seed, "steps": self.steps, "last": self.last}
+        own = ("seed", "last", "estimator", "max_skipped", *COUNTERS)
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -172,38 +263,3 @@ def _read(loss: Tensor | float) -> float:
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise QzoError(f"the closure returned a tensor of shape {tuple(loss.shape)}; return a scalar loss")
     return float(loss)
-
-
-def _unique(params: Any) -> list[Any]:
-    """Tensors or (name, tensor) pairs, each tensor once: tied parameters must not move twice."""
-    if isinstance(params, Tensor):
-        params = [params]
-    first: dict[int, Any] = {}
-    for item in params.items() if isinstance(params, dict) else params:
-        first.setdefault(id(item[1] if isinstance(item, tuple) else item), item)
-    return list(first.values())
-
-
-def _check_options(group: Group) -> None:
-    lr, eps, clip = group["lr"], group["eps"], group["clip_threshold"]
-    if not lr >= 0:
-        raise QzoError(f"lr={lr} is negative; choose lr >= 0")
-    if not eps > 0:
-        raise QzoError(f"eps={eps} is not positive; choose eps > 0, e.g. 1e-3")
-    if clip is not None and not clip > 0:
-        raise QzoError(f"clip_threshold={clip} is not positive; choose a positive one, or None for no clipping")
-
-
-def _check_tensor(item: Any) -> None:
-    name, tensor = item if isinstance(item, tuple) else ("a tensor", item)
-    if not isinstance(tensor, Tensor):
-        raise QzoError(f"{name} is a {type(tensor).__name__}, not a tensor; pass e.g. qzo.scales(model)")
-    if tensor.dtype not in TRAINABLE:
-        raise QzoError(f"{name} has dtype {tensor.dtype}; only float32, float16 and bfloat16 tensors can be trained")
-    if tensor.is_inference():
-        raise QzoError(f"{name} was made under torch.inference_mode and cannot change; use torch.no_grad instead")
-    try:
-        tensor.detach().view(-1)
-    except RuntimeError as error:
-        strides = tuple(tensor.stride())
-        raise QzoError(f"{name} has strides {strides} and no flat view; make it contiguous() first") from error

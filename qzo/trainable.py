@@ -1,0 +1,62 @@
+"""Sets of tensors to train, as parameter groups for `qzo.QZO`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from qzo.errors import QzoError
+from qzo.groups import TRAINABLE
+from qzo.scales import QUANTIZED, scales
+
+PARTS = ("scales", "offsets", "unquantized")
+
+
+def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
+    """Parameter groups of a quantized model for `qzo.QZO`.
+
+        "scales"               Δ of every quantized layer, `qzo.scales(model)`
+        "scales+offsets"       the same, and in offset formats (w = q s + m, layers with a tensor `offsets` beside
+                               `scales`) each offset follows its scale by the same relative amount, one z a scale: the
+                               paper's Δ ⊙ W_int, see `qzo.offsets`. With "scales" alone such an offset stays where it
+                               is, which is another perturbation. Integer zero points always move with their scale, so
+                               for GPTQ layers, symmetric or not, both sets are the same.
+        "scales+unquantized"   also every other floating-point parameter (norms, biases, embeddings, head) by plain
+                               SPSA, their z after those of the scales from the same stream, without max(., 0)
+
+    All three may be joined. The second group, that of the unquantized parameters, takes options of its own before it
+    is given to QZO: `groups[1]["lr"] = 1e-7`. QZO keeps fp32 masters of all it trains: 4 bytes a number, for an
+    embedding table too. Adapters are left out.
+
+    Raises QzoError for an unknown set and for a model without quantized layers.
+    """
+    parts = what.split("+")
+    if "scales" not in parts or not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
+        raise QzoError(f'what="{what}" is not known; choose "scales", "scales+offsets" or "scales+unquantized"')
+    groups: list[dict[str, Any]] = [{"params": scales(model)}]
+    if "offsets" in parts:
+        groups[0]["offsets"] = offsets(model)
+    if "unquantized" in parts:
+        groups.append({"params": _unquantized(model), "nonnegative": False})
+        if not groups[1]["params"]:
+            raise QzoError(f'{type(model).__name__} has no unquantized parameter; choose "scales"')
+    return groups
+
+
+def offsets(model: nn.Module) -> dict[str, Tensor]:
+    """Name of the scale -> live offset, of every quantized layer that has offsets; empty where none has."""
+    found = {}
+    for path, module in model.named_modules():
+        offset = getattr(module, "offsets", None)
+        if isinstance(module, QUANTIZED) and isinstance(offset, Tensor):
+            found[f"{path}.scales" if path else "scales"] = offset
+    return found
+
+
+def _unquantized(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dtype in TRAINABLE and "lora_" not in name
+    }
