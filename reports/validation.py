@@ -97,7 +97,7 @@ def picture(compared: Sequence[Row]) -> bytes:
         axis.set_title(f"{kind}, {len(points)} rows", loc="left", fontsize=11, color=INK)
         axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    figure.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight")
     return buffer.getvalue()
 
 
