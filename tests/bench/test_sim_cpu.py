@@ -12,7 +12,7 @@ from bench.case import BenchCase
 from bench.cell import run as run_cell
 from bench.plan import cells
 from bench.record import METHODS
-from bench.worlds import cpu, sim_cpu
+from bench.worlds import cpu, cpu_gemm, sim_cpu
 from qzo.errors import QzoError
 
 SHAPE = {"vocab_size": 3000, "bos_token_id": 1, "eos_token_id": 2}
@@ -68,6 +68,11 @@ def test_predicted_and_measured_peaks_agree(folders, family, method):
 )
 def test_peaks_agree_with_checkpointing_with_eager_attention_and_on_long_sequences(folders, family, method, options):
     check(*both(folders[family], method, **options))
+
+
+def test_peaks_agree_where_bf16_products_are_the_cpus_own(folders, monkeypatch):
+    monkeypatch.setattr(cpu_gemm, "needs_blocks", lambda: False)
+    check(*both(folders["llama"], "ft-bf16", seq_len=16))
 
 
 def test_a_simulated_cpu_knows_neither_reserved_nor_process_bytes(folders):
