@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from qzo.errors import QzoError
 
@@ -51,6 +52,7 @@ def check_tensor(item: Any) -> None:
 
 
 def check_sign(name: str, tensor: Tensor) -> None:
-    """Raise QzoError for a negative scale, which max(Δ, 0) would wipe out. Reads data, except on `meta`."""
-    if tensor.device.type != "meta" and tensor.numel() and float(tensor.detach().min()) < 0:
+    """Raise QzoError for a negative scale, which max(Δ, 0) would wipe out; meta and fake tensors hold no data."""
+    has_data = not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    if has_data and tensor.numel() and float(tensor.detach().min()) < 0:
         raise QzoError(f"{name} has negative values, which max(Δ, 0) would set to 0; give its group nonnegative=False")
