@@ -85,10 +85,12 @@ def verdicts(results: Iterable[Row]) -> dict[str, int]:
     """How many fits/does-not-fit answers were asked for and how many are wrong; without a prediction all are."""
     asked = wrong = 0
     for result in results:
-        measured, predicted = result["measured"].get("process"), (result["predicted"] or {}).get("process")
-        for card in CARDS_GIB if measured is not None else ():
+        measured, predicted = result["measured"].get("process"), result["predicted"]
+        if measured is None or (predicted is not None and "process" not in predicted):
+            continue  # one of the two worlds has no process bytes
+        for card in CARDS_GIB:
             asked += 1
-            wrong += predicted is None or (predicted <= card * GIB) != (measured <= card * GIB)
+            wrong += predicted is None or (predicted["process"] <= card * GIB) != (measured <= card * GIB)
     return {"asked": asked, "wrong": wrong}
 
 

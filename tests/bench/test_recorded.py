@@ -70,6 +70,7 @@ def test_validate_compares_records_and_counts_what_it_cannot_predict(measured, t
     assert [row["status"] for row in report["rows"]] == ["ok", "error"]
     assert report["statistics"]["allocated"]["worst_abs_percent"] < 2
     assert "process" not in report["statistics"]
+    assert report["verdicts"] == {"asked": 4, "wrong": 4}  # of the row that could not be predicted
     assert "Voodoo" in capsys.readouterr().out
 
 
