@@ -40,9 +40,23 @@ ARCHITECTURE = {  # key of a row's `architecture` -> config field of Llama-like 
 FAMILIES = {  # part of a model's id -> model_type, for models that are not in the catalog; the first match counts
     "qwen3": "qwen3",
     "qwen": "qwen2",
+    "ministral": "ministral",
     "mistral": "mistral",
+    "gemma-3": "gemma3_text",
+    "gemma-2": "gemma2",
+    "gemma": "gemma",
+    "phi-3": "phi3",
+    "phi-4": "phi3",
+    "phi": "phi",
+    "olmo-2": "olmo2",
+    "olmo": "olmo",
+    "stablelm": "stablelm",
+    "granite": "granite",
+    "starcoder2": "starcoder2",
+    "smollm3": "smollm3",
     "llama": "llama",
     "smollm": "llama",
+    "yi-": "llama",
 }
 ATTENTIONS = {"eager": "eager", "sdpa-efficient": "efficient", "sdpa-flash": "flash"}
 DTYPES = ("fp16", "bf16")

@@ -7,7 +7,7 @@ import pytest
 
 from bench import validate
 from bench.__main__ import main
-from bench.measurement import MIB, parse, read_rows, source_of
+from bench.measurement import FAMILIES, MIB, parse, read_rows, source_of
 from bench.predict import predict
 from qzo.errors import QzoError
 
@@ -33,6 +33,14 @@ def row(**changes) -> dict:
 def write(path, *rows) -> str:
     path.write_text("\n".join(json.dumps(item) for item in rows) + "\n")
     return str(path)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "smollm3"])  # its padding token is 128,004
+def test_every_family_is_predicted(family):
+    targets = ["qkv_proj"] if FAMILIES[family] == "phi3" else ["q_proj", "v_proj"]
+    sizes = ROW["architecture"] | {"vocab_size": 50_000}
+    found = predict(parse(row(model_id=f"someone/{family}-test", lora_targets=targets, architecture=sizes)))
+    assert 100 * MIB < found["allocated"] < 200 * MIB
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
