@@ -27,6 +27,7 @@ class Gpu:
     name: str
     memory_bytes: int
     compute_capability: tuple[int, int]
+    multiprocessors: int
     context_low_bytes: int
     context_high_bytes: int
 
@@ -59,7 +60,7 @@ def _gpu(name: str, entry: dict) -> Gpu:
     threads_mib = entry["multiprocessors"] * entry["threads"] * THREAD_KIB // 1024
     low, high = entry.get("context_mib", (KERNELS_MIB + threads_mib // 2, 2 * KERNELS_MIB + threads_mib))
     capability = (entry["compute_capability"][0], entry["compute_capability"][1])
-    return Gpu(name, entry["memory_mib"] * MIB, capability, low * MIB, high * MIB)
+    return Gpu(name, entry["memory_mib"] * MIB, capability, entry["multiprocessors"], low * MIB, high * MIB)
 
 
 def names() -> list[str]:
