@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -135,7 +135,8 @@ def refuse_unable(kernel: str, gpu: Capability, call: Call) -> None:
     """Raise QzoError, with what would do instead, if `kernel` cannot run `call`."""
     missing = needs(kernel, gpu, call)
     if missing is not None:
-        able = [other for other in KERNELS if needs(other, gpu, call) is None]
+        repeated = replace(call, grouped=False)  # key and value heads are repeated for who asks for "efficient"
+        able = [other for other in KERNELS if needs(other, gpu, repeated) is None]
         dtype, (major, minor) = str(call.dtype).removeprefix("torch."), gpu
         raise QzoError(
             f"{kernel} attention needs {missing}, not {dtype} with heads of {call.head_dim} on compute capability "
