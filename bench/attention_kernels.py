@@ -30,11 +30,12 @@ def attend(
     *,
     gpu: Capability = AMPERE,
     strict: bool = False,
+    ran: set[str] | None = None,
 ) -> Tensor:
     """What CUDA runs for q [batch, heads, tokens, head_dim] where `kernel` is preferred.
 
     With "efficient" key and value heads are repeated first, as that kernel wants them. What `kernel` cannot run goes
-    to the next one in PyTorch's order; under `strict` it raises QzoError.
+    to the next one in PyTorch's order; under `strict` it raises QzoError. The name of what ran goes into `ran`.
     """
     if kernel == "efficient" and enable_gqa:
         key, value = repeated(query, key, value)
@@ -44,11 +45,14 @@ def attend(
     )  # fmt: skip
     if strict:
         refuse_unable(kernel, gpu, call)
+    chosen = choose_backend(gpu, call, kernel)
+    if ran is not None:
+        ran.add(chosen)
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         hidden = torch.scalar_tensor(-math.inf, dtype=query.dtype, device=query.device)
         attn_mask = torch.where(attn_mask, 0.0, hidden)
     run: dict[str, Callable[..., Tensor]] = {"flash": _flash, "efficient": _efficient, "cudnn": _cudnn, "math": _math}
-    return run[choose_backend(gpu, call, kernel)](query, key, value, attn_mask, dropout_p, is_causal, scale)
+    return run[chosen](query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
 def repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

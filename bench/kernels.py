@@ -124,11 +124,14 @@ class CudaFunctions(TorchFunctionMode):
         attention: the kernel of `bench.attention.KERNELS` that scaled_dot_product_attention prefers.
         gpu: compute capability.
         strict: raise QzoError for a call that the preferred kernel cannot run, instead of taking another.
+        ran: gets the names of the kernels that ran.
     """
 
-    def __init__(self, attention: str, gpu: Capability = AMPERE, strict: bool = False) -> None:
+    def __init__(
+        self, attention: str, gpu: Capability = AMPERE, strict: bool = False, ran: set[str] | None = None
+    ) -> None:
         super().__init__()
-        self.attention = partial(attend, attention, gpu=gpu, strict=strict)
+        self.attention = partial(attend, attention, gpu=gpu, strict=strict, ran=ran)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

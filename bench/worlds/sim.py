@@ -82,7 +82,8 @@ def run(case: BenchCase) -> Record:
     source = resolve(case.model)
     gpu = gpus.get(case.gpu or gpus.DEFAULT_GPU)
     attention = attention_of(case, source, gpu.compute_capability)
-    functions = partial(CudaFunctions, attention, gpu.compute_capability, strict=case.attention is not None)
+    ran: set[str] = set()
+    functions = partial(CudaFunctions, attention, gpu.compute_capability, case.attention is not None, ran)
     world = SimWorld(source, attention, functions)
     prepared = METHODS[case.method](case, world)
     ledger = Ledger("meta", ROUND_BYTES, rules(gpu, number_of_experts(source.config)))
@@ -91,6 +92,8 @@ def run(case: BenchCase) -> Record:
         steps = WATCHED_STEPS if case.first_order else 1  # a zeroth-order step leaves nothing behind for the next
         run_steps(ledger, prepared, (_batch(case) for _ in range(steps)))
     replayed = replay(ledger)
+    for kernel in sorted(ran - {attention}):
+        prepared.notes.append(f"attention ran the {kernel} kernel where {attention} cannot")
     if gpu.context_note:
         prepared.notes.append(gpu.context_note)
     shown = dict(environment(), gpu=None, driver=None)
