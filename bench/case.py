@@ -11,7 +11,7 @@ from qzo.errors import QzoError
 
 ZEROTH_ORDER = ("mezo", "qzo", "qzo-full", "qzo-2bit", *EXTRA_METHODS)
 DEVICES = ("auto", "cuda", "cpu", "sim")
-ATTENTIONS = ("flash", "efficient", "eager")
+ATTENTIONS = ("flash", "efficient", "cudnn", "math", "eager")
 
 
 def choose(kind: str, value: str, allowed: Iterable[str], remedy: str | None = None) -> str:
@@ -34,7 +34,7 @@ class BenchCase:
         device: "cuda", "cpu" or "sim" ("auto" is resolved before a case is run).
         gpu: what `sim` stands for, a name from `bench list gpus` or "cpu"; None on a real device.
         batch_size, seq_len: sequences a step and tokens a sequence.
-        attention: "flash", "efficient" or "eager"; None takes flash where the device has it, else efficient.
+        attention: one of `ATTENTIONS`; None takes flash where the device has it, else what PyTorch runs instead.
         gradient_checkpointing: recompute each layer in backward (non-reentrant); first-order methods only.
         group_size: weights that share a scale in `qzo` and `qzo-full`; None takes 128, or the largest of 64 and 32
             that divides every layer.

@@ -113,14 +113,14 @@ def simulate(
     card = gpus.get(gpu)
     case = BenchCase(model, "ft-mixed", gpu=gpu, batch_size=batch_size, seq_len=seq_len)
     source = resolve(model)
-    attention = attention_of(case, source, card.has_flash)
+    attention = attention_of(case, source, card.compute_capability)
     precision = PRECISIONS[setting.precision]
     world = SimWorld(source, attention)
     network = world.model(precision.gathered).train()
     ledger = Ledger("meta", ROUND_BYTES, rules(card))
     rank = Rank(network, setting, ledger)
     tokens = torch.empty(batch_size, seq_len, dtype=torch.long, device="meta")
-    with ledger, CudaFunctions(attention):
+    with ledger, CudaFunctions(attention, card.compute_capability):
         for _ in range(WATCHED_STEPS):
             rank.step(tokens)
     replayed = replay(ledger)

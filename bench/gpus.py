@@ -13,11 +13,15 @@ MIB = 1 << 20
 DEFAULT_GPU = "rtx-4090"  # the card the paper measured its zeroth-order rows on
 CPU = "cpu"  # stands in a GPU's place for a step on the CPU
 
-# A context is what the driver and the loaded kernels take plus the local memory that it sets aside for every thread
-# the GPU can hold at once. The T4's measured 141 MiB leaves 101 MiB after 1 KiB for each of 40 x 1024 threads; other
-# cards lie between half of that thread reserve and twice the kernels' part, so they get this range until measured.
-KERNELS_MIB = 101
-THREAD_KIB = 1
+# A context is what the driver takes, the local memory that it sets aside for every thread the GPU can hold at once, and
+# the kernels that were loaded. Where nothing was measured it is estimated. Before the first kernel a T4 (40 x 1,024
+# threads) has 104.875 MiB and an RTX 6000 Ada (142 x 1,536 threads; PyTorch 2.10, CUDA 13.0) 426 MiB, as reported in
+# https://github.com/unslothai/unsloth-zoo/pull/1053: 30.6 MiB and 1.856 KiB a thread. Training loaded 36 MiB of kernels
+# on the T4. Two cards make no statistics, so a range is given, a fifth to either side.
+DRIVER_MIB = 30.6
+THREAD_KIB = 1.856
+KERNELS_MIB = 36
+UNCERTAINTY = 0.2
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Gpu:
     name: str
     memory_bytes: int
     compute_capability: tuple[int, int]
+    multiprocessors: int
     context_low_bytes: int
     context_high_bytes: int
 
@@ -43,11 +48,6 @@ class Gpu:
         low, high = self.context_low_bytes // MIB, self.context_high_bytes // MIB
         return f"CUDA context of {self.name} not measured: {low} to {high} MiB, process bytes use the middle"
 
-    @property
-    def has_flash(self) -> bool:
-        """FlashAttention needs compute capability 8.0."""
-        return self.compute_capability >= (8, 0)
-
 
 @cache
 def _table() -> dict[str, Gpu]:
@@ -56,10 +56,11 @@ def _table() -> dict[str, Gpu]:
 
 
 def _gpu(name: str, entry: dict) -> Gpu:
-    threads_mib = entry["multiprocessors"] * entry["threads"] * THREAD_KIB // 1024
-    low, high = entry.get("context_mib", (KERNELS_MIB + threads_mib // 2, 2 * KERNELS_MIB + threads_mib))
+    threads = entry["multiprocessors"] * entry["threads"]
+    estimate = DRIVER_MIB + KERNELS_MIB + threads * THREAD_KIB / 1024
+    low, high = entry.get("context_mib", (estimate * (1 - UNCERTAINTY), estimate * (1 + UNCERTAINTY)))
     capability = (entry["compute_capability"][0], entry["compute_capability"][1])
-    return Gpu(name, entry["memory_mib"] * MIB, capability, low * MIB, high * MIB)
+    return Gpu(name, entry["memory_mib"] * MIB, capability, entry["multiprocessors"], int(low * MIB), int(high * MIB))
 
 
 def names() -> list[str]:

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bench.attention import attend
+from bench.attention import AMPERE, Capability
+from bench.attention_kernels import attend
+from bench.attention_temporaries import attention_rules
 from bench.gpus import Gpu
 from bench.ledger import Ledger, Rule
+from bench.products import Products
+from bench.temporaries import hold, run_seen, with_temporaries
 
 aten = torch.ops.aten
 
-# CUDAHooks / CUDABlas: cuBLAS gets a workspace from the caching allocator for each handle, and autograd's thread has a
-# handle of its own; 8 x 4 MiB on Hopper, 2 x 4 MiB + 8 x 16 KiB elsewhere (CUBLAS_WORKSPACE_CONFIG's default).
-HOPPER_WORKSPACE_BYTES = 32 << 20
-CUBLAS_WORKSPACE_BYTES = (8 << 20) + (128 << 10)
 # Operators that write into a tensor of known shape and allocate nothing: without data there is nothing to do, and
 # not running their meta kernels (Python, for most) makes the chunk loops of large models ten times faster to trace.
 IN_PLACE = (
@@ -34,7 +34,10 @@ IN_PLACE_LISTS = (  # the same for lists of tensors; they return nothing
 OUT = ("add.out", "mul.out", "sub.out")
 # CUDA's softmax reads fp16 and writes fp32 in one kernel (SoftMax.cpp); elsewhere, and for bf16, a cast comes first.
 SOFTMAX = {F.softmax: aten._softmax, F.log_softmax: aten._log_softmax}
-GEMMS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+# EmbeddingBackwardKernel.cu: up to so many indices are added without a temporary; above, rows are summed by tens first.
+UNSORTED_INDICES = 3072
+ROWS_PER_THREAD = 10
+FP32_BYTES = 4
 
 
 def read_scalar(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> bool | float | int:
@@ -44,23 +47,6 @@ def read_scalar(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> bool | 
     if args[0].dtype is torch.bool:
         return True
     return 0.0 if args[0].is_floating_point() else 0
-
-
-class GemmRule:
-    """The first matrix product of each thread allocates that thread's cuBLAS workspace, which is never freed."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.seen: set[bool] = set()
-
-    def __call__(self, ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any:
-        out = ledger.run(func, args, kwargs)
-        backward = torch._C._current_graph_task_id() != -1
-        if backward not in self.seen:
-            self.seen.add(backward)
-            ledger.see(out)  # a kernel's result is allocated before its workspace
-            ledger.allocate(self.nbytes)
-        return out
 
 
 def write(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
@@ -80,11 +66,7 @@ def route_evenly(experts: int, ledger: Ledger, func: Any, args: tuple, kwargs: d
 
 def softmax_backward(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """CUDA multiplies grad by output into a temporary first (SoftMax.cu, softmax_backward_cuda_out)."""
-    grad = args[0]
-    out = ledger.run(func, args, kwargs)
-    ledger.see(out)
-    ledger.release(ledger.allocate(grad.numel() * grad.element_size()))
-    return out
+    return with_temporaries(ledger, func, args, kwargs, [args[0].numel() * args[0].element_size()])
 
 
 def grouped_product(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
@@ -93,17 +75,38 @@ def grouped_product(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Ten
     return func(*halves, **kwargs).to(args[0].dtype)
 
 
+def embedding_backward(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
+    """Many indices are sorted, and sums of up to ten rows each are kept in fp32 for as many rows as there can be
+    (Embedding.cu, embedding_dense_backward_cuda; EmbeddingBackwardKernel.cu). CUB's sort works in as much memory again
+    as its keys and values; its few KiB of counters are left out.
+    """
+    grad, indices, rows = args[:3]
+    number = indices.numel()
+    if number <= UNSORTED_INDICES:
+        return ledger.run(func, args, kwargs)
+    held = [ledger.allocate(indices.nbytes) for _ in range(2)]  # sorted, and where they came from
+    hold(ledger, [indices.nbytes] * 3)
+    out = run_seen(ledger, func, args, kwargs)
+    segments = min(number, rows)
+    sums = number // ROWS_PER_THREAD + segments
+    long = indices.element_size()
+    hold(ledger, [indices.nbytes, segments * long, segments * long, sums * long, sums * grad.shape[-1] * FP32_BYTES])
+    for block in held:
+        ledger.release(block)
+    return out
+
+
 def rules(gpu: Gpu, experts: int = 1) -> dict[Any, Rule]:
     """Operator -> rule for one simulated process on `gpu`; `experts` is the model's number of experts a layer."""
-    hopper = gpu.compute_capability[0] == 9
-    gemm = GemmRule(HOPPER_WORKSPACE_BYTES if hopper else CUBLAS_WORKSPACE_BYTES)
     table: dict[Any, Rule] = {
         aten._local_scalar_dense.default: read_scalar,
         aten.nonzero.default: partial(route_evenly, experts),
+        aten._grouped_mm.default: grouped_product,
+        aten._softmax_backward_data.default: softmax_backward,
+        aten.embedding_dense_backward.default: embedding_backward,
     }
-    table.update(dict.fromkeys(GEMMS, gemm))
-    table[aten._grouped_mm.default] = grouped_product
-    table[aten._softmax_backward_data.default] = softmax_backward
+    table.update(Products(gpu.compute_capability).rules())
+    table.update(attention_rules(gpu))
     for rule, names in ((write, IN_PLACE + OUT), (write_list, IN_PLACE_LISTS)):
         table.update({_operator(name): rule for name in names})
     return table
@@ -118,17 +121,22 @@ class CudaFunctions(TorchFunctionMode):
     """Functions that choose another kernel on CUDA than on meta: attention, softmax and dropout.
 
     Args:
-        attention: "flash" or "efficient", the kernel that scaled_dot_product_attention is pinned to.
+        attention: the kernel of `bench.attention.KERNELS` that scaled_dot_product_attention prefers.
+        gpu: compute capability.
+        strict: raise QzoError for a call that the preferred kernel cannot run, instead of taking another.
+        ran: gets the names of the kernels that ran.
     """
 
-    def __init__(self, attention: str) -> None:
+    def __init__(
+        self, attention: str, gpu: Capability = AMPERE, strict: bool = False, ran: set[str] | None = None
+    ) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention = partial(attend, attention, gpu=gpu, strict=strict, ran=ran)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return attend(self.attention, *args, **kwargs)
+            return self.attention(*args, **kwargs)
         if func is F.dropout:
             return fused_dropout(*args, **kwargs)
         if func in SOFTMAX and kwargs.get("dtype") is torch.float32 and args[0].dtype is torch.float16:

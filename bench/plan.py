@@ -64,7 +64,8 @@ def automatic(source: ModelSource) -> str:
 
 def check(case: BenchCase, source: ModelSource) -> None:
     """Raise QzoError for what would make every cell fail."""
-    attention_of(case, source, flash=True)
+    simulated = case.device in ("auto", "sim") and case.gpu != gpus.CPU
+    attention_of(case, source, gpus.get(case.gpu or gpus.DEFAULT_GPU).compute_capability if simulated else None)
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and case.seq_len > longest:
         raise QzoError(f"seq_len={case.seq_len} is more than the {longest} positions of {source.name}")

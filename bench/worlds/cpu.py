@@ -26,7 +26,7 @@ from bench.worlds.measured import MeasuredWorld, origin_notes, source_of
 def run(case: BenchCase) -> Record:
     """Run one cell: first the steps that are timed and whose peak RSS counts, then two under ledger and profiler."""
     source = source_of(case)
-    attention = attention_of(case, source, flash=True)
+    attention = attention_of(case, source)
     world = MeasuredWorld(source, attention, "cpu")
     prepared = METHODS[case.method](case, world)
     ledger = Ledger("cpu")

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import nvml
 from bench.allocator import ROUND_BYTES
-from bench.attention import attention_of
+from bench.attention import attention_of, preference
 from bench.case import BenchCase
 from bench.environment import environment
 from bench.ledger import Ledger
@@ -24,7 +24,10 @@ from bench.worlds.measured import MeasuredWorld, origin_notes, source_of
 from qzo.errors import QzoError
 
 DEVICE = "cuda"
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
+}  # fmt: skip
 
 
 def run(case: BenchCase) -> Record:
@@ -33,7 +36,7 @@ def run(case: BenchCase) -> Record:
         raise QzoError("device 'cuda' needs an NVIDIA GPU that this PyTorch can use; choose --device sim or cpu")
     source = source_of(case)
     capability = torch.cuda.get_device_capability()
-    attention = attention_of(case, source, flash=capability >= (8, 0))
+    attention = attention_of(case, source, capability)
     world = MeasuredWorld(source, attention, DEVICE)
     prepared = METHODS[case.method](case, world)
     uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"
@@ -48,7 +51,8 @@ def run(case: BenchCase) -> Record:
     torch.cuda.reset_peak_memory_stats()
     batches = world.batches(case)
     prepared.notes += origin_notes(case, batches)
-    with sdpa_kernel([BACKENDS.get(attention, SDPBackend.MATH), SDPBackend.MATH], set_priority=True):
+    order = preference(capability, None if attention == "eager" else attention)
+    with sdpa_kernel([BACKENDS[kernel] for kernel in order], set_priority=True):
         with ledger:
             losses = run_steps(ledger, prepared, batches[:WATCHED_STEPS])
         peak = allocator_peak(resident)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -28,13 +29,19 @@ from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
 
 
 class SimWorld:
-    """Models on the meta device."""
+    """Models on the meta device.
 
-    def __init__(self, source: ModelSource, attention: str) -> None:
+    Args:
+        functions: the mode in which functions choose the kernels of the simulated GPU; None as on any Ampere GPU.
+    """
+
+    def __init__(
+        self, source: ModelSource, attention: str, functions: Callable[[], CudaFunctions] | None = None
+    ) -> None:
         self.source = source
         self.implementation = "eager" if attention == "eager" else "sdpa"
         self.parameters = 0
-        self.attention = attention
+        self.functions = functions or partial(CudaFunctions, attention)
         self.amp = False
 
     def model(self, dtype: torch.dtype) -> PreTrainedModel:
@@ -53,7 +60,7 @@ class SimWorld:
     def recomputing(self) -> Iterator[None]:
         """The modes of the forward, which are off while backward runs."""
         autocast = MetaAutocast(keep_copies=False) if self.amp else nullcontext()
-        with CudaFunctions(self.attention), autocast:
+        with self.functions(), autocast:
             yield
 
 
@@ -74,15 +81,19 @@ def run(case: BenchCase) -> Record:
     """Simulate one cell on `case.gpu`: the same function a measured world calls, on the meta device."""
     source = resolve(case.model)
     gpu = gpus.get(case.gpu or gpus.DEFAULT_GPU)
-    attention = attention_of(case, source, gpu.has_flash)
-    world = SimWorld(source, attention)
+    attention = attention_of(case, source, gpu.compute_capability)
+    ran: set[str] = set()
+    functions = partial(CudaFunctions, attention, gpu.compute_capability, case.attention is not None, ran)
+    world = SimWorld(source, attention, functions)
     prepared = METHODS[case.method](case, world)
     ledger = Ledger("meta", ROUND_BYTES, rules(gpu, number_of_experts(source.config)))
     parts = register_resident(ledger, prepared)
-    with ledger, CudaFunctions(attention), repeated_layers(ledger, prepared.model):
+    with ledger, functions(), repeated_layers(ledger, prepared.model):
         steps = WATCHED_STEPS if case.first_order else 1  # a zeroth-order step leaves nothing behind for the next
         run_steps(ledger, prepared, (_batch(case) for _ in range(steps)))
     replayed = replay(ledger)
+    for kernel in sorted(ran - {attention}):
+        prepared.notes.append(f"attention ran the {kernel} kernel where {attention} cannot")
     if gpu.context_note:
         prepared.notes.append(gpu.context_note)
     shown = dict(environment(), gpu=None, driver=None)

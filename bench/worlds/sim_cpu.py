@@ -63,7 +63,7 @@ def run(case: BenchCase) -> Record:
     known, so reserved and process bytes are None.
     """
     source = resolve(case.model)
-    attention = attention_of(case, source, flash=True)
+    attention = attention_of(case, source)
     with ExitStack() as context:
         world = SimCpuWorld(source, attention, context)
         prepared = METHODS[case.method](case, world)

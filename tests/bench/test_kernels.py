@@ -5,27 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from bench import gpus
-from bench.attention import attend
 from bench.autocast import MetaAutocast
-from bench.kernels import CUBLAS_WORKSPACE_BYTES, HOPPER_WORKSPACE_BYTES, CudaFunctions, rules
+from bench.kernels import CudaFunctions, rules
 from bench.ledger import Ledger
 
 
 def simulated(gpu: str = "rtx-4090") -> Ledger:
     return Ledger("meta", 512, rules(gpus.get(gpu), experts=8))
-
-
-@pytest.mark.parametrize(
-    ("gpu", "workspace"), [("rtx-4090", CUBLAS_WORKSPACE_BYTES), ("h100-80gb", HOPPER_WORKSPACE_BYTES)]
-)
-def test_each_thread_gets_one_cublas_workspace(gpu, workspace):
-    weight = torch.empty(64, 64, device="meta", requires_grad=True)
-    with simulated(gpu) as ledger:
-        (torch.empty(8, 64, device="meta") @ weight).sum()
-        (torch.empty(8, 64, device="meta") @ weight).sum()
-        assert ledger.live_bytes() == workspace
-        (torch.empty(8, 64, device="meta") @ weight).sum().backward()
-        assert ledger.live_bytes() == 2 * workspace + weight.grad.nbytes
 
 
 def test_items_of_empty_tensors_can_be_read():
@@ -41,37 +27,59 @@ def test_experts_get_an_even_share_of_the_tokens():
         assert torch.nonzero(torch.empty(1, 2, dtype=torch.bool, device="meta")).shape == (1, 2)
 
 
-def q(heads: int = 4, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> torch.Tensor:
-    return torch.empty(2, heads, 128, head_dim, device="meta", dtype=dtype, requires_grad=True)
+def sizes(ledger: Ledger) -> list[int]:
+    """What was allocated, in order, as the allocator counts it."""
+    return [event.block.nbytes for event in ledger.events if event.sign > 0]
 
 
-@pytest.mark.parametrize("kernel", ["flash", "efficient"])
-def test_no_attention_kernel_makes_a_score_matrix(kernel):
-    with simulated() as ledger, CudaFunctions(kernel):
-        out = F.scaled_dot_product_attention(q(), q(), q(), is_causal=True)
-        out.sum().backward()
-    scores = 2 * 4 * 128 * 128 * 2
-    assert all(block.nbytes != scores for block in (event.block for event in ledger.events))
-    assert out.shape == (2, 4, 128, 64)
-
-
-def test_flash_takes_grouped_heads_as_they_are_and_efficient_repeats_them():
-    key = q(heads=2)
+def test_layer_norm_keeps_its_statistics_in_fp32():
+    x = torch.empty(4, 256, device="meta", dtype=torch.bfloat16)
     with simulated() as ledger:
-        attend("flash", q(), key, key, is_causal=True, enable_gqa=True)
-    flash = ledger.peak_bytes()
+        F.layer_norm(x, (256,))
+    assert sizes(ledger) == [4 * 256 * 2, 512, 512]
+    _, mean, rstd = torch.ops.aten.native_layer_norm(x, (256,), None, None, 1e-5)
+    assert mean.dtype is rstd.dtype is torch.float32
+
+
+def test_cross_entropy_makes_log_probabilities_a_loss_and_a_weight():
+    logits = torch.empty(64, 1000, device="meta", requires_grad=True)
+    labels = torch.empty(64, dtype=torch.long, device="meta")
     with simulated() as ledger:
-        attend("efficient", q(), key, key, is_causal=True, enable_gqa=True)
-    assert ledger.peak_bytes() > flash
+        loss = F.cross_entropy(logits, labels)
+        assert sizes(ledger) == [256_000, 512, 512]
+        torch.autograd.grad(loss, logits)
+    assert sizes(ledger)[3:] == [512, 256_000, 256_000]  # 1.0, then the gradients of log-probabilities and logits
 
 
-@pytest.mark.parametrize("odd", [{"dtype": torch.float32}, {"head_dim": 264}])
-def test_what_flash_cannot_take_goes_to_the_efficient_kernel(odd):
-    assert attend("flash", q(**odd), q(**odd), q(**odd)).shape == q(**odd).shape
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float16, [8192]), (torch.bfloat16, [8192, 8192])])
+def test_softmax_of_fp16_in_fp32_needs_no_cast_first(dtype, expected):
+    scores = torch.empty(2, 1024, device="meta", dtype=dtype)
+    with simulated() as ledger, CudaFunctions("flash"):
+        F.softmax(scores, dim=-1, dtype=torch.float32)
+    assert sizes(ledger) == expected
 
 
-def test_a_head_that_is_no_multiple_of_eight_is_padded_for_flash():
-    assert attend("flash", q(head_dim=60), q(head_dim=60), q(head_dim=60)).shape[-1] == 60
+def embedding_gradient(tokens: int, rows: int = 5000, width: int = 64) -> Ledger:
+    grad = torch.empty(tokens, width, device="meta", dtype=torch.bfloat16)
+    indices = torch.empty(tokens, dtype=torch.long, device="meta")
+    with simulated() as ledger:
+        torch.ops.aten.embedding_dense_backward(grad, indices, rows, -1, False)
+    return ledger
+
+
+def test_few_embedding_indices_are_added_without_a_temporary():
+    assert sizes(embedding_gradient(3072)) == [5000 * 64 * 2]
+
+
+def test_many_embedding_indices_are_sorted_and_summed_by_tens_in_fp32():
+    assert sizes(embedding_gradient(4096)) == [
+        *[4096 * 8] * 5,  # sorted, original; range, and CUB's copies of keys and values
+        5000 * 64 * 2,  # the gradient
+        4096 * 8, 4096 * 8, 4096 * 8,  # where rows begin; sums of each row, and where they begin
+        36_352, 1_153_536,  # where sums begin (409 + 4,096 of 8 bytes), the sums (256 bytes each)
+    ]  # fmt: skip
+    fewer_rows = embedding_gradient(8192, rows=100)
+    assert max(sizes(fewer_rows)) == 235_520  # (819 + 100) sums, no more rows than the table has
 
 
 def test_dropout_keeps_a_bool_mask_and_is_nothing_in_evaluation():

@@ -8,6 +8,7 @@ import torch
 from bench.case import BenchCase
 from bench.record import METHODS
 from bench.worlds import sim
+from qzo.errors import QzoError
 
 
 def simulate(model: str, method: str, **options) -> dict:
@@ -128,3 +129,11 @@ def test_a_simulation_leaves_the_global_rng_alone():
     before = torch.get_rng_state()
     simulate("opt-125m", "qzo", seq_len=16)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_record_says_where_another_attention_kernel_ran():
+    options = {"batch_size": 1, "seq_len": 64}
+    assert "attention ran the math kernel where flash cannot" in simulate("smollm2-135m", "qlora", **options)["notes"]
+    assert not any("attention ran" in note for note in simulate("smollm2-135m", "lora", **options)["notes"])
+    with pytest.raises(QzoError, match=r"flash attention needs fp16 or bf16.*choose efficient, math or eager"):
+        simulate("smollm2-135m", "qlora", attention="flash", **options)

@@ -49,7 +49,7 @@ def test_a_prediction_has_every_metric_and_they_agree_with_each_other(method, at
     found = predict(parse(row(method=method, attention=attention)))
     assert found["allocated"] == max(found["forward"], found["backward"], found["step"])
     assert found["allocated"] <= found["reserved"] < found["process"]
-    assert found["process"] - found["reserved"] == 141 * MIB  # the T4's measured context
+    assert found["process"] - found["reserved"] == 140.875 * MIB  # the T4's measured context
 
 
 def test_eager_attention_needs_more_than_a_kernel_without_a_score_matrix():
