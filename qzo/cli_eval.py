@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     for example in splits[options.split]:
         encoder.encode(example)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    model = load(options.model, dtype, options.device)
+    model = load(options.model, dtype, _device(options.device))
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and options.max_length > longest:
         raise QzoError(f"--max-length {options.max_length} is more than the {longest} positions of {options.model}")
@@ -72,6 +72,16 @@ def _check(options: argparse.Namespace) -> None:
             raise QzoError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise QzoError(f"--json {options.json}: there is no such folder")
+
+
+def _device(name: str) -> Any:
+    """A device that is there. Raises QzoError for others."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch has no kind of its own for it
+        raise QzoError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _splits(task: Any, options: argparse.Namespace) -> dict[str, list[Any]]:

@@ -29,7 +29,7 @@ def accuracy_and_macro_f1(examples: Sequence[Example], predictions: Sequence[int
 
 
 def f1_and_exact_match(examples: Sequence[Example], predictions: Sequence[int]) -> dict[str, float]:
-    """As for MultiRC: F1 of "right" over all answers (F1a), the share of questions without a wrong verdict, accuracy."""
+    """As for MultiRC: F1 of "right" over all answers (F1a), the share of questions judged without error, accuracy."""
     f1 = _f1([example.label == 1 for example in examples], [guess == 1 for guess in predictions])
     whole: dict[str, bool] = {}
     for example, guess in zip(examples, predictions, strict=True):
