@@ -5,6 +5,7 @@ optimizer = qzo.QZO(qzo.scales(model))
 loss = optimizer.step(lambda: model(**batch).loss)  # two forward passes, no backward
 """
 
+from qzo import tasks
 from qzo.adapters import adapters, add_adapters
 from qzo.errors import QzoError
 from qzo.journal import Journal
@@ -34,5 +35,6 @@ __all__ = [
     "quantize",
     "replay",
     "scales",
+    "tasks",
     "trainable",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `qzo quantize MODEL OUT`, `qzo replay MODEL JOURNAL [OUT]`."""
+"""The command line: `qzo quantize MODEL OUT`, `qzo replay MODEL JOURNAL [OUT]`, `qzo eval MODEL --task T`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from qzo import cli_eval
 from qzo.errors import QzoError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("out", metavar="OUT", nargs="?", help="folder to write, new or empty; without, only check")
     replay.add_argument("--no-snapshot", action="store_true", help="replay every step from the first")
     replay.set_defaults(run=_replay)
+    cli_eval.add_command(commands)
     return parser
 
 

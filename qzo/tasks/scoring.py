@@ -1,0 +1,72 @@
+"""What a model thinks of the candidates: log-likelihoods and the loss, with logits only where answers are."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from qzo.errors import QzoError
+from qzo.loss import IGNORED
+from qzo.tasks.encoding import Batch
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The training loss of a batch, differentiable.
+
+    Choice: mean over the examples of the cross entropy -log softmax_c(s)[label], where s is `candidate_scores`. So
+    only the candidates compete, not the whole vocabulary. Generation: mean cross entropy of the answers' tokens.
+    The head computes logits [R, 1, V] where candidates are single tokens, else [R, A + 1, V]; fp32 from there on.
+
+    Args:
+        model: a transformers causal language model, on the device of the batch.
+        batch: what `Encoder.batch` made.
+
+    Returns:
+        Scalar fp32 tensor.
+    """
+    if batch.choices is None and batch.targets is not None and batch.targets.shape[0] == batch.labels.shape[0]:
+        losses = _token_losses(model, batch, batch.targets)
+        return losses.sum() / (batch.targets != IGNORED).sum()
+    return nn.functional.cross_entropy(candidate_scores(model, batch), batch.labels)
+
+
+def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-likelihood of each candidate after its prompt, summed over its tokens; fp32 [B, C]."""
+    if batch.choices is not None:
+        logits = forward(model, batch, keep=1)[:, -1].float()
+        return logits.log_softmax(-1).gather(1, batch.choices)
+    if batch.targets is None:
+        raise QzoError("a batch of prompts has no answers to score; make it with Encoder.batch")
+    return -_token_losses(model, batch, batch.targets).sum(1).view(batch.labels.shape[0], -1)
+
+
+def forward(model: nn.Module, batch: Batch, keep: int) -> Tensor:
+    """Logits of the last `keep` columns, [R, keep, V]; positions count from the first token that is no padding."""
+    options: dict[str, Any] = {}
+    if _takes_positions(model):
+        options["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        logits_to_keep=keep,
+        use_cache=False,
+        **options,
+    )
+    return output.logits
+
+
+def _token_losses(model: nn.Module, batch: Batch, targets: Tensor) -> Tensor:
+    """Cross entropy of each answer token, 0 where there is none; [R, A]."""
+    logits = forward(model, batch, keep=targets.shape[1] + 1)[:, :-1].float()
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return losses
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether the model wants to be told positions; some derive them from the mask (ALiBi models)."""
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # PEFT passes everything on
+        inner = inner.get_base_model()
+    return "position_ids" in inspect.signature(inner.forward).parameters
