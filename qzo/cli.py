@@ -1,4 +1,4 @@
-"""The command line: `qzo quantize MODEL OUT`, `qzo replay MODEL JOURNAL [OUT]`."""
+"""The command line: `qzo quantize MODEL OUT`, `qzo replay MODEL JOURNAL [OUT]`; the rest is in `qzo.training_cli`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qzo.errors import QzoError
+from qzo.training_cli import add_commands
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("out", metavar="OUT", nargs="?", help="folder to write, new or empty; without, only check")
     replay.add_argument("--no-snapshot", action="store_true", help="replay every step from the first")
     replay.set_defaults(run=_replay)
+    add_commands(commands)
     return parser
 
 
