@@ -15,7 +15,7 @@ from qzo.durable import sync
 from qzo.errors import QzoError
 from qzo.load import _download, _opened, _weight_files, load, load_tokenizer
 from qzo.replay import replay
-from qzo.training_learners import JOURNAL, LAST, put_adapters, read_tensors
+from qzo.training_learners import JOURNAL, LAST, live_tensors, put_adapters, read_tensors
 from qzo.training_run import BEST, RUN, read_run
 from qzo.training_settings import ZEROTH_ORDER
 
@@ -70,7 +70,7 @@ def _state(run: Path, about: dict[str, Any], state: str) -> dict[str, Tensor]:
         return read_tensors(run / BEST)[0]
     if about["settings"]["method"] in ZEROTH_ORDER:
         optimizer, _ = replay(load(about["model"]), run / JOURNAL)
-        return {name: tensor.detach() for _, name, _, tensor in optimizer._tensors()}
+        return live_tensors(optimizer)
     tensors = read_tensors(run / LAST)[0]
     return {name.removeprefix("value."): value for name, value in tensors.items() if name.startswith("value.")}
 

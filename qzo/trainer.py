@@ -18,7 +18,7 @@ from qzo.journal import Journal
 from qzo.optim import QZO
 from qzo.scales import scales
 from qzo.spsa import Closure, SpsaOptimizer
-from qzo.training_learners import read_tensors
+from qzo.training_learners import live_tensors, read_tensors
 from qzo.training_run import write_tensors
 
 OPTIMIZER = "optimizer.pt"  # what Trainer calls it
@@ -101,8 +101,10 @@ class QZOTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """QZO on the scales unless an optimizer was given. Raises QzoError for one that needs gradients."""
         if self.zeroth_order is not None and self.optimizer is not None:
+            if self.journal is not None:
+                raise QzoError("the journal was closed when train() ended; make a new QZOTrainer to go on")
             return self.optimizer
-        target = self.model if model is None else model
+        target: Any = self.model if model is None else model
         made = self.optimizer
         if made is None:
             options = {"lr": self.args.learning_rate, "seed": self.args.seed, **self.qzo_options}
@@ -147,13 +149,14 @@ class QZOTrainer(Trainer):
     def _loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """A micro-batch's share of the step's loss, as Trainer's own training_step has it."""
         with self.compute_loss_context_manager():  # compute_loss may take labels out of its inputs
-            loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            loss: Any = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
         loss = loss.mean() if self.args.n_gpu > 1 else loss
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers >= 5.23
+        scaled: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # transformers >= 5.23
         if scaled is None:
             by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_items or self.compute_loss_func is not None
-        return loss if scaled else loss / self.current_gradient_accumulation_steps
+        share: Tensor = loss if scaled else loss / self.current_gradient_accumulation_steps
+        return share
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's; training logs tell d, clipped and skipped steps in place of a gradient's norm."""
@@ -184,11 +187,11 @@ class QZOTrainer(Trainer):
         if self.zeroth_order is not None and not isinstance(self.zeroth_order, QZO):
             super().save_model(output_dir, _internal_call)
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         if _internal_call and self.zeroth_order is not None:
             metadata = {"model": str(getattr(self.model, "name_or_path", "")), "steps": str(self.zeroth_order.steps)}
-            write_tensors(folder / TRAINED, self._trained(), metadata)
+            write_tensors(folder / TRAINED, live_tensors(self.zeroth_order), metadata)
         else:
             self._save_whole(folder)
         if self.processing_class is not None:
@@ -197,15 +200,11 @@ class QZOTrainer(Trainer):
     def _save_whole(self, folder: Path) -> None:
         """Write a checkpoint beside what the folder holds already, each file as a whole."""
         partial_folder = folder / ".model.part"
-        save(self.model, partial_folder)
+        model: Any = self.model
+        save(model, partial_folder)
         for file in partial_folder.iterdir():
             os.replace(file, folder / file.name)
         partial_folder.rmdir()
-
-    def _trained(self) -> dict[str, Tensor]:
-        """Name -> live tensor, names as in the model."""
-        assert self.zeroth_order is not None
-        return {name: tensor.detach() for _, name, _, tensor in self.zeroth_order._tensors()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer calls this before the optimizer is there; with scales, all is in the optimizer's state."""
@@ -229,7 +228,7 @@ class QZOTrainer(Trainer):
             super()._load_best_model()
             return
         assert self.zeroth_order is not None
-        own = self._trained()
+        own = live_tensors(self.zeroth_order)
         for name, value in read_tensors(best)[0].items():
             own[name].copy_(value)
         for _, _, _, tensor in self.zeroth_order._tensors():

@@ -61,7 +61,7 @@ class ZerothOrder:
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> live tensor, of all that is trained."""
-        return {name: tensor.detach() for _, name, _, tensor in self.optimizer._tensors()}
+        return live_tensors(self.optimizer)
 
     def step(self, loss: Callable[[], Tensor], lr: float) -> Outcome:
         """Take a step; `record` it before the next. Raises QzoError as `SpsaOptimizer.step`."""
@@ -201,6 +201,17 @@ def check_kind(model: nn.Module, method: str, source: str) -> None:
     if method not in NEED_QUANTIZED and quantized:
         other = {"mezo": "qzo", "lora": "qlora", "ft": "qzo or qlora"}[method]
         raise QzoError(f"{source} is quantized, and {method} needs an unquantized model; choose method {other}")
+
+
+def live_tensors(optimizer: SpsaOptimizer) -> dict[str, Tensor]:
+    """Name -> live tensor, of all that an optimizer trains, and of the offsets that follow scales."""
+    found = {}
+    following: dict[Tensor, Tensor] = getattr(optimizer, "_offsets", {})
+    for _, name, _, tensor in optimizer._tensors():
+        found[name] = tensor.detach()
+        if tensor in following:
+            found[f"{name.removesuffix('scales')}offsets"] = following[tensor]
+    return found
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
