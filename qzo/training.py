@@ -53,7 +53,7 @@ def train(
     is sound, and the run can be resumed.
     """
     settings = run.settings
-    run.cut(learner.steps)
+    run.begin(learner.steps)
     started = time.monotonic()
     while True:
         if _due(learner.steps, settings.steps, settings.eval_every) and not run.validated(learner.steps):

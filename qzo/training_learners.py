@@ -106,10 +106,11 @@ class FirstOrder:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        value = loss()
-        value.backward()
+        graph = loss()
+        graph.backward()
+        value = float(graph.detach())
         norm = float(nn.utils.clip_grad_norm_(self.named.values(), GRADIENT_NORM))
-        outcome = Outcome(float(value.detach()), norm, norm > GRADIENT_NORM, not math.isfinite(float(value) + norm))
+        outcome = Outcome(value, norm, norm > GRADIENT_NORM, skipped=not math.isfinite(value + norm))
         if not outcome.skipped:
             self.optimizer.step()
         elif self.in_a_row + 1 == MAX_SKIPPED:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qzo.durable import replace_file
 from qzo.errors import QzoError
-from qzo.training_settings import TrainSettings
+from qzo.training_settings import ZEROTH_ORDER, TrainSettings
 
 RUN, METRICS, BEST = "run.json", "metrics.jsonl", "best.safetensors"
 Result = dict[str, Any]  # what an evaluation returned: the metric, "loss", "count"
@@ -53,12 +53,17 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise QzoError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
-        content = {"qzo_run": 1, **about, "metric": metric, "settings": settings.to_json(), "versions": versions()}
-        _write_json(self.folder / RUN, content)
+        self._about = {"qzo_run": 1, **about, "metric": metric, "settings": settings.to_json(), "versions": versions()}
+        if not (self.folder / RUN).exists():
+            _write_json(self.folder / RUN, self._about)
         self._file = (self.folder / METRICS).open("ab", buffering=0)
 
-    def cut(self, steps: int) -> None:
-        """Drop what the metrics tell of steps after `steps`, and read the validations of those before."""
+    def begin(self, steps: int) -> None:
+        """Go on after `steps` steps: what the metrics tell of later ones is cut off, settings that may change are kept.
+
+        Called when the learner has found the model and the saved state to fit.
+        """
+        _write_json(self.folder / RUN, self._about)
         end, self.validations = 0, []
         for line in (self.folder / METRICS).read_bytes().splitlines(keepends=True):
             entry = _parsed(line)
@@ -122,12 +127,13 @@ def check_folder(folder: Path, settings: TrainSettings, about: Result, resume: b
     there = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise QzoError(f"{folder} cannot be written, {there} does not allow it; choose another --out")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(_unfinished(file) for file in folder.iterdir()):
         return
     if not resume:
         raise QzoError(f"{folder} exists and is not empty; choose another --out, or go on with --resume")
     saved = read_run(folder)
-    for name, value in about.items():
+    held = about if settings.method not in ZEROTH_ORDER else {name: about[name] for name in about if name != "model"}
+    for name, value in held.items():  # the journal knows the model by its numbers, wherever it lies now
         if saved.get(name) != value:
             raise QzoError(f"{folder}: the run was begun with {name}={saved.get(name)}, not {value}; give the same")
     try:
@@ -165,6 +171,11 @@ def versions() -> dict[str, str]:
 def _write_json(path: Path, content: Result) -> None:
     text = json.dumps(content, indent=2) + "\n"
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _unfinished(file: Path) -> bool:
+    """Whether a kill left this behind before there was a run."""
+    return file.name.startswith(".") and file.name.endswith(".part")
 
 
 def _parsed(line: bytes) -> Result | None:

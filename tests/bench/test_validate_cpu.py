@@ -28,7 +28,9 @@ def test_the_error_is_that_of_the_prediction_and_signed():
 def test_the_table_has_statistics_and_a_failed_cell_its_reason():
     failed = failed_record(CASE, "simulated", EMPTY, status="error", message="no such layer")
     text = document([(record(2_000), record(1_000)), (record(990), record(1_000)), (failed, record(1_000))])
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| tiny")]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| tiny")
+    ]
     assert cells[0] == ["tiny", "mezo", "2,000", "1,000", "+100.0000"]
     assert "no such layer" in text
     assert "mean 50.5000" in text and "mean signed +49.5000; 2 of 3 cells" in text
