@@ -130,9 +130,9 @@ def _rewrite(file: Path, tensors: dict[str, Tensor], target: Path) -> None:
         if not tensors.keys() & set(names):
             shutil.copyfile(file, target)
             return
-        old = {name: opened.get_tensor(name) for name in names}
-        new = {name: tensors.get(name, tensor).to(tensor.device, tensor.dtype) for name, tensor in old.items()}
-        save_file({name: tensor.contiguous() for name, tensor in new.items()}, target, opened.metadata())
+        old, metadata = {name: opened.get_tensor(name) for name in names}, opened.metadata()
+    new = {name: tensors.get(name, tensor).to("cpu", tensor.dtype).contiguous() for name, tensor in old.items()}
+    save_file(new, target, metadata)
     target.chmod(file.stat().st_mode)
 
 
