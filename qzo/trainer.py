@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from qzo.checkpoint import save
+from qzo.checkpoint import format_of, save
 from qzo.errors import QzoError
 from qzo.export import TRAINED
 from qzo.journal import Journal
@@ -180,9 +180,9 @@ class QZOTrainer(Trainer):
                 self.journal.close()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the whole model in the GPTQ layout; Trainer's checkpoints get the trained tensors alone.
+        """Write the whole model in the GPTQ layout, in the format it came in.
 
-        With MeZO all is as in Trainer. Raises QzoError for what the layout cannot hold.
+        Trainer's checkpoints, which it writes with `_internal_call`, get the trained tensors alone. With MeZO all is as in Trainer. Raises QzoError for what the layout cannot hold.
         """
         if self.zeroth_order is not None and not isinstance(self.zeroth_order, QZO):
             super().save_model(output_dir, _internal_call)
@@ -201,7 +201,7 @@ class QZOTrainer(Trainer):
         """Write a checkpoint beside what the folder holds already, each file as a whole."""
         partial_folder = folder / ".model.part"
         model: Any = self.model
-        save(model, partial_folder)
+        save(model, partial_folder, format_of(getattr(model, "name_or_path", "")))
         for file in partial_folder.iterdir():
             os.replace(file, folder / file.name)
         partial_folder.rmdir()

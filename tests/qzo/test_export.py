@@ -86,7 +86,7 @@ def test_only_scales_change_and_every_tensor_keeps_its_dtype(make_run, tmp_path)
 
 def test_plain_code_reads_an_exported_checkpoint(make_run, input_ids, tmp_path):
     """Dequantized here from the layout's definition (v1: stored zero points are one less), in transformers' model."""
-    source, run = make_run(checkpoint_format="gptq")
+    _, run = make_run(checkpoint_format="gptq")
     export(run, tmp_path / "out")
     raw = load_file(tmp_path / "out/model.safetensors")
     state = {}

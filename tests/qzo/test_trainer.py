@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import qzo
-from qzo import QZO, MeZO, QZOTrainer, QzoError, journal_lines, load, scales
+from qzo import QZO, MeZO, QzoError, QZOTrainer, journal_lines, load, scales
+from qzo.checkpoint import format_of
 
 DATA = standin.Task().splits()
 
@@ -23,7 +24,7 @@ def dataset(split):
 
 @pytest.fixture
 def folder(make_model, tmp_path):
-    return standin.write_model(make_model(dtype=torch.bfloat16), tmp_path / "model", True)
+    return standin.write_model(make_model(dtype=torch.bfloat16), tmp_path / "model", True, "gptq_v2")
 
 
 def arguments(out, **more):
@@ -181,6 +182,7 @@ def test_a_checkpoint_holds_scales_and_can_be_exported(folder, tmp_path, input_i
     assert "model.safetensors" not in sizes
     assert qzo.export(checkpoint, tmp_path / "exported") == len(scales(made.model))
     made.save_model(tmp_path / "out")
+    assert format_of(tmp_path / "out") == format_of(tmp_path / "exported") == "gptq_v2"
     with torch.no_grad():
         logits = made.model(input_ids).logits
         for written in ("exported", "out"):
