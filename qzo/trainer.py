@@ -182,7 +182,8 @@ class QZOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model in the GPTQ layout, in the format it came in.
 
-        Trainer's checkpoints, which it writes with `_internal_call`, get the trained tensors alone. With MeZO all is as in Trainer. Raises QzoError for what the layout cannot hold.
+        Trainer's checkpoints, which it writes with `_internal_call`, get the trained tensors alone.
+        With MeZO all is as in Trainer. Raises QzoError for what the layout cannot hold.
         """
         if self.zeroth_order is not None and not isinstance(self.zeroth_order, QZO):
             super().save_model(output_dir, _internal_call)
