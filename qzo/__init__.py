@@ -5,9 +5,12 @@ optimizer = qzo.QZO(qzo.scales(model))
 loss = optimizer.step(lambda: model(**batch).loss)  # two forward passes, no backward
 """
 
+from typing import TYPE_CHECKING, Any
+
 from qzo import tasks
 from qzo.adapters import adapters, add_adapters
 from qzo.errors import QzoError
+from qzo.export import export
 from qzo.journal import Journal
 from qzo.linear import QuantLinear
 from qzo.load import load
@@ -20,16 +23,21 @@ from qzo.scales import scales
 from qzo.schedule import Phases, adapters_then_scales
 from qzo.trainable import trainable
 
+if TYPE_CHECKING:
+    from qzo.trainer import QZOTrainer
+
 __all__ = [
     "QZO",
     "Journal",
     "MeZO",
     "Phases",
+    "QZOTrainer",
     "QuantLinear",
     "QzoError",
     "adapters",
     "adapters_then_scales",
     "add_adapters",
+    "export",
     "label_loss",
     "load",
     "quantize",
@@ -38,3 +46,12 @@ __all__ = [
     "tasks",
     "trainable",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """QZOTrainer is imported when asked for: it needs transformers, which takes seconds."""
+    if name == "QZOTrainer":
+        from qzo.trainer import QZOTrainer
+
+        return QZOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

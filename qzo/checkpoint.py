@@ -59,6 +59,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: st
         raise
 
 
+def format_of(source: str | os.PathLike[str]) -> str:
+    """The checkpoint format of a model's folder, so that it is written as it came; "gptq" where none is named."""
+    config = Path(source) / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return str((content.get("quantization_config") or {}).get("checkpoint_format", "gptq"))
+
+
 def check_target(folder: Path) -> None:
     """Raise QzoError unless a checkpoint may be written to `folder`."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

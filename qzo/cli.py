@@ -1,9 +1,8 @@
-"""The command line: `qzo quantize MODEL OUT`, `qzo replay MODEL JOURNAL [OUT]`, `qzo eval MODEL --task T`."""
+"""The command line: `qzo quantize` and `qzo replay`; the rest is in `qzo.cli_eval` and `qzo.training_cli`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qzo import cli_eval
 from qzo.errors import QzoError
+from qzo.training_cli import add_commands
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--no-snapshot", action="store_true", help="replay every step from the first")
     replay.set_defaults(run=_replay)
     cli_eval.add_command(commands)
+    add_commands(commands)
     return parser
 
 
@@ -115,7 +116,7 @@ def _calibration(options: argparse.Namespace) -> list[Tensor] | None:
 def _replay(options: argparse.Namespace) -> None:
     import torch
 
-    from qzo.checkpoint import check_target, save
+    from qzo.checkpoint import check_target, format_of, save
     from qzo.journal_lines import read
     from qzo.load import load
     from qzo.replay import replay
@@ -131,16 +132,9 @@ def _replay(options: argparse.Namespace) -> None:
     for notice in notices:
         print(f"notice: {notice}", file=sys.stderr)
     if options.out:
-        save(model, options.out, _format(Path(options.model)))
+        save(model, options.out, format_of(options.model))
         _copy_beside(Path(options.model), Path(options.out))
     print(f"steps       {optimizer.steps:>16,}\nskipped     {optimizer.skipped_steps:>16,}")
-
-
-def _format(source: Path) -> str:
-    """The checkpoint format of a folder, so that a tuned model is written as it came."""
-    config = source / "config.json"
-    quantization = json.loads(config.read_text(encoding="utf-8"))["quantization_config"] if config.is_file() else {}
-    return str(quantization.get("checkpoint_format", "gptq"))
 
 
 def _copy_beside(source: Path, target: Path) -> None:

@@ -65,6 +65,60 @@ def test_the_example_trains(tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {"batches": batches})
 
 
+@pytest.fixture
+def gptq(tmp_path, monkeypatch):
+    """A tiny quantized model as "path/to/gptq", where the examples run."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import qzo
+    from qzo.checkpoint import save
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).to(torch.bfloat16)
+    save(qzo.quantize(model, 4, 32), tmp_path / "path/to/gptq")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def batch(rows):
+    ids = torch.randint(100, (rows, 3), generator=torch.Generator().manual_seed(rows))
+    return {"input_ids": ids, "labels": torch.where(torch.arange(3) == 2, ids, -100)}
+
+
+def test_the_loop_with_a_journal_trains_and_resumes(gptq):
+    import qzo
+
+    code = compile(blocks("python")[1], "README.md", "exec")
+    batches = [batch(rows) for rows in range(1, 6)]
+    exec(code, {"batches": batches[:3]})
+    names = {"batches": batches}
+    exec(code, names)
+    assert names["optimizer"].steps == 5
+    replayed, _ = qzo.replay(qzo.load("path/to/gptq"), "run.journal")
+    assert all(torch.equal(value, names["optimizer"].truth()[name]) for name, value in replayed.truth().items())
+
+
+def test_the_trainer_trains_and_writes_a_model(gptq):
+    import qzo
+
+    rows = [{name: value[0] for name, value in batch(1).items()}] * 16
+    code = blocks("python")[2].replace("max_steps=200", "max_steps=2").replace("_steps=50", "_steps=1")
+    names = {"train_dataset": rows, "eval_dataset": rows[:2]}
+    exec(compile(code.replace("save_steps", "report_to=[], use_cpu=True, save_steps"), "README.md", "exec"), names)
+    assert names["trainer"].state.global_step == 2
+    written, own = qzo.scales(qzo.load("tuned")), qzo.scales(names["trainer"].model)
+    assert all(torch.equal(written[name], own[name]) for name in own)
+
+
+def test_the_training_commands_parse():
+    from qzo.cli import _parser
+
+    commands = re.findall(r"^    (qzo (?:train|export) .*)$", TEXT, re.MULTILINE)
+    assert len(commands) == 3
+    parsed = [_parser().parse_args(command.split()[1:]) for command in commands]
+    assert parsed[0].steps == 2000 and parsed[1].resume and parsed[2].source == parsed[0].out
+
+
 def test_the_table_is_that_of_the_committed_baselines():
     assert readme.renewed(TEXT, ROOT / "reports" / "baselines") == TEXT
 

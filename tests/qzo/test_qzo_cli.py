@@ -79,7 +79,7 @@ def test_gptq_needs_a_tokenizer_that_loads(plain, tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "required: COMMAND"),
-        (["train"], "invalid choice: 'train'"),
+        (["tune"], "invalid choice: 'tune'"),
         (["quantize", "PLAIN"], "required: OUT"),
         (["quantize", "PLAIN", "OUT", "--bits", "3"], "invalid choice: 3"),
         (["quantize", "PLAIN", "OUT"], "in_features=64 is not divisible by group_size=128; choose 32, or -1"),
