@@ -40,6 +40,7 @@ def predict(measurement: Measurement) -> dict[str, int]:
     prepared = prepare(measurement, world, ledger)
     register_resident(ledger, prepared)
     tokens = torch.empty(measurement.batch_size, measurement.seq_len, dtype=torch.long, device="meta")
+    ledger.see(tokens)
     batch = Batch(tokens, tokens, "none")
     with ledger, CudaFunctions(measurement.attention):
         ledger.enter(WARM_UP)
