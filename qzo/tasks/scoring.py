@@ -44,15 +44,12 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
 
 def forward(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     """Logits of the last `keep` columns, [R, keep, V]; positions count from the first token that is no padding."""
-    options: dict[str, Any] = {}
-    if _takes_positions(model):
-        options["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)
     output = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         logits_to_keep=keep,
         use_cache=False,
-        **options,
+        **position_options(model, batch.attention_mask, batch.input_ids.shape[1]),
     )
     return output.logits
 
@@ -60,13 +57,14 @@ def forward(model: nn.Module, batch: Batch, keep: int) -> Tensor:
 def _token_losses(model: nn.Module, batch: Batch, targets: Tensor) -> Tensor:
     """Cross entropy of each answer token, 0 where there is none; [R, A]."""
     logits = forward(model, batch, keep=targets.shape[1] + 1)[:, :-1].float()
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return losses
+    return nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
 
 
-def _takes_positions(model: nn.Module) -> bool:
-    """Whether the model wants to be told positions; some derive them from the mask (ALiBi models)."""
+def position_options(model: nn.Module, mask: Tensor, columns: int) -> dict[str, Tensor]:
+    """`position_ids` of the last columns where the model takes them; ALiBi models, e.g., derive them from the mask."""
     inner: Any = model
     if hasattr(inner, "get_base_model"):  # PEFT passes everything on
         inner = inner.get_base_model()
-    return "position_ids" in inspect.signature(inner.forward).parameters
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -columns:]}
