@@ -59,7 +59,7 @@ def _train(options: argparse.Namespace) -> None:
     print(f"steps        {trained.steps:>12,}{early}\nskipped      {trained.skipped:>12,}")
     print(f"best step    {trained.best_step:>12,}")
     for name, value in test.items():
-        if name != "count":
+        if isinstance(value, float):  # not counts, nor what the task tells beside
             print(f"{name:<12} {trained.best[name]:>12.4f} validation {value:>12.4f} test")
     print(f"{out} holds the run; qzo export {out} OUT writes the model")
 

