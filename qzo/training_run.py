@@ -4,7 +4,8 @@ r"""The folder of a training run.
     run.journal        zeroth order: one line a step, with a snapshot beside it; see `qzo.journal`
     last.safetensors   first order: trained tensors and moments at the last validation
     best.safetensors   name -> trained tensor at the best validation: scales, not the model
-    metrics.jsonl      {"step": n, "loss": ...} after n steps, {"step": n, "validation": {...}}
+    metrics.jsonl      {"step": n, "loss": ...} after n steps, {"step": n, "validation": {...}}; seconds
+                        count from the start of the process
 
 A line of metrics.jsonl is written before the step is recorded, so after a kill no recorded step lacks its line; lines
 of steps that are taken again are cut off on a resume.

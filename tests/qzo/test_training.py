@@ -128,6 +128,14 @@ def test_the_learning_rate_is_a_function_of_the_step(scheduler, wanted):
     assert [settings.lr_at(step) for step in range(4)] == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("method", ["qzo", "mezo"])
+def test_the_scheduled_rate_is_that_of_the_recorded_steps(task, models, tmp_path, method):
+    command = ["train", models[METHODS[method]], *SMALL, "--method", method, "--scheduler", "linear", "--lr", "6e-5"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    rates = [entry.lrs[0] for entry in journal_lines.read(tmp_path / "run/run.journal").entries]
+    assert rates == pytest.approx([6e-5, 5e-5, 4e-5, 3e-5, 2e-5, 1e-5])
+
+
 def test_qzo_learns_an_easy_task(make_model, tmp_path):
     model = qzo.quantize(make_model(), 4, 32)
     settings = TrainSettings(steps=120, lr=1e-4, eval_every=60)
