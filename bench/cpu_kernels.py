@@ -89,12 +89,13 @@ def flash_attention(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any
 
 
 def flash_attention_backward(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any:
-    """As forward, with two blocks of scores, theirs and their gradient's, and a sum for each row of a block. Where the
-    output's gradient is not laid out as [batch, tokens, heads, head_dim], a copy is (cpu_flash_attention_backward).
+    """As forward, with two blocks of scores, theirs and their gradient's, and where the output's gradient is not laid
+    out as [batch, tokens, heads, head_dim] a copy that is (cpu_flash_attention_backward). Each thread makes a sum for
+    every row of its block, too; PyTorch's events tell only of those of the thread that called, and so does this.
     """
     grad, query, key = args[:3]
     rows, columns = attention_block(query, key)
-    sizes = per_thread(query, 2 * rows * columns + rows, 2 * rows * columns)
+    sizes = [*per_thread(query, 2 * rows * columns, 2 * rows * columns), rows * FP32_BYTES]
     if not grad.transpose(1, 2).is_contiguous():
         sizes.append(grad.numel() * grad.element_size())
     return with_temporaries(ledger, func, args, kwargs, sizes)

@@ -65,7 +65,10 @@ def test_progress_tells_what_is_left(capsys):
 def test_ctrl_c_leaves_finished_cells_and_their_summary_and_no_process_behind(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "bench", "run", "llama3.1-405b", "--methods", "ft-sgd,mezo,qzo", "--device", "sim"]
-    process = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (out / "ft-sgd.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
