@@ -9,9 +9,9 @@ from typing import Any
 
 from qzo.durable import replace_file
 from qzo.errors import QzoError
+from qzo.training_settings import DTYPES
 
 SIZES = {"train": 1000, "validation": 500, "test": 1000}  # as in the papers
-DTYPES = ("bfloat16", "float16", "float32")
 PERCENT = ("accuracy", "f1", "em")
 
 

@@ -16,7 +16,7 @@ from qzo.errors import QzoError
 from qzo.load import _download, _opened, _weight_files, load, load_tokenizer
 from qzo.replay import replay
 from qzo.training_learners import JOURNAL, LAST, live_tensors, put_adapters, read_tensors
-from qzo.training_run import BEST, RUN, read_run
+from qzo.training_run import BEST, RUN, dtype_of, read_run
 from qzo.training_settings import ZEROTH_ORDER
 
 TRAINED = "trained.safetensors"  # in a checkpoint of qzo.QZOTrainer
@@ -69,14 +69,14 @@ def _state(run: Path, about: dict[str, Any], state: str) -> dict[str, Tensor]:
     if state == "best":
         return read_tensors(run / BEST)[0]
     if about["settings"]["method"] in ZEROTH_ORDER:
-        optimizer, _ = replay(load(about["model"]), run / JOURNAL)
+        optimizer, _ = replay(load(about["model"], dtype_of(about["settings"])), run / JOURNAL)
         return live_tensors(optimizer)
     tensors = read_tensors(run / LAST)[0]
     return {name.removeprefix("value."): value for name, value in tensors.items() if name.startswith("value.")}
 
 
 def _write_adapters(about: dict[str, Any], tensors: dict[str, Tensor], out: Path) -> int:
-    model = load(about["model"])
+    model = load(about["model"], dtype_of(about["settings"]))
     wrapper: Any = put_adapters(model, about["settings"]["seed"])
     own = dict(model.named_parameters())
     for name, value in tensors.items():

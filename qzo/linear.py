@@ -13,6 +13,7 @@ from qzo.packing import pack, pack_zeros, unpack_zeros
 from qzo.rtn import round_to_nearest
 
 Device = torch.device | str | None
+BITS_OF_2_POW_23 = 0x4B000000  # of the fp32 number 2**23
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -130,20 +131,22 @@ class QuantLinear(nn.Module):
         return torch.cat([self._rows(start, stop, dtype, self.scales) for start, stop in bounds])
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
-        """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`."""
+        """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`; Wᵀ is contiguous.
+
+        Everything runs along the columns of the packed tensors, so nothing is transposed. Codes become fp32 where they
+        are: an integer c < 2**23 in the mantissa of 2**23 is the number 2**23 + c, and taking 2**23 + zero off it is
+        exact.
+        """
         shifts = torch.arange(0, 32, self.n_bits, dtype=torch.int32, device=self.qweight.device)
-        words = self.qweight[:, start:stop].t().contiguous()  # [n, K*b/32]
-        levels = torch.bitwise_right_shift(words[:, :, None], shifts).bitwise_and_(2**self.n_bits - 1)
-        del words
-        zeros = self.zero_points(start, stop).t()[:, :, None]  # [n, K/g, 1]
-        scale = scales[:, start:stop].t().float()[:, :, None]
+        levels = torch.bitwise_right_shift(self.qweight[:, None, start:stop], shifts[:, None])  # [K*b/32, 32/b, n]
+        levels = levels.bitwise_and_(2**self.n_bits - 1).bitwise_or_(BITS_OF_2_POW_23)
+        offsets = self.zero_points(start, stop).float().add_(2.0**23)  # [K/g, n]
+        scale = scales[:, start:stop].float()
         if self.act_order:
-            zeros, scale = zeros.index_select(1, self.g_idx), scale.index_select(1, self.g_idx)  # [n, K, 1]
-        levels = levels.view(stop - start, zeros.shape[1], -1).sub_(zeros)
-        rows = levels.to(torch.float32)
-        del levels
-        rows = rows * scale if scale.requires_grad else rows.mul_(scale)
-        return rows.view(stop - start, self.in_features).to(dtype)
+            offsets, scale = offsets.index_select(0, self.g_idx), scale.index_select(0, self.g_idx)  # [K, n]
+        columns = levels.view(torch.float32).view(len(offsets), -1, stop - start).sub_(offsets[:, None])
+        columns = columns * scale[:, None] if scale.requires_grad else columns.mul_(scale[:, None])
+        return columns.view(self.in_features, stop - start).to(dtype).t()
 
     def zero_points(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Zero points of output columns start:stop as int32 [K/g, stop - start]."""

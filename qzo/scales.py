@@ -14,8 +14,10 @@ COMPONENT = {"qweight": "codes", "qzeros": "zero_points"}  # other buffers are c
 COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 
 
-def scales(model: nn.Module) -> dict[str, Tensor]:
+def scales(model: nn.Module, layers: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """Name -> scale tensor of every quantized layer; the next forward sees what is written into one in place.
+
+    `layers` (first, last), counted from 0 and both included, takes those of some decoder layers only.
 
     The name is the module's path and ".scales". Shapes: [K/g, N] for linear layers, [V, K/g] for an embedding (once,
     where the head shares it), [N, 1, 1, 1] for AQLM; fp32 or fp16. Ask again after `model.to(...)`, which makes new
@@ -28,6 +30,21 @@ def scales(model: nn.Module) -> dict[str, Tensor]:
     }
     if not found:
         raise QzoError(f"{type(model).__name__} has no quantized layer; call qzo.quantize(model) first")
+    return found if layers is None else in_layers(found, *layers)
+
+
+def in_layers(named: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    """Those of some named tensors that belong to the decoder layers first ... last.
+
+    The number of a layer is the first one in its path, as in model.layers.12.mlp.up_proj. Raises QzoError where there
+    is none of them.
+    """
+    numbers = {name: next((int(part) for part in name.split(".") if part.isdigit()), None) for name in named}
+    found = {name: tensor for name, tensor in named.items() if (n := numbers[name]) is not None and first <= n <= last}
+    if not found:
+        known = [number for number in numbers.values() if number is not None]
+        has = f"layers {min(known)} ... {max(known)}" if known else "no numbered layers"
+        raise QzoError(f"there are no layers {first} ... {last}; this model has {has}")
     return found
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,7 +42,7 @@ def train(
     Args:
         learner: from `make_learner`, in the run's folder.
         run: from `Run`.
-        batch_at: step, from 0 -> batch; a function of the step alone, see `batch_numbers`.
+        batch_at: step, from 0 -> batch; a function of the step alone, see `qzo.batches`.
         loss: batch -> scalar loss of the model as it stands; without dropout.
         evaluate: result of a validation of the model as it stands; needs the run's metric and "loss".
         progress: what to show it with.
@@ -84,20 +82,3 @@ def _validate(learner: Learner, run: Run, evaluate: Callable[[], Result], progre
     better = run.add_validation(learner.steps, result, learner.tensors())
     if progress is not None:
         progress.validation(learner.steps, result, better)
-
-
-def batch_numbers(count: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Numbers of the examples, of `count`, that make the batch of step `step`: a function of its arguments.
-
-    The examples are gone through again and again, each time in an order drawn from the seed and the pass; a batch may
-    end one pass and begin the next.
-    """
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [_order(count, seed, place // count)[place % count] for place in places]
-
-
-@lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(count))
-    random.Random(f"qzo {seed} {epoch}").shuffle(order)
-    return order

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qzo.training_settings import METHODS, SCHEDULERS, UPDATES, TrainSettings
+from qzo.training_settings import DTYPES, METHODS, SCHEDULERS, UPDATES, TrainSettings
 
 
 def add_commands(commands: Any) -> None:
@@ -42,9 +42,11 @@ def _add_train(commands: Any) -> None:
     for name, (kind, text) in options.items():
         shown = "" if "default" in text else f" (default {getattr(default, name)})"
         train.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text + shown)
+    train.add_argument("--layers", metavar="FIRST-LAST", help="train these decoder layers only, e.g. 14-24")
     train.add_argument("--relative", action="store_true", help="eps and lr relative to each scale")
     train.add_argument("--update", choices=tuple(UPDATES), default=default.update, help="default sgd")
     train.add_argument("--scheduler", choices=SCHEDULERS, default=default.scheduler, help="default constant")
+    train.add_argument("--dtype", choices=DTYPES, help="of unquantized tensors (default: as load chooses, fp32 for ft)")
     train.set_defaults(run=_train)
 
 

@@ -17,7 +17,7 @@ from qzo.errors import QzoError
 from qzo.journal import Journal
 from qzo.mezo import MeZO
 from qzo.optim import QZO
-from qzo.scales import QUANTIZED, scales
+from qzo.scales import QUANTIZED, in_layers, scales
 from qzo.spsa import SpsaOptimizer
 from qzo.training_settings import QUANTIZED as NEED_QUANTIZED
 from qzo.training_settings import ZEROTH_ORDER, TrainSettings
@@ -169,11 +169,11 @@ def make_learner(model: nn.Module, settings: TrainSettings, folder: Path, source
 
     Raises QzoError for a model of the wrong kind and a folder with a run of another model.
     """
-    check_kind(model, settings.method, source)
+    check_model(model, settings, source)
     if settings.method in ZEROTH_ORDER:
         freeze(model)
         made = QZO if settings.method == "qzo" else MeZO
-        trained = scales(model) if settings.method == "qzo" else dict(model.named_parameters())
+        trained = _trained(model, settings)
         return ZerothOrder(model, made(trained, **settings.optimizer_options()), folder)
     if settings.method == "ft":
         model.requires_grad_(True)
@@ -194,8 +194,21 @@ def put_adapters(model: nn.Module, seed: int) -> nn.Module:
     return wrapper
 
 
-def check_kind(model: nn.Module, method: str, source: str) -> None:
-    """Raise QzoError where a method needs a quantized model and this is none, or the other way round."""
+def _trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:
+    """Name -> live tensor, of what a zeroth-order method trains."""
+    named: dict[str, Tensor] = scales(model) if settings.method == "qzo" else {**dict(model.named_parameters())}
+    return named if settings.layer_range is None else in_layers(named, *settings.layer_range)
+
+
+def check_model(model: nn.Module, settings: TrainSettings, source: str) -> None:
+    """Raise QzoError for a model that a method cannot train, and for layers that it does not have."""
+    _check_kind(model, settings.method, source)
+    if settings.layer_range is not None:
+        _trained(model, settings)
+
+
+def _check_kind(model: nn.Module, method: str, source: str) -> None:
+    """Quantized where the method needs that, and not where it needs that."""
     quantized = any(isinstance(module, QUANTIZED) for module in model.modules())
     if method in NEED_QUANTIZED and not quantized:
         raise QzoError(f"{source} is not quantized, and {method} needs that; first run: qzo quantize {source} OUT")

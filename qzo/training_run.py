@@ -21,6 +21,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qzo.durable import replace_file
@@ -152,6 +153,12 @@ def read_run(folder: Path) -> Result:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QzoError(f"{folder} is not the folder of a run ({RUN} is missing or cannot be read)") from error
     return dict(content)
+
+
+def dtype_of(settings: dict[str, Any]) -> torch.dtype | None:
+    """The dtype to load a run's model in, by its settings as JSON; None is for `qzo.load` to choose."""
+    name = settings.get("dtype") or ("float32" if settings["method"] == "ft" else None)
+    return None if name is None else getattr(torch, name)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -21,6 +21,7 @@ ZEROTH_ORDER = ("qzo", "mezo")
 QUANTIZED = ("qzo", "qlora")  # methods that need a quantized model; the others need an unquantized one
 UPDATES: dict[str, dict[str, Any]] = {"sgd": {}, "momentum": {"momentum": 0.9}, "adam": {"betas": (0.9, 0.999)}}
 SCHEDULERS = ("constant", "linear", "cosine")
+DTYPES = ("bfloat16", "float16", "float32")
 EXAMPLES = {"lr": 1e-6, "eps": 1e-3, "clip_threshold": 100}
 MAY_CHANGE = ("steps", "patience")  # on a resume
 
@@ -42,7 +43,10 @@ class TrainSettings:
         scheduler: of the learning rate over `steps`: "constant", "linear" down to 0, or half a "cosine" down to 0.
         eval_every: steps between validations; there is one before the first step and one after the last as well.
         patience: validations without a new best before training stops; None, never.
+        layers: zeroth order only: "14-24" trains what is in these decoder layers, counted from 0; None, everything.
         seed: of the order of the data, of the split, of z, and of new adapters.
+        dtype: "bfloat16", "float16" or "float32": of the unquantized tensors, and so of the arithmetic. None takes
+            float32 for ft, else what `qzo.load` chooses.
 
     Raises QzoError for a value out of range and an option that the method has no use for.
     """
@@ -59,12 +63,15 @@ class TrainSettings:
     scheduler: str = "constant"
     eval_every: int = 100
     patience: int | None = None
+    layers: str | None = None
     seed: int = 0
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("method", METHODS), ("update", tuple(UPDATES)), ("scheduler", SCHEDULERS)):
+        choices = {"method": METHODS, "update": tuple(UPDATES), "scheduler": SCHEDULERS, "dtype": (None, *DTYPES)}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise QzoError(f'{name}="{getattr(self, name)}" is not known; choose {", ".join(known)}')
+                raise QzoError(f'{name}="{getattr(self, name)}" is not known; choose {", ".join(filter(None, known))}')
         lr, clip_threshold = DEFAULTS[self.method]
         object.__setattr__(self, "lr", lr if self.lr is None else self.lr)
         object.__setattr__(
@@ -79,10 +86,22 @@ class TrainSettings:
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise QzoError(f"{name}={value} is not a positive whole number")
         self._check_method()
+        _ = self.layer_range
+
+    @property
+    def layer_range(self) -> tuple[int, int] | None:
+        """First and last decoder layer that is trained; None, everything. Raises QzoError."""
+        if self.layers is None:
+            return None
+        first, _, last = self.layers.partition("-")
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise QzoError(f'layers="{self.layers}" is not a range of decoder layers; choose e.g. 14-24')
+        return int(first), int(last)
 
     def _check_method(self) -> None:
         """Options that a method would silently ignore."""
-        unused = {"update": ("qzo",), "relative": ("qzo",), "eps": ZEROTH_ORDER, "directions": ZEROTH_ORDER}
+        unused: dict[str, tuple[str, ...]] = {"update": ("qzo",), "relative": ("qzo",)}
+        unused |= dict.fromkeys(("eps", "directions", "layers"), ZEROTH_ORDER)
         for name, methods in unused.items():
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default and self.method not in methods:

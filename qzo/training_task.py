@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from qzo.batches import batch_numbers
 from qzo.durable import replace_file
 from qzo.errors import QzoError
 from qzo.load import load, load_tokenizer
-from qzo.training import Trained, batch_numbers, train
-from qzo.training_learners import check_kind, make_learner, read_tensors
+from qzo.training import Trained, train
+from qzo.training_learners import check_model, make_learner, read_tensors
 from qzo.training_progress import Progress
-from qzo.training_run import BEST, Result, Run, check_folder
+from qzo.training_run import BEST, Result, Run, check_folder, dtype_of
 from qzo.training_settings import TrainSettings
 
 RESULT = "result.json"
@@ -52,13 +53,14 @@ def train_task(
     check_folder(out, settings, about, resume)
     task = tasks.get(task_name, data_dir=data)
     splits = task.splits(seed=settings.seed)
-    model: Any = load(source, torch.float32 if settings.method == "ft" else None, _device()).eval()
-    check_kind(model, settings.method, source)
+    model: Any = load(source, dtype_of(asdict(settings)), _device()).eval()
+    check_model(model, settings, source)
     encoder = tasks.Encoder(task, load_tokenizer(source), max_length=256)
     device, examples = next(model.parameters()).device, splits["train"]
+    lengths = [encoder.length(example) for example in examples]
 
     def batch_at(step: int) -> Any:
-        numbers = batch_numbers(len(examples), settings.batch_size, settings.seed, step)
+        numbers = batch_numbers(lengths, settings.batch_size, settings.seed, step)
         return encoder.batch([examples[number] for number in numbers]).to(device)
 
     def evaluate(split: str = "validation") -> Result:

@@ -46,6 +46,9 @@ class Encoder:
     def __init__(self, task, tokenizer, max_length=256):
         self.tokenizer = tokenizer
 
+    def length(self, example):
+        return len(example)
+
     def batch(self, examples):
         input_ids = torch.tensor(examples)
         labels = torch.full_like(input_ids, -100)

@@ -146,6 +146,31 @@ def test_without_a_terminal_each_validation_is_a_line(task, models, tmp_path, ca
     assert [line.split()[1] for line in lines] == ["0", "3", "6"] and lines[0].endswith("best")
 
 
+@pytest.mark.parametrize("method", ["qzo", "mezo"])
+def test_layers_that_are_not_named_stay_as_they_were(task, models, tmp_path, method):
+    command = ["train", models[METHODS[method]], *SMALL, "--method", method, "--lr", "1e-3", "--layers", "1-1"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    tuned = read_tensors(tmp_path / "run/best.safetensors")[0]
+    assert tuned and all(".layers.1." in name for name in tuned)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "tuned"), "--state", "last"]) == 0
+    before, after = (
+        load(source, torch.bfloat16).state_dict() for source in (models[METHODS[method]], tmp_path / "tuned")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and moved <= set(tuned)
+
+
+@pytest.mark.parametrize("method", ["qzo", "mezo"])
+def test_the_dtype_asked_for_is_that_of_run_and_replay(task, models, tmp_path, capsys, method):
+    command = ["train", models[METHODS[method]], *SMALL, "--method", method, "--lr", "1e-3", "--dtype", "float32"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert journal_lines.read(tmp_path / "run/run.journal").header["dtype"] == "float32"
+    assert main([*command, "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "tuned"), "--state", "last"]) == 0
+    assert main([*command[:-1], "bfloat16", "--out", str(tmp_path / "run"), "--resume"]) == 2
+    assert "the run was begun with dtype=float32, not bfloat16" in errors(capsys)[0]
+
+
 # wrong input
 
 
@@ -160,6 +185,10 @@ def test_without_a_terminal_each_validation_is_a_line(task, models, tmp_path, ca
         ("quantized", ["--eps", "-1"], "eps=-1.0 is not a positive number; choose e.g. 0.001"),
         ("quantized", ["--clip-threshold", "0"], "clip_threshold=0.0 is not a positive number"),
         ("quantized", ["--steps", "0"], "steps=0 is not a positive whole number"),
+        ("quantized", ["--layers", "1-"], 'layers="1-" is not a range of decoder layers; choose e.g. 14-24'),
+        ("quantized", ["--layers", "4-2"], 'layers="4-2" is not a range'),
+        ("quantized", ["--layers", "7-9"], "there are no layers 7 ... 9; this model has layers 0 ... 1"),
+        ("plain", ["--method", "ft", "--layers", "0-1"], 'layers=0-1 is for qzo and mezo, not for "ft"'),
         ("quantized", ["--patience", "0"], "patience=0 is not a positive whole number"),
         ("plain", ["--method", "mezo", "--relative"], 'relative=True is for qzo, not for "mezo"'),
         ("plain", ["--method", "ft", "--eps", "1e-2"], 'eps=0.01 is for qzo and mezo, not for "ft"'),

@@ -1,0 +1,144 @@
+"""What a QZO step costs in time and memory on this CPU: `python -m bench.step_seconds --out FILE`.
+
+Steps and forward passes take turns, so that whatever else the machine does falls on all of them alike; what is compared
+are medians of the ratios within a turn.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import qzo
+from bench import text, weights
+from bench.__main__ import Parser
+from bench.case import BenchCase
+from bench.catalog import default_group_size, resolve
+from bench.environment import environment
+from bench.methods.reference import OutOfPlace, full_loss
+from bench.worlds import cpu
+from qzo.errors import QzoError
+
+MODEL, BATCH_SIZE, SEQ_LEN = "smollm2-135m", 16, 40
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORWARDS, QZO, MEZO, RELEASED = "two forward passes", "qzo", "mezo", "mezo-reference"
+log = logging.getLogger(__name__)
+Action = Callable[[], object]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write the record; 0, or 2 and one line on stderr."""
+    parser = Parser(prog="python -m bench.step_seconds", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--turns", type=int, default=9, help="timed turns of each dtype, after one that is not")
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
+    try:
+        options = parser.parse_args(arguments)
+        if options.turns < 1:
+            raise QzoError(f"--turns {options.turns} is not a positive number")
+        record = {
+            "model": MODEL, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "threads": torch.get_num_threads(),
+            "bf16_instructions": has_bf16(), "environment": environment(),
+            "seconds": {name: seconds(dtype, options.turns) for name, dtype in DTYPES.items()}, "memory": memory(),
+        }  # fmt: skip
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except (QzoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def seconds(dtype: torch.dtype, turns: int) -> dict[str, list[float]]:
+    """Action -> seconds of each turn, models in `dtype`: 16 sequences of 40 tokens, each with one label at its end."""
+    source = resolve(MODEL)
+    batch = text.batch(source, BATCH_SIZE, SEQ_LEN, seed=0, step=0)
+    taken: dict[str, list[float]] = {}
+    actions = {**_forwards(source, dtype, batch), **_steps(source, dtype, batch)}
+    for turn in range(turns + 1):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            if turn:
+                taken.setdefault(name, []).append(round(time.perf_counter() - start, 4))
+        log.info("%s, turn %d of %d", dtype, turn, turns)
+    return taken
+
+
+def _forwards(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, Action]:
+    model: Any = weights.load(source, dtype).eval()
+
+    @torch.no_grad()
+    def twice() -> None:
+        for _ in range(2):
+            model(input_ids=batch.input_ids, use_cache=False)
+
+    return {FORWARDS: twice}
+
+
+def _steps(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, Action]:
+    """A step of QZO, of MeZO, and of MeZO as its authors' code takes it, each on a model of its own."""
+
+    def model() -> Any:
+        return weights.load(source, dtype).eval().requires_grad_(False)
+
+    quantized, dense, released = model(), model(), model()
+    qzo.quantize(quantized, n_bits=4, group_size=default_group_size(quantized))
+    own = {QZO: qzo.QZO(qzo.scales(quantized)), MEZO: qzo.MeZO(dense.named_parameters(), lr=1e-6)}
+    theirs = OutOfPlace([{"params": list(released.named_parameters())}], 1e-6, seed=0)
+
+    def loss(of: nn.Module) -> torch.Tensor:
+        return qzo.label_loss(of, batch.input_ids, batch.labels, keep=1)
+
+    return {
+        QZO: lambda: own[QZO].step(lambda: loss(quantized)),
+        MEZO: lambda: own[MEZO].step(lambda: loss(dense)),
+        RELEASED: lambda: theirs.step(lambda: full_loss(released, batch)),
+    }
+
+
+def memory() -> dict[str, int]:
+    """Bytes of a QZO step in bf16 by PyTorch's allocation events, and of what it cannot do without.
+
+    "floor": codes, scales, unquantized weights. "layer": the largest linear layer in bf16. "activations": how far one
+    forward pass of the unquantized model rises above what was there.
+    """
+    record = cpu.run(BenchCase(MODEL, "qzo", "cpu", batch_size=BATCH_SIZE, seq_len=SEQ_LEN, steps=3))
+    source = resolve(MODEL)
+    model = weights.load(source, torch.bfloat16).eval()
+    batch = text.batch(source, BATCH_SIZE, SEQ_LEN, seed=0, step=0)
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        qzo.label_loss(model, batch.input_ids, batch.labels, keep=1)
+    return {
+        "peak": record["peak"]["allocated"],
+        "floor": record["floor"],
+        "layer": max(layer.weight.nbytes for layer in layers),
+        "activations": cpu.highest_rise(profiler),
+    }
+
+
+def ratio(taken: dict[str, list[float]], action: str, reference: str) -> float:
+    """Median of the ratios within a turn."""
+    return statistics.median(a / b for a, b in zip(taken[action], taken[reference], strict=True))
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 numbers itself."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, so it may go away
+    return bool(known and known())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
