@@ -16,6 +16,7 @@ from qzo.batches import batch_numbers
 from qzo.durable import replace_file
 from qzo.errors import QzoError
 from qzo.load import load, load_tokenizer
+from qzo.prefix import SharedPrefix
 from qzo.training import Trained, train
 from qzo.training_learners import check_model, make_learner, read_tensors
 from qzo.training_progress import Progress
@@ -66,8 +67,13 @@ def train_task(
     def evaluate(split: str = "validation") -> Result:
         return dict(tasks.evaluate(model, encoder, splits[split], batch_size=settings.batch_size))
 
+    def loss(batch: Any) -> torch.Tensor:
+        value: torch.Tensor = tasks.loss(model, batch)
+        return value
+
+    first = (settings.layer_range or (0, 0))[0]
     run = Run(out, settings, about, task.metric, resume)
-    trained = _run(model, source, run, batch_at, lambda batch: tasks.loss(model, batch), evaluate)
+    trained = _run(model, source, run, batch_at, SharedPrefix(model, loss, first) if first else loss, evaluate)
     put_best(model, out)
     test = evaluate("test")
     content = json.dumps({**asdict(trained), "test": test}, indent=2) + "\n"
