@@ -13,7 +13,8 @@ READY   := $(VENV)/.ready
 PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench report compare test lint format baselines paper gptq-report validation gpu clean
+.PHONY: help setup bench report compare test lint format baselines paper gptq-report \
+	accuracy bench-step validation gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +66,14 @@ paper: $(READY) ## the paper's printed memory beside simulations of its protocol
 gptq-report: $(READY) ## make reports/gptq.md again: GPTQ and round-to-nearest on every layer of SmolLM2-135M
 	$(RUN) -m bench.reconstruction smollm2-135m --out reports/gptq.json
 	$(RUN) -m reports.gptq
+
+accuracy: $(READY) ## how well each method learns (hours): what reports/accuracy lacks is trained, then the report made
+	$(RUN) -m bench.accuracy --out reports/accuracy/record.json $(ARGS)
+	$(RUN) -m reports.learning
+
+bench-step: $(READY) ## seconds and memory of a QZO step on this CPU, into reports/step.md
+	$(RUN) -m bench.step_seconds --out reports/step.json $(ARGS)
+	$(RUN) -m reports.step
 
 FILES ?= $(wildcard ../shared/measurements/*.jsonl reports/measurements/*.jsonl)
 validation: $(READY) ## make reports/validation.md again from measurement files (FILES)

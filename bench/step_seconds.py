@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -127,11 +126,6 @@ def memory() -> dict[str, int]:
         "layer": max(layer.weight.nbytes for layer in layers),
         "activations": cpu.highest_rise(profiler),
     }
-
-
-def ratio(taken: dict[str, list[float]], action: str, reference: str) -> float:
-    """Median of the ratios within a turn."""
-    return statistics.median(a / b for a, b in zip(taken[action], taken[reference], strict=True))
 
 
 def has_bf16() -> bool:

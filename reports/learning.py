@@ -80,13 +80,15 @@ def table(rows: Mapping[str, Sequence[Entry]]) -> Table:
 def described(settings: Mapping[str, Any]) -> str:
     """The settings that matter, short."""
     parts = [f"lr {settings['lr']:g} {settings['scheduler']}"]
+    if settings.get("layers"):
+        parts.append(f"layers {settings['layers']}")
+    if settings["directions"] > 1:
+        parts.append(f"{settings['directions']} directions")
     if settings["method"] in ("qzo", "mezo"):
         parts.append(f"ε {settings['eps']:g}{' relative' if settings['relative'] else ''}")
         parts.append("no clipping" if settings["clip_threshold"] is None else f"C {settings['clip_threshold']:g}")
     if settings["method"] == "qzo" and settings["update"] != "sgd":
         parts.append(settings["update"])
-    if settings["directions"] > 1:
-        parts.append(f"{settings['directions']} directions")
     return ", ".join(parts)
 
 

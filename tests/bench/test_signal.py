@@ -1,0 +1,70 @@
+"""Signal and curvature of each layer against direct computation."""
+
+import json
+
+import pytest
+import torch
+from test_accuracy import work  # noqa: F401 - a fixture
+
+import qzo
+from bench import signal
+from bench.accuracy import GPTQ, Models
+from qzo import tasks
+from qzo.load import load, load_tokenizer
+
+
+@pytest.fixture
+def parts(work):  # noqa: F811
+    path = Models(work, 0).path(GPTQ)
+    task = tasks.get("rotten-tomatoes")
+    examples = task.splits(0)["train"][:6]
+    return load(path, torch.float32).eval(), tasks.Encoder(task, load_tokenizer(str(path))), examples
+
+
+def test_signal_and_curvature_are_what_their_definitions_say(parts):
+    model, encoder, examples = parts
+    found = signal.measure(model, encoder, examples)
+    margins, gradients = [], []
+    for example in examples:
+        margin = signal._margins(model, encoder, [example])[0]
+        name = next(iter(found))
+        leaf = model.get_submodule(name.removesuffix(".scales")).scales
+        gradients.append(torch.autograd.grad(margin, leaf)[0] * leaf.detach())
+        margins.append(margin.detach())
+    labels = torch.tensor([float(example.label) for example in examples])
+    margins = torch.stack(margins)
+    p = torch.sigmoid(margins - signal.balanced_prior(margins, labels))
+    pairs = [
+        float(((p[i] - labels[i]) * gradients[i] * (p[j] - labels[j]) * gradients[j]).sum())
+        for i in range(6) for j in range(6) if i != j
+    ]  # fmt: skip
+    assert found[name]["signal"] == pytest.approx(sum(pairs) / 30, rel=1e-3)
+    curvature = sum(float(p[i] * (1 - p[i]) * gradients[i].square().sum()) for i in range(6)) / 6
+    assert found[name]["curvature"] == pytest.approx(curvature, rel=1e-3)
+
+
+def test_the_prior_that_is_taken_off_balances_the_predictions():
+    margins, labels = torch.tensor([1.0, 2.0, 5.0, 1.5]), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    prior = signal.balanced_prior(margins, labels)
+    assert float(torch.sigmoid(margins - prior).mean()) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_gain_is_the_maximum_of_the_quadratic_model():
+    g2, trace, size = 0.06, 3.0, 16
+    best, lr = signal.gain(g2, trace, size)
+
+    def gained(rate):
+        return rate * g2 - 0.5 * rate**2 * (g2 + trace / size) * trace
+
+    assert gained(lr) == pytest.approx(best)
+    assert gained(0.9 * lr) < best > gained(1.1 * lr)
+    assert signal.gain(-0.1, trace, size) == (0, 0)
+
+
+def test_the_command_writes_a_record(work, capsys):  # noqa: F811
+    path, out = Models(work, 0).path(GPTQ), work / "signal.json"
+    assert signal.main([str(path), "--out", str(out), "--samples", "3"]) == 0
+    record = json.loads(out.read_text())
+    assert record["layers"].keys() == qzo.scales(load(path)).keys() and record["samples"] == 3
+    assert signal.main([str(path), "--out", str(out), "--samples", "1"]) == 2
+    assert "--samples 1 is too few" in capsys.readouterr().err

@@ -1,0 +1,39 @@
+"""The step benchmark, on a model of two layers: that it measures what it says, not how long it takes."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench import step_seconds
+from bench.catalog import resolve
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(step_seconds, "MODEL", str(tmp_path / "tiny"))
+    return tmp_path
+
+
+def test_every_action_is_timed_in_every_turn(tiny):
+    assert step_seconds.main(["--out", str(tiny / "step.json"), "--turns", "2"]) == 0
+    record = json.loads((tiny / "step.json").read_text())
+    assert record["seconds"].keys() == {"float32", "bfloat16"}
+    for taken in record["seconds"].values():
+        assert taken.keys() == {"two forward passes", "qzo", "mezo", "mezo-reference"}
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in taken.values())
+    memory = record["memory"]
+    assert memory["layer"] == 2 * 64 * 128 and memory["peak"] > memory["floor"] > 0 < memory["activations"]
+
+
+def test_no_turns_is_an_error(tiny, capsys):
+    assert step_seconds.main(["--out", str(tiny / "step.json"), "--turns", "0"]) == 2
+    assert "--turns 0 is not a positive number" in capsys.readouterr().err
+
+
+def test_the_model_is_that_of_the_catalog():
+    assert resolve(step_seconds.MODEL).name == "smollm2-135m"

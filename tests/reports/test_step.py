@@ -1,0 +1,42 @@
+"""The step report: ratios within a turn, and what the committed record must show."""
+
+import json
+
+import pytest
+
+from reports import step
+
+
+def record():
+    taken = {
+        "two forward passes": [1.0, 2.0, 4.0],
+        "qzo": [0.9, 2.0, 2.0],
+        "mezo": [2, 2, 2],
+        "mezo-reference": [8] * 3,
+    }
+    memory = {"peak": 105, "floor": 80, "layer": 10, "activations": 10}
+    environment = {"torch": "2", "transformers": "5", "python": "3", "platform": "Linux", "commit": None}
+    return {
+        "model": "tiny", "batch_size": 16, "seq_len": 40, "threads": 2, "bf16_instructions": False,
+        "environment": environment, "seconds": {"float32": taken}, "memory": memory,
+    }  # fmt: skip
+
+
+def test_ratios_are_medians_within_a_turn():
+    taken = record()["seconds"]["float32"]
+    assert step.ratio(taken, "two forward passes") == 0.9 and step.ratio(taken, "mezo-reference") == 0.25
+    text = step.render(record())
+    assert "0.90" in text and "1.050 times the sum of the other three" in text and "lacks instructions" in text
+
+
+def test_the_committed_report_is_that_of_the_committed_record():
+    committed = json.loads((step.HERE / "step.json").read_text())
+    assert (step.HERE / "step.md").read_text() == step.render(committed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_committed_measurement_keeps_the_limits(dtype):
+    committed = json.loads((step.HERE / "step.json").read_text())
+    for reference, limit in step.LIMITS.items():
+        assert step.ratio(committed["seconds"][dtype], reference) <= limit
+    assert step.memory_ratio(committed["memory"]) <= step.MEMORY_LIMIT
