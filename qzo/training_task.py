@@ -58,10 +58,10 @@ def train_task(
     check_model(model, settings, source)
     encoder = tasks.Encoder(task, load_tokenizer(source), max_length=256)
     device, examples = next(model.parameters()).device, splits["train"]
-    lengths = [encoder.length(example) for example in examples]
+    known = [encoder.length(example) for example in examples], [example.label for example in examples]
 
     def batch_at(step: int) -> Any:
-        numbers = batch_numbers(lengths, settings.batch_size, settings.seed, step)
+        numbers = batch_numbers(*known, settings.batch_size, settings.seed, step)
         return encoder.batch([examples[number] for number in numbers]).to(device)
 
     def evaluate(split: str = "validation") -> Result:

@@ -20,6 +20,14 @@ WORDS = 96  # vocabulary; words 0 and 1 are the labels, 2 and 3 tell them
 LENGTH = 8
 
 
+class Example(list):
+    """Numbers of words, the last of which is the label."""
+
+    @property
+    def label(self):
+        return self[-1]
+
+
 class Batch(dict):
     """Tensors by name."""
 
@@ -39,7 +47,7 @@ class Task:
 def example(dice):
     label = dice.randrange(2)
     words = [dice.randrange(5, WORDS) for _ in range(LENGTH - 2)]
-    return [*words, 2 + label, label]
+    return Example([*words, 2 + label, label])
 
 
 class Encoder:

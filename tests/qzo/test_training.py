@@ -89,7 +89,7 @@ def test_qzo_learns_an_easy_task(make_model, tmp_path):
     trained = train(
         learner,
         run,
-        lambda step: encoder.batch([splits["train"][n] for n in batch_numbers([1] * 64, 16, 0, step)]),
+        lambda step: encoder.batch([splits["train"][n] for n in batch_numbers([1] * 64, [0] * 64, 16, 0, step)]),
         lambda batch: qzo.label_loss(model, **batch),
         lambda: standin.evaluate(model, encoder, splits["validation"]),
     )

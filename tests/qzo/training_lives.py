@@ -85,7 +85,7 @@ def live(folder: Path, method: str, last: int | None = None) -> dict[str, torch.
 
     def batch_at(step):
         life.moment()
-        return batch_numbers([1] * 63, 1, settings.seed, step)[0], math.nan if step == 3 else 1.0
+        return batch_numbers([1] * 63, [0] * 63, 1, settings.seed, step)[0], math.nan if step == 3 else 1.0
 
     trained = train(learner, run, batch_at, lambda batch: model.loss(batch[0]) * batch[1], evaluate)
     learner.close()
