@@ -40,7 +40,7 @@ SIXTEEN, RTN, GPTQ = "16-bit", "4-bit round-to-nearest", "4-bit GPTQ"
 GROUP_SIZE = 32
 CALIBRATION = {"samples": 128, "seq_len": 128}  # of the training texts, without their labels
 BATCH_SIZE = 16
-PASSES = 1600  # forward passes over a batch that every zeroth-order run may take
+PASSES = 800  # forward passes over a batch that every zeroth-order run may take
 FIRST_ORDER_STEPS = 63  # of 16 examples: one pass over 1,000
 BLOCK = 10  # steps whose losses make one point of the learning curve
 log = logging.getLogger(__name__)
@@ -76,9 +76,9 @@ ROWS = (
     Row("zero-shot round-to-nearest", RTN),
     Row("zero-shot GPTQ", GPTQ),
     Row("zero-shot GPTQ, calibrated", GPTQ, calibrated=True),
-    Row("QZO GPTQ", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.05}),
+    Row("QZO GPTQ", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.08}),
     Row("MeZO 16-bit", SIXTEEN, "mezo", options={**LAYERS, "lr": 1e-3}),
-    Row("QZO round-to-nearest", RTN, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.05}),
+    Row("QZO round-to-nearest", RTN, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.08}),
     Row("full fine-tuning", SIXTEEN, "ft", options={"lr": 2e-5}),
     Row("LoRA", SIXTEEN, "lora", options={"lr": 1e-3}),
     Row("QZO GPTQ, Adam", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.01, "update": "adam"}),
