@@ -69,6 +69,8 @@ gptq-report: $(READY) ## make reports/gptq.md again: GPTQ and round-to-nearest o
 
 accuracy: $(READY) ## how well each method learns (hours): what reports/accuracy lacks is trained, then the report made
 	$(RUN) -m bench.accuracy --out reports/accuracy/record.json $(ARGS)
+	test -f reports/accuracy/signal.json || \
+		$(RUN) -m bench.signal results/accuracy/models/4-bit-gptq-0 --out reports/accuracy/signal.json
 	$(RUN) -m reports.learning
 
 bench-step: $(READY) ## seconds and memory of a QZO step on this CPU, into reports/step.md

@@ -15,18 +15,28 @@ from matplotlib.figure import Figure
 from reports.table import Table
 
 HERE = Path(__file__).parent / "accuracy"
-RECORD, REPORT, CURVES, SETTINGS = "record.json", "learning.md", "curves.png", "settings.md"
+RECORD, SIGNAL, REPORT, CURVES, SETTINGS = "record.json", "signal.json", "learning.md", "curves.png", "settings.md"
+BAND = 5  # decoder layers in one line of the table of signals
+BATCH_SIZE = 16
 SIXTEEN, QUANTIZED, CALIBRATED = "zero-shot 16-bit", "zero-shot GPTQ", "zero-shot GPTQ, calibrated"
 MEZO, QZO = "MeZO 16-bit", "QZO GPTQ"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 Entry = Mapping[str, Any]
 
 
-def render(record: Mapping[str, Any]) -> str:
-    """The report as Markdown: what was asked, the table, the picture, the setting."""
+def render(record: Mapping[str, Any], signal: Mapping[str, Any]) -> str:
+    """The report as Markdown: what was asked, the setting, the tables, the picture.
+
+    Args:
+        record: of `bench.accuracy`.
+        signal: of `bench.signal`.
+    """
     rows = by_row(record["entries"])
     parts = [f"# {record['model']} on {record['task']}: how well each method learns", verdict(rows), setting(record)]
-    return "\n\n".join([*parts, table(rows).to_markdown(), f"![learning curves]({CURVES})"]) + "\n"
+    chosen = [(entry["settings"] or {}).get("layers") for entry in record["entries"]]
+    trained = {(int(first), int(last)) for first, _, last in (text.partition("-") for text in chosen if text)}
+    tables = [table(rows).to_markdown(), f"![learning curves]({CURVES})", signals(signal, trained).to_markdown()]
+    return "\n\n".join([*parts, *tables]) + "\n"
 
 
 def by_row(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
@@ -92,6 +102,41 @@ def described(settings: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def signals(record: Mapping[str, Any], trained: set[tuple[int, int]]) -> Table:
+    """What a step can learn from the scales of some layers alone, by the quadratic model of `bench.signal`.
+
+    A line for every five layers, one for all of them, and one for each range (first, last) in `trained`.
+    """
+    bands: dict[tuple[int, int], list[Mapping[str, float]]] = {}
+    last = max(map(_layer, record["layers"]))
+    for name, found in record["layers"].items():
+        first = _layer(name) // BAND * BAND
+        for band in ((first, min(first + BAND - 1, last)), (0, last)):
+            bands.setdefault(band, []).append(found)
+        for band in trained:
+            if band[0] <= _layer(name) <= band[1]:
+                bands.setdefault(band, []).append(found)
+    rows = []
+    for first, last in sorted(bands):
+        signal = sum(found["signal"] for found in bands[first, last])
+        curvature = sum(found["curvature"] for found in bands[first, last])
+        r = max(signal, 0.0) / curvature
+        share = r / (r + 1 / BATCH_SIZE)
+        gain, lr = 1000 * r * share / 2, share / curvature
+        rows.append([f"{first}-{last}", f"{signal:.4f}", f"{curvature:.2f}", f"{r:.4f}", f"{gain:.2f}", f"{lr:.3f}"])
+    headers = ["layers", "signal", "curvature", "r", "gain a step / 1000", "lr of that gain"]
+    note = (
+        "signal |g|², curvature tr H and their ratio r in coordinates relative to each scale, of "
+        f"{record['samples']} training texts before training; gain in loss of one step with a batch of {BATCH_SIZE}, "
+        "see bench/signal.py"
+    )
+    return Table("What the scales of some layers can learn from one step", headers, rows, [note])
+
+
+def _layer(name: str) -> int:
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
 def setting(record: Mapping[str, Any]) -> str:
     """Where, with what and on which data."""
     entries = record["entries"]
@@ -151,8 +196,8 @@ def points(entry: Entry, key: str, factor: float) -> tuple[list[float], list[flo
 
 def main() -> int:
     """Write report and picture again."""
-    record = json.loads((HERE / RECORD).read_text(encoding="utf-8"))
-    (HERE / REPORT).write_text(render(record), encoding="utf-8")
+    record, signal = (json.loads((HERE / name).read_text(encoding="utf-8")) for name in (RECORD, SIGNAL))
+    (HERE / REPORT).write_text(render(record, signal), encoding="utf-8")
     (HERE / CURVES).write_bytes(to_png(record))
     return 0
 

@@ -15,7 +15,11 @@ SETTINGS = {
     "clip_threshold": None,
     "update": "sgd",
     "directions": 4,
-    "layers": "14-24",
+    "layers": "4-6",
+}
+SIGNAL = {
+    "samples": 20,
+    "layers": {f"model.layers.{n}.mlp.up_proj.scales": {"signal": 0.01 * n, "curvature": 0.5} for n in range(12)},
 }
 ENVIRONMENT = {"torch": "2.13", "platform": "Linux", "commit": "0123456789abcdef"}
 
@@ -45,7 +49,7 @@ def record():
 
 
 def test_each_claim_is_judged_by_the_mean_of_the_seeds(record):
-    text = learning.render(record)
+    text = learning.render(record, SIGNAL)
     assert "- QZO GPTQ against zero-shot GPTQ: +25.0 points (at least 25 above: reached)" in text
     assert "- QZO GPTQ against zero-shot GPTQ, calibrated: +5.0 points (above: reached)" in text
     assert "MeZO 16-bit: -4.0 points (at most 2 below, at equal forward passes: not reached)" in text
@@ -53,14 +57,24 @@ def test_each_claim_is_judged_by_the_mean_of_the_seeds(record):
 
 
 def test_settings_are_shown_as_they_were(record):
-    text = learning.render(record)
-    assert "lr 0.1 linear, layers 14-24, 4 directions, ε 0.01 relative, no clipping" in text
+    text = learning.render(record, SIGNAL)
+    assert "lr 0.1 linear, layers 4-6, 4 directions, ε 0.01 relative, no clipping" in text
     assert "seeds 0, 1, 2" in text and "12.0 hours" in text and "commit 0123456789ab" in text
 
 
 def test_rows_that_are_missing_are_not_judged(record):
     record["entries"] = record["entries"][:3]
-    assert "points" not in learning.render(record)
+    assert "points" not in learning.render(record, SIGNAL)
+
+
+def test_signals_are_added_up_by_bands_of_layers(record):
+    lines = [line.split("|") for line in learning.render(record, SIGNAL).splitlines() if line.startswith("| ")]
+    bands = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines}
+    assert bands["5-9"][:3] == ["0.3500", "2.50", "0.1400"]  # 0.05 + ... + 0.09 and five times 0.5
+    assert bands["4-6"][:2] == ["0.1500", "1.50"]  # what the rows train
+    assert bands["10-11"][:2] == ["0.2100", "1.00"] and bands["0-11"][:2] == ["0.6600", "6.00"]
+    r, share = 0.14, 0.14 / (0.14 + 1 / 16)
+    assert bands["5-9"][3:] == [f"{500 * r * share:.2f}", f"{share / 2.5:.3f}"]
 
 
 def test_the_picture_is_a_png(record):
@@ -69,6 +83,7 @@ def test_the_picture_is_a_png(record):
 
 def test_main_writes_report_and_picture_beside_the_record(record, tmp_path, monkeypatch):
     (tmp_path / "record.json").write_text(json.dumps(record))
+    (tmp_path / "signal.json").write_text(json.dumps(SIGNAL))
     monkeypatch.setattr(learning, "HERE", tmp_path)
     assert learning.main() == 0
     assert (tmp_path / "learning.md").read_text().startswith("# tiny on reviews")
@@ -76,5 +91,5 @@ def test_main_writes_report_and_picture_beside_the_record(record, tmp_path, monk
 
 
 def test_the_committed_report_is_that_of_the_committed_record():
-    committed = json.loads((learning.HERE / learning.RECORD).read_text())
-    assert (learning.HERE / learning.REPORT).read_text() == learning.render(committed)
+    record, signal = (json.loads((learning.HERE / name).read_text()) for name in (learning.RECORD, learning.SIGNAL))
+    assert (learning.HERE / learning.REPORT).read_text() == learning.render(record, signal)
