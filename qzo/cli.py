@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qzo import cli_eval
 from qzo.errors import QzoError
+from qzo.layout import BITS
 from qzo.training_cli import add_commands
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="write a checkpoint in the layout of GPTQ")
     quantize.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id of an unquantized model")
     quantize.add_argument("out", metavar="OUT", help="folder to write, new or empty")
-    quantize.add_argument("--bits", type=int, default=4, choices=(2, 4, 8), help="bits a weight (default 4)")
+    quantize.add_argument("--bits", type=int, default=4, choices=BITS, help="bits a weight (default 4)")
     quantize.add_argument("--group-size", type=int, default=128, help="weights a scale, -1 a row (default 128)")
     quantize.add_argument("--asymmetric", action="store_true", help="a zero point for each group")
     quantize.add_argument("--format", choices=("gptq", "gptq_v2"), default="gptq", help="file format (default gptq)")

@@ -67,7 +67,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("n_bits", [2, 4, 8])
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
 def test_a_model_comes_back_bit_for_bit(make_model, input_ids, tmp_path, family, checkpoint_format, n_bits):
     model = quantize(make_model(family, torch.float32, tied=True), n_bits, 16)
     save(model, tmp_path / "model", checkpoint_format)
@@ -171,7 +171,7 @@ DAMAGE = {
     "scales is torch.int32": replace(f"{Q_PROJ}.scales", torch.zeros(2, 64, dtype=torch.int32)),
     "g_idx has values outside": replace(f"{Q_PROJ}.g_idx", torch.full((64,), 2, dtype=torch.int32)),
     "but config.json implies": lambda folder: reconfigure(folder, bits=8),
-    "n_bits=3": lambda folder: reconfigure(folder, bits=3),
+    "n_bits=5": lambda folder: reconfigure(folder, bits=5),
     "bits and group_size": lambda folder: reconfigure(folder, bits=None),
     "not divisible by group_size=48": lambda folder: reconfigure(folder, group_size=48),
     'checkpoint_format="marlin"': lambda folder: reconfigure(folder, checkpoint_format="marlin"),
