@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from qzo import QZO, load, quantize, scales
 from qzo.checkpoint import save
 from qzo.errors import QzoError
-from qzo.load import _download
+from qzo.folder import download
 from qzo.packing import unpack_zeros
 
 
@@ -175,7 +175,7 @@ DAMAGE = {
     "bits and group_size": lambda folder: reconfigure(folder, bits=None),
     "not divisible by group_size=48": lambda folder: reconfigure(folder, group_size=48),
     'checkpoint_format="marlin"': lambda folder: reconfigure(folder, checkpoint_format="marlin"),
-    'quant_method="awq"': lambda folder: reconfigure(folder, quant_method="awq"),
+    'quant_method="hqq"': lambda folder: reconfigure(folder, quant_method="hqq"),
     "config.json cannot be read": lambda folder: (folder / "config.json").write_text("{"),
     "only safetensors": lambda folder: (folder / "model.safetensors").unlink(),
 }
@@ -212,7 +212,7 @@ def test_gguf_files_come_dequantized_and_as_plain_models(make_model, tmp_path, i
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/b/c"])
 def test_paths_that_do_not_exist_are_not_looked_for_on_the_hub(name):
     with pytest.raises(QzoError, match="is not a folder"):
-        _download(name)
+        download(name)
     with pytest.raises(QzoError, match="is not a file"):
         load(f"{name}.gguf")
 
