@@ -13,7 +13,7 @@ from torch import Tensor
 from qzo.checkpoint import check_target
 from qzo.durable import sync
 from qzo.errors import QzoError
-from qzo.folder import download, opened, shapes_in, weight_files
+from qzo.folder import download, headers_in, opened, weight_files
 from qzo.load import load, load_tokenizer
 from qzo.replay import replay
 from qzo.training_learners import JOURNAL, LAST, live_tensors, put_adapters, read_tensors
@@ -103,9 +103,7 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
     Extra memory: the tensors of one file. Raises QzoError, and leaves nothing, where a tensor has no place.
     """
     weights = weight_files(source)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weights:
-        shapes |= shapes_in(file)
+    shapes = {name: header.shape for name, header in headers_in(weights).items()}
     for name, tensor in tensors.items():
         if shapes.get(name) != tuple(tensor.shape):
             has = f"with shape {shapes[name]}" if name in shapes else "not at all"

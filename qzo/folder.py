@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -60,16 +62,34 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def names_in(file: Path) -> list[str]:
-    """Names of the tensors of a safetensors file. Raises QzoError for a damaged one."""
-    with opened(file) as tensors:
-        return list(tensors.keys())
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor; `dtype` in its words, e.g. "F16", "BF16", "I32"."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        bits = re.search(r"\d+", self.dtype)  # none in BOOL
+        return self.numel * int(bits[0] if bits else 8) // 8
 
 
-def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of a safetensors file, from its header. Raises QzoError for a damaged one."""
-    with opened(file) as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+def headers_in(files: list[Path]) -> dict[str, Header]:
+    """Name -> header of every tensor of some safetensors files; no data is read. Raises QzoError for a damaged one."""
+    headers = {}
+    for file in files:
+        with opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                part = tensors.get_slice(name)
+                headers[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
+    return headers
 
 
 def read_tensors_of(file: Path, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qzo.errors import QzoError
-from qzo.folder import download, names_in, one_line, read_json, weight_files
+from qzo.folder import download, headers_in, one_line, read_json, weight_files
 from qzo.groups import TRAINABLE
 from qzo.packed import check_architecture, load_packed
 from qzo.quantization import check_counts, settings_of, understood
@@ -48,11 +48,12 @@ def load(
     config = read_json(folder / "config.json")
     settings = settings_of(folder, config)
     quantization = None if settings is None else understood(folder, settings)
-    check_counts(folder, config, sum(len(names_in(file)) for file in weight_files(folder)))
+    headers = headers_in(weight_files(folder))
+    check_counts(folder, config, len(headers))
     check_architecture(folder, config)
     if quantization is None:
         return _from_pretrained(folder, dtype, device)
-    return load_packed(folder, quantization, dtype or _dtype(config), torch.device(device))
+    return load_packed(folder, quantization, headers, dtype or dtype_of(config), torch.device(device))
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -89,7 +90,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
     return model.to(device)
 
 
-def _dtype(config: dict[str, Any]) -> torch.dtype:
+def dtype_of(config: dict[str, Any]) -> torch.dtype:
     """The dtype a config.json names, bf16 where it names none."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     dtype = getattr(torch, name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +11,53 @@ from torch import Tensor, nn
 
 from qzo.awq import AwqLinear
 from qzo.errors import QzoError
-from qzo.folder import names_in, one_line, read_tensors_of, weight_files
+from qzo.folder import Header, one_line, read_tensors_of
 from qzo.linear import QuantLinear
 from qzo.packing import zeros_from_v1
 from qzo.quantization import Quantization
 from qzo.walk import Site, find_sites, freeze, replace_sites
 
 PACKED = (QuantLinear, AwqLinear)
-QUANTIZED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
+IMPLIED = "rotary_emb.inv_freq"  # old checkpoints store what the config implies
+FLOATING, WHOLE = ("F16", "BF16", "F32", "F64"), ("I32", "I64")
 
 
-def load_packed(folder: Path, quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Any:
+def load_packed(
+    folder: Path, quantization: Quantization, headers: dict[str, Header], dtype: torch.dtype, device: torch.device
+) -> Any:
     """Build the model on meta, put quantized layers in, and give every tensor its value file by file.
 
     Args:
         folder: of the checkpoint.
         quantization: its layout.
+        headers: of all its tensors.
         dtype: of the unquantized tensors.
         device: where the tensors go.
 
-    Extra memory: the tensors of one file, until they are in place. Raises QzoError for files that are damaged, or do
-    not belong together, and tensors that are missing.
+    Extra memory: the tensors of one file, until they are in place. Raises QzoError for files that are damaged or do
+    not belong together, before any tensor is read as far as the headers tell.
     """
-    files = weight_files(folder)
-    names = {name for file in files for name in names_in(file)}
-    model = _skeleton(folder, dtype)
-    _insert_layers(model, names, quantization)
-    for file in files:
+    model = empty_model(folder, quantization, headers, dtype)
+    for file in dict.fromkeys(header.file for header in headers.values()):
         _assign(model, file, quantization, dtype, device)
     _finish(model, device)
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    return freeze(model).eval()
+
+
+def empty_model(folder: Path, quantization: Quantization, headers: dict[str, Header], dtype: torch.dtype) -> Any:
+    """The model on meta with quantized layers, which expects just the tensors that are there. Raises QzoError."""
+    model = _skeleton(folder, dtype)
+    _insert_layers(model, headers, quantization)
+    model.tie_weights()
+    expected = model.state_dict(keep_vars=True)
+    for name, header in headers.items():
+        if not name.endswith(IMPLIED):
+            _check_fits(name, header, expected.get(name))
+    given = {id(tensor) for name, tensor in expected.items() if name in headers}
+    missing = [name for name, tensor in expected.items() if tensor.is_meta and id(tensor) not in given]
     if missing:
         raise QzoError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    return freeze(model).eval()
+    return model
 
 
 def check_architecture(folder: Path, config: dict[str, Any]) -> None:
@@ -70,7 +85,7 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
         raise QzoError(f"{folder}: {one_line(error)}") from error
 
 
-def _insert_layers(model: nn.Module, names: set[str], quantization: Quantization) -> None:
+def _insert_layers(model: nn.Module, names: Container[str], quantization: Quantization) -> None:
     """A quantized layer for each layer whose codes are in the checkpoint, with a bias where that has one.
 
     So layers that the quantizer was told to leave alone (`modules_to_not_convert`) stay as they are.
@@ -94,37 +109,35 @@ def _insert_layers(model: nn.Module, names: set[str], quantization: Quantization
             module.bias = nn.Parameter(bias, requires_grad=False)
 
 
+def _check_fits(name: str, header: Header, wanted: Tensor | None) -> None:
+    """Raise QzoError unless a tensor is what config.json implies; only the floating dtype may differ."""
+    file = header.file
+    if wanted is None:
+        raise QzoError(f"{file}: the model has no tensor {name}; config.json and weights do not belong together")
+    dtypes = FLOATING if wanted.is_floating_point() else WHOLE if name.endswith(".g_idx") else WHOLE[:1]
+    if header.shape != wanted.shape or header.dtype not in dtypes:
+        raise QzoError(
+            f"{file}: {name} is {header.dtype} {header.shape}, but config.json implies {dtypes[0]} "
+            f"{tuple(wanted.shape)}"
+        )
+
+
 def _assign(model: nn.Module, file: Path, quantization: Quantization, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the tensors of one file to the model, which must expect each of them in this shape."""
+    """Give the tensors of one file to the model."""
     expected = model.state_dict()
     tensors = {}
     for name, tensor in read_tensors_of(file, str(device)):
-        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config implies
+        if name.endswith(IMPLIED):
             continue
-        if name not in expected:
-            raise QzoError(f"{file}: the model has no tensor {name}; config.json and weights do not belong together")
-        _check_fits(file, name, tensor, expected[name])
         if name.endswith(".qzeros") and quantization.version == "gptq":
             tensor = zeros_from_v1(tensor, quantization.n_bits)
         elif name.endswith(".g_idx"):
             scales = expected[f"{name.removesuffix('g_idx')}scales"]
             tensor = _checked_groups(file, name, tensor, groups=len(scales))
-        elif tensor.is_floating_point() and not name.endswith(QUANTIZED_SUFFIXES):
+        elif tensor.is_floating_point() and not name.endswith(".scales"):
             tensor = tensor.to(dtype)
         tensors[name] = tensor
     model.load_state_dict(tensors, strict=False, assign=True)
-
-
-def _check_fits(file: Path, name: str, tensor: Tensor, wanted: Tensor) -> None:
-    """Raise QzoError unless a tensor is what config.json implies; the floating dtype may differ."""
-    alike = tensor.is_floating_point() if wanted.is_floating_point() else tensor.dtype == wanted.dtype
-    if name.endswith(".g_idx"):
-        alike = tensor.dtype in (torch.int32, torch.int64)
-    if tensor.shape != wanted.shape or not alike:
-        raise QzoError(
-            f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but config.json implies "
-            f"{wanted.dtype} {tuple(wanted.shape)}"
-        )
 
 
 def _checked_groups(file: Path, name: str, g_idx: Tensor, groups: int) -> Tensor:

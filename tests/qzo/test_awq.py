@@ -197,10 +197,10 @@ def test_settings_of_autoawqs_own_file_are_read(make_model, input_ids, tmp_path)
         ({"version": "exllama"}, 'AWQ version="exllama"'),
         ({"bits": 3}, "AWQ with bits=3 is not supported"),
         ({"zero_point": False}, "zero_point=false is not supported"),
-        ({"group_size": 16}, "but config.json implies torch.int32"),
+        ({"group_size": 16}, "but config.json implies I32"),
         ({"group_size": None}, "must have whole numbers bits and group_size"),
         ({"group_size": 48}, "not divisible by group_size=48"),
-        ({"quant_method": "gptq"}, "but config.json implies torch.int32"),
+        ({"quant_method": "gptq"}, "but config.json implies I32"),
     ],
 )
 def test_other_versions_and_contradictions_are_one_line(make_model, tmp_path, settings, message):
