@@ -1,4 +1,4 @@
-"""The command line: `qzo quantize` and `qzo replay`; the rest is in `qzo.cli_eval` and `qzo.training_cli`."""
+"""The command line: `qzo quantize` and `qzo replay`; `qzo.cli_eval`, `cli_inspect` and `training_cli` have the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qzo import cli_eval
+from qzo import cli_eval, cli_inspect
 from qzo.errors import QzoError
 from qzo.layout import BITS
 from qzo.training_cli import add_commands
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--no-snapshot", action="store_true", help="replay every step from the first")
     replay.set_defaults(run=_replay)
     cli_eval.add_command(commands)
+    cli_inspect.add_command(commands)
     add_commands(commands)
     return parser
 
