@@ -13,6 +13,7 @@ from qzo.errors import QzoError
 from qzo.export import export
 from qzo.journal import Journal
 from qzo.linear import QuantLinear
+from qzo.live import check_live
 from qzo.load import load
 from qzo.loss import label_loss
 from qzo.mezo import MeZO
@@ -37,6 +38,7 @@ __all__ = [
     "adapters",
     "adapters_then_scales",
     "add_adapters",
+    "check_live",
     "export",
     "label_loss",
     "load",

@@ -1,4 +1,4 @@
-"""Checkpoints in the GPTQ layout, written and read with safetensors alone."""
+"""Checkpoints in the layouts of GPTQ and AWQ, written and read with safetensors alone."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qzo.awq import AwqLinear
 from qzo.embedding import QuantEmbedding
 from qzo.errors import QzoError, named
+from qzo.folder import WEIGHTS, read_json
 from qzo.linear import QuantLinear
 from qzo.packing import zeros_to_v1
+from qzo.quantization import FORMATS, QUANTIZE_CONFIG, either, method_of, settings_of
+from qzo.walk import output_head
 
-FORMATS = ("gptq", "gptq_v2")
-WEIGHTS = "model.safetensors"
-QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ and gptqmodel look first
+AWQ = "awq"
+Packed = QuantLinear | AwqLinear
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: str = "gptq") -> None:
-    """Write `config.json`, `quantize_config.json` and `model.safetensors` of a quantized model, in the GPTQ layout.
+def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: str | None = None) -> None:
+    """Write `config.json`, `quantize_config.json` (GPTQ) and `model.safetensors` of a quantized model.
 
     The files are written to a folder beside `folder`, which is renamed when they are complete. Tokenizer and
     generation config are not written. Tensors that share memory are written once, under their first name. The
     experts of mixture models have names of this package's own, which other GPTQ readers do not know.
 
     Args:
-        model: a transformers model with QuantLinear layers, all of one `n_bits` and `group_size`.
+        model: a transformers model with QuantLinear layers, or with AwqLinear layers, all of one `n_bits` and
+            `group_size`.
         folder: must not exist, or be empty.
-        checkpoint_format: "gptq" stores zero points minus 1 (what most readers expect), "gptq_v2" as they are.
+        checkpoint_format: of QuantLinear layers; "gptq" stores zero points minus 1 (what most readers expect),
+            "gptq_v2" as they are. AwqLinear layers have one format, "awq". None takes "gptq" or "awq".
 
     Extra memory: one copy of the packed zero points.
 
@@ -38,10 +43,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: st
         QzoError: a folder with something in it, a model that the layout cannot hold.
     """
     target = Path(folder)
-    if checkpoint_format not in FORMATS:
+    if checkpoint_format not in (*FORMATS, AWQ, None):
         raise QzoError(f'checkpoint_format="{checkpoint_format}" is not known; choose "gptq" or "gptq_v2"')
     check_target(target)
-    config = _config(model, checkpoint_format)
+    layers = _layers(model)
+    is_awq = all(isinstance(layer, AwqLinear) for layer in layers.values())
+    checkpoint_format = checkpoint_format or (AWQ if is_awq else "gptq")
+    _check_kinds(layers, checkpoint_format)
+    config = _config(model, layers, checkpoint_format)
     tensors = _tensors(model, checkpoint_format)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{os.getpid()}.part"
@@ -49,7 +58,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: st
     try:
         from safetensors.torch import save_file
 
-        for name, content in (("config.json", config), (QUANTIZE_CONFIG, config["quantization_config"])):
+        contents = {"config.json": config, **({} if is_awq else {QUANTIZE_CONFIG: config["quantization_config"]})}
+        for name, content in contents.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / WEIGHTS).chmod((partial / "config.json").stat().st_mode)  # safetensors makes it private
@@ -62,8 +72,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: st
 def format_of(source: str | os.PathLike[str]) -> str:
     """The checkpoint format of a model's folder, so that it is written as it came; "gptq" where none is named."""
     config = Path(source) / "config.json"
-    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return str((content.get("quantization_config") or {}).get("checkpoint_format", "gptq"))
+    settings = settings_of(Path(source), read_json(config)) if config.is_file() else None
+    if settings is None:
+        return "gptq"
+    return AWQ if method_of(settings) == AWQ else str(either(settings, "checkpoint_format", "format") or "gptq")
 
 
 def check_target(folder: Path) -> None:
@@ -72,43 +84,67 @@ def check_target(folder: Path) -> None:
         raise QzoError(f"{folder} exists and is not an empty folder; choose another, or remove it")
 
 
-def _config(model: nn.Module, checkpoint_format: str) -> dict[str, Any]:
-    """The model's config.json with a `quantization_config`."""
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+def _layers(model: nn.Module) -> dict[str, Packed]:
+    """Path -> layer with codes. Raises QzoError where there is none, and for a quantized embedding."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Packed)}
     if not layers:
         raise QzoError(f"{type(model).__name__} has no QuantLinear layer; call qzo.quantize(model) first")
     if any(isinstance(module, QuantEmbedding) for module in model.modules()):
         raise QzoError("the GPTQ layout has no place for quantized embeddings; quantize with embeddings=None")
-    n_bits = layers[0].n_bits
-    group_size = min((layer.group_size for layer in layers if layer.group_size != layer.in_features), default=-1)
-    for path, layer in model.named_modules():
-        if isinstance(layer, QuantLinear):
-            with named(path):
-                _check_alike(layer, n_bits, group_size)
+    return layers
+
+
+def _check_kinds(layers: dict[str, Packed], checkpoint_format: str) -> None:
+    kind = AwqLinear if checkpoint_format == AWQ else QuantLinear
+    for path, layer in layers.items():
+        if not isinstance(layer, kind):
+            raise QzoError(
+                f'{path}: a {type(layer).__name__} cannot be written with checkpoint_format="{checkpoint_format}"; '
+                "write the model in the format it came in"
+            )
+
+
+def _config(model: nn.Module, layers: dict[str, Packed], checkpoint_format: str) -> dict[str, Any]:
+    """The model's config.json with a `quantization_config`."""
+    all_layers = list(layers.values())
+    n_bits = all_layers[0].n_bits
+    group_size = min((layer.group_size for layer in all_layers if layer.group_size != layer.in_features), default=-1)
+    for path, layer in layers.items():
+        with named(path):
+            _check_alike(layer, n_bits, group_size)
     if not hasattr(model, "config"):
         raise QzoError(f"{type(model).__name__} has no config; a checkpoint needs a transformers model")
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))  # type: ignore[union-attr,operator]
     config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
-    config["quantization_config"] = {
-        "quant_method": "gptq",
-        "bits": n_bits,
-        "group_size": group_size,
+    method = AWQ if checkpoint_format == AWQ else "gptq"
+    own = _awq_settings(model) if method == AWQ else _gptq_settings(all_layers, n_bits, checkpoint_format)
+    config["quantization_config"] = {"quant_method": method, "bits": n_bits, "group_size": group_size, **own}
+    return config
+
+
+def _gptq_settings(layers: list[Packed], n_bits: int, checkpoint_format: str) -> dict[str, Any]:
+    return {
         "sym": all(bool((layer.zero_points() == 2 ** (n_bits - 1)).all()) for layer in layers),
-        "desc_act": any(layer.act_order for layer in layers),
+        "desc_act": any(isinstance(layer, QuantLinear) and layer.act_order for layer in layers),
         "lm_head": False,
         "true_sequential": True,
         "checkpoint_format": checkpoint_format,
         "pack_dtype": "int32",
     }
-    return config
 
 
-def _check_alike(layer: QuantLinear, n_bits: int, group_size: int) -> None:
+def _awq_settings(model: nn.Module) -> dict[str, Any]:
+    head = output_head(model)
+    plain = [path for path, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    return {"zero_point": True, "version": "gemm", "modules_to_not_convert": plain or None}
+
+
+def _check_alike(layer: Packed, n_bits: int, group_size: int) -> None:
     """A checkpoint holds one n_bits and one group size; a layer whose row is one group fits where K divides so."""
     if (layer.n_bits, layer.group_size) != (n_bits, layer.in_features if group_size == -1 else group_size):
         raise QzoError(
             f"n_bits={layer.n_bits}, group_size={layer.group_size}, but another layer has n_bits={n_bits}, "
-            f"group_size={group_size}; a GPTQ checkpoint holds one of each"
+            f"group_size={group_size}; a checkpoint holds one of each"
         )
 
 

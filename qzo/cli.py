@@ -1,4 +1,4 @@
-"""The command line: `qzo quantize` and `qzo replay`; the rest is in `qzo.cli_eval` and `qzo.training_cli`."""
+"""The command line: `qzo quantize` and `qzo replay`; `qzo.cli_eval`, `cli_inspect` and `training_cli` have the rest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qzo import cli_eval
+from qzo import cli_eval, cli_inspect
 from qzo.errors import QzoError
+from qzo.layout import BITS
 from qzo.training_cli import add_commands
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="write a checkpoint in the layout of GPTQ")
     quantize.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id of an unquantized model")
     quantize.add_argument("out", metavar="OUT", help="folder to write, new or empty")
-    quantize.add_argument("--bits", type=int, default=4, choices=(2, 4, 8), help="bits a weight (default 4)")
+    quantize.add_argument("--bits", type=int, default=4, choices=BITS, help="bits a weight (default 4)")
     quantize.add_argument("--group-size", type=int, default=128, help="weights a scale, -1 a row (default 128)")
     quantize.add_argument("--asymmetric", action="store_true", help="a zero point for each group")
     quantize.add_argument("--format", choices=("gptq", "gptq_v2"), default="gptq", help="file format (default gptq)")
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--no-snapshot", action="store_true", help="replay every step from the first")
     replay.set_defaults(run=_replay)
     cli_eval.add_command(commands)
+    cli_inspect.add_command(commands)
     add_commands(commands)
     return parser
 

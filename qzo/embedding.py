@@ -101,6 +101,6 @@ class TiedQuantHead(nn.Module):
 def check_table(embedding_dim: int, n_bits: int, group_size: int) -> int:
     """Return the group size of a table of this width; raise QzoError where codes do not fill whole bytes."""
     check_bits(n_bits)
-    if embedding_dim * n_bits % 8:
+    if 8 % n_bits or embedding_dim * n_bits % 8:
         raise QzoError(f"embedding_dim={embedding_dim} of {n_bits}-bit codes does not fill whole bytes; use 8 bits")
     return resolve_group_size(embedding_dim, group_size)

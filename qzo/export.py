@@ -13,7 +13,8 @@ from torch import Tensor
 from qzo.checkpoint import check_target
 from qzo.durable import sync
 from qzo.errors import QzoError
-from qzo.load import _download, _opened, _weight_files, load, load_tokenizer
+from qzo.folder import download, headers_in, opened, weight_files
+from qzo.load import load, load_tokenizer
 from qzo.replay import replay
 from qzo.training_learners import JOURNAL, LAST, live_tensors, put_adapters, read_tensors
 from qzo.training_run import BEST, RUN, dtype_of, read_run
@@ -90,7 +91,7 @@ def checkpoint_folder(source: str) -> Path:
     """The folder of a checkpoint or hub id. Raises QzoError for what is no folder of safetensors files."""
     if source.endswith(".gguf"):
         raise QzoError(f"{source} is not in safetensors format; qzo export it first, and train what that writes")
-    folder = Path(source) if Path(source).is_dir() else _download(source)
+    folder = Path(source) if Path(source).is_dir() else download(source)
     if not (folder / "config.json").is_file():
         raise QzoError(f"{folder} is neither a run, nor a checkpoint of QZOTrainer, nor a model (no config.json)")
     return folder
@@ -101,11 +102,8 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
 
     Extra memory: the tensors of one file. Raises QzoError, and leaves nothing, where a tensor has no place.
     """
-    weights = _weight_files(source)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weights:
-        with _opened(file) as opened:
-            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    weights = weight_files(source)
+    shapes = {name: header.shape for name, header in headers_in(weights).items()}
     for name, tensor in tensors.items():
         if shapes.get(name) != tuple(tensor.shape):
             has = f"with shape {shapes[name]}" if name in shapes else "not at all"
@@ -125,12 +123,12 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
 def _rewrite(file: Path, tensors: dict[str, Tensor], target: Path) -> None:
     from safetensors.torch import save_file
 
-    with _opened(file) as opened:
-        names = list(opened.keys())
+    with opened(file) as tensors_of:
+        names = list(tensors_of.keys())
         if not tensors.keys() & set(names):
             shutil.copyfile(file, target)
             return
-        old, metadata = {name: opened.get_tensor(name) for name in names}, opened.metadata()
+        old, metadata = {name: tensors_of.get_tensor(name) for name in names}, tensors_of.metadata()
     new = {name: tensors.get(name, tensor).to("cpu", tensor.dtype).contiguous() for name, tensor in old.items()}
     save_file(new, target, metadata)
     target.chmod(file.stat().st_mode)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 from qzo.errors import QzoError
 
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 8)
 
 
 def check_bits(n_bits: int) -> None:
-    """Raise QzoError unless codes of `n_bits` fill a 32-bit word without a remainder."""
+    """Raise QzoError unless there is a layout for codes of `n_bits`."""
     if n_bits not in BITS:
-        raise QzoError(f"n_bits={n_bits} is not supported; choose 2, 4 or 8")
+        raise QzoError(f"n_bits={n_bits} is not supported; choose 2, 3, 4 or 8")
+
+
+def block_of(n_bits: int) -> tuple[int, int]:
+    """Codes and 32-bit words of the smallest block that codes of `n_bits` fill: (8, 1) for 4 bits, (32, 3) for 3."""
+    common = math.gcd(n_bits, 32)
+    return 32 // common, n_bits // common
 
 
 def resolve_group_size(in_features: int, group_size: int, common: int | None = None) -> int:
@@ -35,19 +43,21 @@ def check_layout(in_features: int, out_features: int, n_bits: int, group_size: i
     """Return the group size that a GPTQ layer of this shape gets; raise QzoError where the layout cannot hold it.
 
     Codes of one column fill 32-bit words along K, zero points of one group along N: K and N must be multiples of
-    32 / n_bits.
+    32 / n_bits, with 3 bits of 32, whose codes fill three words.
     """
     check_bits(n_bits)
     group_size = resolve_group_size(in_features, group_size, common)
-    per_word = 32 // n_bits
+    count, words = block_of(n_bits)
     for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if size % per_word:
+        if size % count:
+            place = "an int32" if words == 1 else f"{words} int32"
             raise QzoError(
-                f"{name}={size} is not a multiple of {per_word}, the number of {n_bits}-bit codes in an int32; "
-                "choose more bits"
+                f"{name}={size} is not a multiple of {count}, the number of {n_bits}-bit codes in {place}; "
+                f"choose {'more' if words == 1 else 'other'} bits"
             )
     return group_size
 
 
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    low = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return [*low, *(number // divisor for divisor in reversed(low) if divisor * divisor < number)]

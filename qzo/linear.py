@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qzo.chunked import chunk_bounds, chunked_linear
-from qzo.layout import check_layout
-from qzo.packing import pack, pack_zeros, unpack_zeros
+from qzo.layout import block_of, check_layout
+from qzo.packing import pack, pack_zeros, unpack, unpack_zeros
 from qzo.rtn import round_to_nearest
 
 Device = torch.device | str | None
@@ -59,9 +59,8 @@ class QuantLinear(nn.Module):
         """A layer with uninitialized tensors on any device, `meta` included; `dtype` is that of bias and inputs."""
         layer = cls(in_features, out_features, n_bits, group_size)
         groups = in_features // layer.group_size
-        per_word = 32 // n_bits
-        qweight = torch.empty(in_features // per_word, out_features, dtype=torch.int32, device=device)
-        qzeros = torch.empty(groups, out_features // per_word, dtype=torch.int32, device=device)
+        qweight = torch.empty(in_features * n_bits // 32, out_features, dtype=torch.int32, device=device)
+        qzeros = torch.empty(groups, out_features * n_bits // 32, dtype=torch.int32, device=device)
         scales = torch.empty(groups, out_features, dtype=scale_dtype(dtype), device=device)
         bias_data = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         return layer._register(qweight, qzeros, scales, bias_data)
@@ -137,9 +136,7 @@ class QuantLinear(nn.Module):
         are: an integer c < 2**23 in the mantissa of 2**23 is the number 2**23 + c, and taking 2**23 + zero off it is
         exact.
         """
-        shifts = torch.arange(0, 32, self.n_bits, dtype=torch.int32, device=self.qweight.device)
-        levels = torch.bitwise_right_shift(self.qweight[:, None, start:stop], shifts[:, None])  # [K*b/32, 32/b, n]
-        levels = levels.bitwise_and_(2**self.n_bits - 1).bitwise_or_(BITS_OF_2_POW_23)
+        levels = unpack(self.qweight[:, start:stop], self.n_bits).bitwise_or_(BITS_OF_2_POW_23)  # [K, n]
         offsets = self.zero_points(start, stop).float().add_(2.0**23)  # [K/g, n]
         scale = scales[:, start:stop].float()
         if self.act_order:
@@ -151,10 +148,10 @@ class QuantLinear(nn.Module):
     def zero_points(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Zero points of output columns start:stop as int32 [K/g, stop - start]."""
         stop = self.out_features if stop is None else stop
-        per_word = 32 // self.n_bits
-        first, last = start // per_word, -(-stop // per_word)
-        zeros = unpack_zeros(self.qzeros[:, first:last], self.n_bits)
-        return zeros[:, start - first * per_word : stop - first * per_word]
+        count, size = block_of(self.n_bits)
+        first, last = start // count, -(-stop // count)
+        zeros = unpack_zeros(self.qzeros[:, first * size : last * size], self.n_bits)
+        return zeros[:, start - first * count : stop - first * count]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

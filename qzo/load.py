@@ -1,28 +1,21 @@
-"""Reading models: GPTQ checkpoints as QuantLinear layers, everything else through transformers."""
+"""Reading models: GPTQ and AWQ checkpoints by `qzo.packed`, everything else through transformers."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from qzo.checkpoint import FORMATS, QUANTIZE_CONFIG, WEIGHTS
 from qzo.errors import QzoError
-from qzo.linear import QuantLinear
-from qzo.packing import zeros_from_v1
-from qzo.walk import Site, find_sites, freeze, replace_sites
+from qzo.folder import download, headers_in, one_line, read_json, weight_files
+from qzo.groups import TRAINABLE
+from qzo.packed import check_architecture, load_packed
+from qzo.quantization import check_counts, settings_of, understood
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-QUANTIZED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
-PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles
 
 
 def load(
@@ -30,13 +23,14 @@ def load(
 ) -> PreTrainedModel:
     """Load a causal language model.
 
-    A GPTQ checkpoint (formats "gptq" and "gptq_v2", one file or shards, with or without act-order) becomes a model
-    with QuantLinear layers, ready for `qzo.scales` and `qzo.QZO`. Anything else comes unquantized, ready for
-    `qzo.quantize`. Only safetensors and GGUF files are read, and no code of a checkpoint is run.
+    A GPTQ checkpoint (2, 3, 4 or 8 bits, formats "gptq" and "gptq_v2", one file or shards, with or without act-order)
+    becomes a model with QuantLinear layers, an AWQ checkpoint (4 bits, version "gemm") one with AwqLinear layers, ready
+    for `qzo.scales` and `qzo.QZO`. Anything else comes unquantized, ready for `qzo.quantize`. Only
+    safetensors and GGUF files are read, and no code of a checkpoint is run.
 
     Args:
         source: a folder with config.json, a .gguf file (dequantized), or a hub id, which is downloaded.
-        dtype: of the unquantized tensors; None takes that of a GPTQ checkpoint's config, and bf16 for all else.
+        dtype: of the unquantized tensors; None takes that of a quantized checkpoint's config, and bf16 for all else.
         device: where the tensors go.
 
     Raises:
@@ -50,17 +44,16 @@ def load(
 
         dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
         return _from_pretrained(path.parent, dtype, device, gguf_file=path.name, quantization_config=dense)
-    folder = path if path.is_dir() else _download(str(source))
-    config = _read_json(folder / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization is None and (folder / QUANTIZE_CONFIG).is_file():  # all that AutoGPTQ wrote at first
-        quantization = {"quant_method": "gptq", **_read_json(folder / QUANTIZE_CONFIG)}
+    folder = path if path.is_dir() else download(str(source))
+    config = read_json(folder / "config.json")
+    settings = settings_of(folder, config)
+    quantization = None if settings is None else understood(folder, settings)
+    headers = headers_in(weight_files(folder))
+    check_counts(folder, config, len(headers))
+    check_architecture(folder, config)
     if quantization is None:
         return _from_pretrained(folder, dtype, device)
-    method = _either(quantization, "quant_method", "method") if isinstance(quantization, dict) else None
-    if method != "gptq":
-        raise QzoError(f'{folder}: quant_method="{method}" is not supported; give a GPTQ or an unquantized checkpoint')
-    return _load_gptq(folder, quantization, dtype or _dtype(config), torch.device(device))
+    return load_packed(folder, quantization, headers, dtype or dtype_of(config), torch.device(device))
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -72,7 +65,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **options)
     except Exception as error:  # as in _from_pretrained
-        raise QzoError(f"{source} has no tokenizer that loads: {_one_line(error)}") from error
+        raise QzoError(f"{source} has no tokenizer that loads: {one_line(error)}") from error
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:
@@ -89,7 +82,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
             **options,
         )
     except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
-        raise QzoError(f"{source}: {_one_line(error)}") from error
+        raise QzoError(f"{source}: {one_line(error)}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would draw them at random
@@ -97,179 +90,10 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
     return model.to(device)
 
 
-def _download(name: str) -> Path:
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).exists():
-        raise QzoError(f"{name} is not a folder; give a folder with config.json, a .gguf file or a hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS))
-    except Exception as error:  # network, authorization, unknown name
-        raise QzoError(f"{name} is neither a folder nor on the hub: {_one_line(error)}") from error
-
-
-def _load_gptq(folder: Path, quantization: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """Build the model on meta, put QuantLinear layers in, and give every tensor its value file by file."""
-    checkpoint_format = _either(quantization, "checkpoint_format", "format") or "gptq"
-    if checkpoint_format not in FORMATS:
-        raise QzoError(f'{folder}: checkpoint_format="{checkpoint_format}" is not supported; need gptq or gptq_v2')
-    try:
-        n_bits, group_size = int(quantization["bits"]), int(quantization["group_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise QzoError(f"{folder}: quantization_config must have whole numbers bits and group_size") from error
-    files = _weight_files(folder)
-    names = {name for file in files for name in _names(file)}
-    model = _skeleton(folder, dtype)
-    _insert_layers(model, names, n_bits, group_size)
-    for file in files:
-        _assign(model, file, n_bits, checkpoint_format, dtype, device)
-    _finish(model, device)
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if missing:
-        raise QzoError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    return freeze(model).eval()
-
-
-def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # as in _from_pretrained
-        raise QzoError(f"{folder}: {_one_line(error)}") from error
-
-
-def _insert_layers(model: nn.Module, names: set[str], n_bits: int, group_size: int) -> None:
-    """A QuantLinear for each layer whose codes are in the checkpoint, with a bias where that has one."""
-
-    def stored(site: Site) -> bool:
-        path = site.paths[0]
-        return f"{path}.qweight" in names or f"{path}.gate_up_proj.0.qweight" in names
-
-    def build(_: int, weight: Tensor, bias: Tensor | None) -> QuantLinear:
-        return QuantLinear.from_weight(weight, bias, n_bits, group_size)
-
-    replace_sites(model, [site for site in find_sites(model) if stored(site)], build)
-    for path, module in model.named_modules():
-        if isinstance(module, QuantLinear) and module.bias is None and f"{path}.bias" in names:
-            bias = torch.empty(module.out_features, device="meta")
-            module.bias = nn.Parameter(bias, requires_grad=False)
-
-
-def _assign(
-    model: nn.Module, file: Path, n_bits: int, checkpoint_format: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Give the tensors of one file to the model, which must expect each of them in this shape."""
-    expected = model.state_dict()
-    tensors = {}
-    for name, tensor in _read(file, device):
-        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config implies
-            continue
-        if name not in expected:
-            raise QzoError(f"{file}: the model has no tensor {name}; config.json and weights do not belong together")
-        wanted = expected[name]
-        if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
-            raise QzoError(
-                f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but config.json implies "
-                f"{wanted.dtype} {tuple(wanted.shape)}"
-            )
-        if name.endswith(".qzeros") and checkpoint_format == "gptq":
-            tensor = zeros_from_v1(tensor, n_bits)
-        elif tensor.is_floating_point() and not name.endswith(QUANTIZED_SUFFIXES):
-            tensor = tensor.to(dtype)
-        tensors[name] = tensor
-    model.load_state_dict(tensors, strict=False, assign=True)
-    for path, module in model.named_modules():
-        if isinstance(module, QuantLinear) and f"{path}.g_idx" in tensors:
-            low, high = module.g_idx.aminmax()
-            if low < 0 or high >= module.scales.shape[0]:
-                raise QzoError(f"{file}: {path}.g_idx has values outside 0 ... {module.scales.shape[0] - 1}")
-
-
-def _finish(model: Any, device: torch.device) -> None:
-    """Tie weights, and compute the buffers that no checkpoint holds (rotary tables, causal masks)."""
-    model.tie_weights()
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # so that _init_weights leaves it alone
-    with torch.no_grad():
-        for module in model.modules():
-            unset = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-            for name in set(unset) & module._non_persistent_buffers_set:
-                setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-            if unset:
-                model._init_weights(module)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, whatever it is called, or those that its index names."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    files = list(folder.glob("*.safetensors"))
-    if len(files) == 1 and not any(folder.glob("*.index.json")):  # AutoGPTQ: gptq_model-4bit-128g.safetensors
-        return files
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
-        raise QzoError(f"{folder} has no {WEIGHTS} and no {index.name}; only safetensors files are read")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise QzoError(f"{index} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise QzoError(f"{index} names {name}, which is not a file in that folder")
-    return [folder / name for name in names]
-
-
-def _names(file: Path) -> list[str]:
-    with _opened(file) as tensors:
-        return list(tensors.keys())
-
-
-def _read(file: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    with _opened(file, str(device)) as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a dict
-            yield name, tensors.get_tensor(name)
-
-
-@contextmanager
-def _opened(file: Path, device: str = "cpu") -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt", device=device) as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise QzoError(f"{file} is damaged: {_one_line(error)}; copy or download it again") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QzoError(f"{file} cannot be read: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise QzoError(f"{file} does not hold a JSON object")
-    return content
-
-
-def _either(settings: dict[str, Any], *names: str) -> Any:
-    """The value of the first of these names that is there: readers and writers disagree on what to call it."""
-    return next((settings[name] for name in names if settings.get(name) is not None), None)
-
-
-def _dtype(config: dict[str, Any]) -> torch.dtype:
+def dtype_of(config: dict[str, Any]) -> torch.dtype:
     """The dtype a config.json names, bf16 where it names none."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise QzoError(f'dtype "{name}" in config.json is not a floating-point dtype of PyTorch')
+    if not isinstance(dtype, torch.dtype) or dtype not in TRAINABLE:
+        raise QzoError(f'dtype "{name}" in config.json is not known; need float32, float16 or bfloat16')
     return dtype
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -39,7 +39,7 @@ def quantize(
 
     Args:
         model: any nn.Module; the head is what `get_output_embeddings()` names.
-        n_bits: 2, 4 or 8.
+        n_bits: 2, 3, 4 or 8.
         group_size: weights along K that share a scale; -1 is the whole row.
         symmetric: one zero point 2^(b-1) for all groups, or one for each.
         method: "rtn", round to nearest, or "gptq", which needs `calibration` and makes the error of each layer's

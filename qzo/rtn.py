@@ -27,7 +27,7 @@ def round_to_nearest(
 
     Args:
         weight: [N, K] (out, in), any floating dtype and stride.
-        n_bits: b, one of 2, 4, 8.
+        n_bits: b, one of 2, 3, 4, 8.
         group_size: g weights along K that share a scale, a divisor of K; -1 is the whole row.
         symmetric: one zero point for all groups, or one for each.
         scale_dtype: dtype of the returned scales.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qzo.aqlm import AqlmLinear
+from qzo.awq import AwqLinear
 from qzo.embedding import QuantEmbedding
 from qzo.errors import QzoError
 from qzo.linear import QuantLinear
 
-QUANTIZED = (QuantLinear, AqlmLinear, QuantEmbedding)
+QUANTIZED = (QuantLinear, AwqLinear, AqlmLinear, QuantEmbedding)
 COMPONENT = {"qweight": "codes", "qzeros": "zero_points"}  # other buffers are called what they are
 COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 

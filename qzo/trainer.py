@@ -15,6 +15,7 @@ from qzo.checkpoint import format_of, save
 from qzo.errors import QzoError
 from qzo.export import TRAINED
 from qzo.journal import Journal
+from qzo.live import check_live
 from qzo.optim import QZO
 from qzo.scales import scales
 from qzo.spsa import Closure, SpsaOptimizer
@@ -63,6 +64,7 @@ class QZOTrainer(Trainer):
       given as `optimizers=(optimizer, None)`. Other optimizers of the arguments are not used.
     - A step is taken when the last of its micro-batches is there; all of them are evaluated with one z. So Trainer's
       on_pre_optimizer_step and on_optimizer_step both come after it.
+    - Before the first step `qzo.check_live` proves, on its first micro-batch, that the scales are live (QZO).
     - The model stays in eval mode: both evaluations must see the same function.
     - Logs hold d of the last step, the share of clipped steps since the last log and the number of skipped ones, and
       no norm of a gradient.
@@ -92,6 +94,7 @@ class QZOTrainer(Trainer):
         self.zeroth_order: SpsaOptimizer | None = None
         self._closures: list[Closure] = []
         self._clipped: list[bool] = []
+        self._checked = False
         super().__init__(*arguments, **named)
         if self.args.world_size > 1:
             raise QzoError(f"world_size={self.args.world_size}: zeroth-order steps need a single process")
@@ -139,6 +142,9 @@ class QZOTrainer(Trainer):
             return torch.tensor(0.0, device=self.args.device)
         closures, self._closures = self._closures, []
         assert self.zeroth_order is not None
+        if not self._checked and isinstance(self.zeroth_order, QZO):
+            check_live(model, closures[0], self.args.seed)
+        self._checked = True
         loss = self.zeroth_order.step(closures)
         if self.journal is not None:
             self.journal.record()

@@ -15,6 +15,7 @@ from torch import nn
 from qzo.batches import batch_numbers
 from qzo.durable import replace_file
 from qzo.errors import QzoError
+from qzo.live import check_live
 from qzo.load import load, load_tokenizer
 from qzo.prefix import SharedPrefix
 from qzo.training import Trained, train
@@ -89,6 +90,9 @@ def _run(model: nn.Module, source: str, run: Run, batch_at: Any, loss: Any, eval
         for notice in learner.notices:
             progress.notice(notice)
         try:
+            if run.settings.method == "qzo" and learner.steps < run.settings.steps:
+                first = batch_at(learner.steps)
+                check_live(model, lambda: loss(first), run.settings.seed, run.settings.layer_range)
             return train(learner, run, batch_at, loss, evaluate, progress)
         except KeyboardInterrupt as error:
             raise QzoError(f"stopped after {learner.steps} steps; go on with --resume") from error

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from qzo import QZO, load, quantize, scales
 from qzo.checkpoint import save
 from qzo.errors import QzoError
-from qzo.load import _download
+from qzo.folder import download
 from qzo.packing import unpack_zeros
 
 
@@ -67,7 +67,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("n_bits", [2, 4, 8])
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
 def test_a_model_comes_back_bit_for_bit(make_model, input_ids, tmp_path, family, checkpoint_format, n_bits):
     model = quantize(make_model(family, torch.float32, tied=True), n_bits, 16)
     save(model, tmp_path / "model", checkpoint_format)
@@ -167,15 +167,15 @@ DAMAGE = {
     "is damaged": truncate,
     "tensors are missing": drop(f"{Q_PROJ}.scales"),
     "has no tensor strange": replace("strange", torch.zeros(2)),
-    "qzeros is torch.int32": replace(f"{Q_PROJ}.qzeros", torch.zeros(2, 16, dtype=torch.int32)),
-    "scales is torch.int32": replace(f"{Q_PROJ}.scales", torch.zeros(2, 64, dtype=torch.int32)),
+    "qzeros is I32": replace(f"{Q_PROJ}.qzeros", torch.zeros(2, 16, dtype=torch.int32)),
+    "scales is I32": replace(f"{Q_PROJ}.scales", torch.zeros(2, 64, dtype=torch.int32)),
     "g_idx has values outside": replace(f"{Q_PROJ}.g_idx", torch.full((64,), 2, dtype=torch.int32)),
     "but config.json implies": lambda folder: reconfigure(folder, bits=8),
-    "n_bits=3": lambda folder: reconfigure(folder, bits=3),
+    "n_bits=5": lambda folder: reconfigure(folder, bits=5),
     "bits and group_size": lambda folder: reconfigure(folder, bits=None),
     "not divisible by group_size=48": lambda folder: reconfigure(folder, group_size=48),
     'checkpoint_format="marlin"': lambda folder: reconfigure(folder, checkpoint_format="marlin"),
-    'quant_method="awq"': lambda folder: reconfigure(folder, quant_method="awq"),
+    'quant_method="hqq"': lambda folder: reconfigure(folder, quant_method="hqq"),
     "config.json cannot be read": lambda folder: (folder / "config.json").write_text("{"),
     "only safetensors": lambda folder: (folder / "model.safetensors").unlink(),
 }
@@ -212,7 +212,7 @@ def test_gguf_files_come_dequantized_and_as_plain_models(make_model, tmp_path, i
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/b/c"])
 def test_paths_that_do_not_exist_are_not_looked_for_on_the_hub(name):
     with pytest.raises(QzoError, match="is not a folder"):
-        _download(name)
+        download(name)
     with pytest.raises(QzoError, match="is not a file"):
         load(f"{name}.gguf")
 

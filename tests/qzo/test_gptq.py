@@ -138,7 +138,7 @@ def test_more_damping_is_tried_before_giving_up():
     [
         ({"damping": 0.0}, "damping=0.0"),
         ({"damping": 1.0}, "damping=1.0"),
-        ({"n_bits": 3}, "n_bits=3"),
+        ({"n_bits": 5}, "n_bits=5"),
         ({"static_groups": True}, "static_groups=True has no effect"),
     ],
 )

@@ -54,7 +54,7 @@ def test_the_bad_layer_is_named_before_the_first_is_replaced():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_bits": 3}, "n_bits=3"),
+        ({"n_bits": 5}, "n_bits=5"),
         ({"method": "gptq"}, 'method="gptq"'),
         ({"embeddings": 4}, "embeddings=4"),
         ({"embeddings": 8}, "input embedding"),

@@ -72,8 +72,7 @@ def test_a_command_stopped_and_resumed_ends_as_one_never_stopped(task, models, t
 
     task.loss = interrupted
     out = ["--out", str(tmp_path / "cut")]
-    if method not in ("qzo", "mezo"):
-        calls = 4
+    calls = {"qzo": -3, "mezo": 0}.get(method, 4)  # three are of the check that scales are live
     assert main([*command, *out]) == 2
     assert errors(capsys) == ["error: stopped after 4 steps; go on with --resume"]
     assert main([*command, *out, "--resume"]) == 0

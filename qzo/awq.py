@@ -1,0 +1,104 @@
+"""AWQ: 4-bit codes of AutoAWQ's layout "gemm", eight columns interleaved in a word.
+
+    qweight int32 [K, N/8]    word w of row k holds the codes of columns n = 8w ... 8w + 7
+    qzeros  int32 [K/g, N/8]  in the same way the zero points, as they are
+    scales        [K/g, N]    fp16
+
+Bits 4i ... 4i + 3 of a word belong to column 8w + (0, 2, 4, 6, 1, 3, 5, 7)[i]. Method: Lin et al., "AWQ:
+Activation-aware Weight Quantization", arXiv 2306.00978.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qzo.chunked import chunk_bounds, chunked_linear
+from qzo.layout import check_layout
+from qzo.linear import BITS_OF_2_POW_23, Device, scale_dtype
+
+PER_WORD = 8
+SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of columns 8w ... 8w + 7
+
+
+class AwqLinear(nn.Module):
+    """y = x Wᵀ + bias with W[n, k] = (q[k, n] - zero[k // g, n]) * scale[k // g, n].
+
+    Buffers are the checkpoint's own tensors (above), so that what is written back are the very codes that were read.
+    `bias` is a frozen parameter [N] or None. `scales` is what QZO trains: the next forward sees a change of it. W is
+    never whole: forward and backward rebuild `CHUNK_ELEMENTS` of it at a time. Build with `empty`, then load tensors.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    bias: nn.Parameter | None
+    n_bits = 4
+
+    def __init__(self, in_features: int, out_features: int, group_size: int) -> None:
+        """Check the sizes and set them; `empty` adds the tensors. Raises QzoError."""
+        super().__init__()
+        self.group_size = check_layout(in_features, out_features, self.n_bits, group_size)
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        group_size: int = 128,
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        device: Device = None,
+    ) -> AwqLinear:
+        """A layer with uninitialized tensors on any device, `meta` included; `dtype` is that of bias and inputs."""
+        layer = cls(in_features, out_features, group_size)
+        groups, words = in_features // layer.group_size, out_features // PER_WORD
+        layer.register_buffer("qweight", torch.empty(in_features, words, dtype=torch.int32, device=device))
+        layer.register_buffer("qzeros", torch.empty(groups, words, dtype=torch.int32, device=device))
+        layer.register_buffer("scales", torch.empty(groups, out_features, dtype=scale_dtype(dtype), device=device))
+        bias_data = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        layer.bias = None if bias_data is None else nn.Parameter(bias_data, requires_grad=False)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype; differentiable in x and, where it requires a gradient, in `scales`."""
+        y = chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight [N, K], for tests; forward never calls it."""
+        bounds = chunk_bounds(self.out_features, self.in_features)
+        return torch.cat([self._rows(start, stop, dtype, self.scales) for start, stop in bounds])
+
+    def zero_points(self) -> Tensor:
+        """Zero points as int32 [K/g, N]."""
+        return unpack(self.qzeros)
+
+    def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
+        """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`.
+
+        As in QuantLinear nothing is transposed and codes become fp32 where they are. Whole words are read, and the
+        columns before `start` and after `stop` left out at the end.
+        """
+        first, last = start // PER_WORD, -(-stop // PER_WORD)
+        levels = unpack(self.qweight[:, first:last]).bitwise_or_(BITS_OF_2_POW_23)  # [K, n]
+        offsets = unpack(self.qzeros[:, first:last]).float().add_(2.0**23)  # [K/g, n]
+        scale = scales[:, first * PER_WORD : last * PER_WORD].float()
+        grouped = levels.view(torch.float32).view(len(offsets), self.group_size, -1).sub_(offsets[:, None])
+        grouped = grouped * scale[:, None] if scale.requires_grad else grouped.mul_(scale[:, None])
+        columns = grouped.view(self.in_features, -1)[:, start - first * PER_WORD : stop - first * PER_WORD]
+        return columns.to(dtype).t()
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}"
+        )
+
+
+def unpack(words: Tensor) -> Tensor:
+    """int32 words [R, W] -> int32 codes [R, 8 W] in the order of the columns. No other memory than the result."""
+    shifts = torch.tensor(SHIFTS, dtype=torch.int32, device=words.device)
+    return torch.bitwise_right_shift(words[:, :, None], shifts).bitwise_and_(15).view(len(words), -1)

@@ -1,0 +1,128 @@
+"""The files of a model's folder: where they are, what they are called, and nothing that could run code."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from qzo.errors import QzoError
+
+WEIGHTS = "model.safetensors"
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def download(name: str) -> Path:
+    """The folder of a hub id. Raises QzoError for what looks like a path, and where there is no such id."""
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).exists():
+        raise QzoError(f"{name} is not a folder; give a folder with config.json, a .gguf file or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+    except Exception as error:  # network, authorization, unknown name
+        raise QzoError(f"{name} is neither a folder nor on the hub: {one_line(error)}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, whatever it is called, or those that its index names.
+
+    Raises QzoError where there is none, for pickles too, and for an index that names other files.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    files = list(folder.glob("*.safetensors"))
+    if len(files) == 1 and not any(folder.glob("*.index.json")):  # AutoGPTQ: gptq_model-4bit-128g.safetensors
+        return files
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+        if pickles and not files:
+            raise QzoError(
+                f"{folder / pickles[0]} is a pickle, which can run code; only safetensors files are read: "
+                "convert it with the software that wrote it"
+            )
+        raise QzoError(f"{folder} has no {WEIGHTS} and no {index.name}; only safetensors files are read")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise QzoError(f"{index} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise QzoError(f"{index} names {name}, which is not a file in that folder")
+        if not name.endswith(".safetensors"):
+            raise QzoError(f"{index} names {name}; only safetensors files are read")
+    return [folder / name for name in names]
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor; `dtype` in its words, e.g. "F16", "BF16", "I32"."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        bits = re.search(r"\d+", self.dtype)  # none in BOOL
+        return self.numel * int(bits[0] if bits else 8) // 8
+
+
+def headers_in(files: list[Path]) -> dict[str, Header]:
+    """Name -> header of every tensor of some safetensors files; no data is read. Raises QzoError for a damaged one."""
+    headers = {}
+    for file in files:
+        with opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                part = tensors.get_slice(name)
+                headers[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
+    return headers
+
+
+def read_tensors_of(file: Path, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, one after the other. Raises QzoError for a damaged file."""
+    with opened(file, device) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a dict
+            yield name, tensors.get_tensor(name)
+
+
+@contextmanager
+def opened(file: Path, device: str = "cpu") -> Iterator[Any]:
+    """A safetensors file as `safe_open` gives it. Raises QzoError for a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device=device) as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise QzoError(f"{file} is damaged: {one_line(error)}; copy or download it again") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises QzoError where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise QzoError(f"{file} cannot be read: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise QzoError(f"{file} does not hold a JSON object")
+    return content
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an exception's message, its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,157 @@
+"""What a checkpoint holds, and whether QZO can train it, from its configuration and headers: no tensor is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qzo.errors import QzoError
+from qzo.folder import Header, headers_in, one_line, read_json, weight_files
+from qzo.load import dtype_of
+from qzo.packed import FLOATING, IMPLIED, check_architecture, empty_model
+from qzo.quantization import METHODS, check_counts, either, method_of, settings_of, understood
+
+PARTS = {"scales": "scales", "qweight": "codes", "qzeros": "zero_points", "g_idx": "g_idx"}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint by its metadata; bytes are those of its files, counts are numbers of numbers.
+
+    Args:
+        model: as given.
+        format: quant_method, "unquantized" or "gguf".
+        version: of the format, where it has one.
+        n_bits, group_size: as the configuration says.
+        settings: all that it says of the quantizer.
+        layers: with codes.
+        counts, sizes: numbers and bytes of "scales", "codes", "zero_points", "g_idx" and "unquantized"; of a GGUF file
+            by the type of its tensors; empty for a foreign format. Where `reason` is one, packed words are counted.
+        trainable: set of `qzo.trainable` -> how many numbers it trains; empty for all but GPTQ and AWQ.
+        reason: why QZO cannot train it here; None where it can.
+    """
+
+    model: str
+    format: str
+    version: str | None = None
+    n_bits: int | None = None
+    group_size: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    layers: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    trainable: dict[str, int] = field(default_factory=dict)
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record that `qzo inspect --json` writes."""
+        record = asdict(self)
+        record["bytes"] = record.pop("sizes")
+        return {**record, "trains_here": self.reason is None}
+
+
+def inspect(source: str | os.PathLike[str]) -> Inspection:
+    """Look at a folder with config.json, or a .gguf file.
+
+    GPTQ and AWQ: the model is built without data, and every header compared with it, so that `reason` is None just
+    where `qzo.load` needs no more than sound data. Other quantizers: what the configuration says. Raises QzoError for
+    what is neither, and for files that cannot be read.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return _inspect_gguf(path)
+    if not path.is_dir():
+        raise QzoError(f"{source} is not a folder; give a folder with config.json, or a .gguf file")
+    config = read_json(path / "config.json")
+    settings = settings_of(path, config)
+    if settings is None:
+        headers = headers_in(weight_files(path))
+        counts, sizes = _parts(headers)
+        reason = _obstacle(path, config, headers) or f"it is not quantized; first run: qzo quantize {source} OUT"
+        return Inspection(str(source), "unquantized", counts=counts, sizes=sizes, reason=reason)
+    method = method_of(settings)
+    if method in METHODS:
+        return _inspect_packed(str(source), path, config, settings)
+    return Inspection(str(source), method, settings=settings, reason=f"the format {method} is not trainable here yet")
+
+
+def _inspect_packed(source: str, path: Path, config: dict[str, Any], settings: dict[str, Any]) -> Inspection:
+    headers = headers_in(weight_files(path))
+    version = either(settings, "checkpoint_format", "format", "version")
+    n_bits, group_size = either(settings, "bits", "w_bit"), either(settings, "group_size", "q_group_size")
+    reason = _obstacle(path, config, headers, settings)
+    counts, sizes = _parts(headers)
+    if reason is None:  # then n_bits is a number that there is a layout for
+        counts |= {part: counts[part] * 32 // int(n_bits) for part in ("codes", "zero_points")}
+    scales, unquantized = counts["scales"], counts["unquantized"]
+    return Inspection(
+        source,
+        method_of(settings),
+        None if version is None else str(version),
+        n_bits,
+        group_size,
+        settings,
+        sum(name.endswith(".qweight") for name in headers),
+        counts,
+        sizes,
+        {"scales": scales, "scales+offsets": scales, "scales+unquantized": scales + unquantized},
+        reason,
+    )
+
+
+def _obstacle(
+    path: Path, config: dict[str, Any], headers: dict[str, Header], settings: dict[str, Any] | None = None
+) -> str | None:
+    """Why a model cannot be built of these files; None where nothing but the data could still speak against it."""
+    try:
+        quantization = None if settings is None else understood(path, settings)
+        check_counts(path, config, len(headers))
+        check_architecture(path, config)
+        if quantization is not None:
+            if not any(name.endswith(".qweight") for name in headers):
+                raise QzoError(f"no tensor holds codes, and config.json says {quantization.method}")
+            empty_model(path, quantization, headers, dtype_of(config))
+    except QzoError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def _parts(headers: dict[str, Header]) -> tuple[dict[str, int], dict[str, int]]:
+    """Numbers (words, where they are packed) and bytes of each part; of "unquantized" only floating numbers count."""
+    counts = dict.fromkeys((*PARTS.values(), "unquantized"), 0)
+    sizes = dict.fromkeys(counts, 0)
+    packed = {name.rpartition(".")[0] for name in headers if name.endswith(".qweight")}
+    for name, header in headers.items():
+        path, _, last = name.rpartition(".")
+        part = PARTS.get(last, "unquantized") if path in packed else "unquantized"
+        sizes[part] += header.nbytes
+        if part != "unquantized" or (header.dtype in FLOATING and not name.endswith(IMPLIED)):
+            counts[part] += header.numel
+    return counts, sizes
+
+
+def _inspect_gguf(path: Path) -> Inspection:
+    """Number and bytes of the tensors of each type, and the settings of the architecture's name."""
+    if not path.is_file():
+        raise QzoError(f"{path} is not a file; give the path of a .gguf file")
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        name = reader.get_field("general.architecture")
+        architecture = None if name is None else str(name.contents())
+        tensors = [(tensor.tensor_type.name, int(tensor.n_elements), int(tensor.n_bytes)) for tensor in reader.tensors]
+    except Exception as error:  # whatever a damaged file makes it raise
+        raise QzoError(f"{path} is damaged: {one_line(error)}; copy or download it again") from error
+    kinds = sorted({kind for kind, _, _ in tensors})
+    return Inspection(
+        str(path),
+        "gguf",
+        settings={"architecture": architecture},
+        layers=sum(kind not in FLOATING for kind, _, _ in tensors),
+        counts={kind: sum(count for own, count, _ in tensors if own == kind) for kind in kinds},
+        sizes={kind: sum(size for own, _, size in tensors if own == kind) for kind in kinds},
+        reason="qzo.load dequantizes a .gguf file; load it, qzo quantize it, and train that",
+    )

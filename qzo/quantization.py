@@ -1,0 +1,104 @@
+"""What a checkpoint's configuration says of its codes: which layout, how many bits, which groups."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qzo.errors import QzoError
+from qzo.folder import read_json
+
+FORMATS = ("gptq", "gptq_v2")
+QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ and gptqmodel look first
+AWQ_CONFIG = "quant_config.json"  # the same of AutoAWQ
+METHODS = ("gptq", "awq")
+COUNTS = re.compile(r"n(um)?_?(hidden_|decoder_|encoder_)?layers?")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The layout of a checkpoint that can be trained.
+
+    Args:
+        method: "gptq" or "awq".
+        n_bits: of a code.
+        group_size: weights along K that share a scale, -1 for the whole row.
+        version: "gptq" (zero points are stored minus 1) or "gptq_v2"; "gemm" for AWQ.
+    """
+
+    method: str
+    n_bits: int
+    group_size: int
+    version: str
+
+
+def settings_of(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of a checkpoint's quantizer, from config.json or a file beside it; None for an unquantized one.
+
+    Raises QzoError for settings that are no JSON object.
+    """
+    settings = config.get("quantization_config")
+    for name, method in ((QUANTIZE_CONFIG, "gptq"), (AWQ_CONFIG, "awq")):  # all that was written at first
+        if settings is None and (folder / name).is_file():
+            settings = {"quant_method": method, **read_json(folder / name)}
+    if settings is not None and not isinstance(settings, dict):
+        raise QzoError(f"{folder}: quantization_config in config.json is not a JSON object")
+    return settings
+
+
+def method_of(settings: dict[str, Any]) -> str:
+    """The quantizer's name; "None" where there is none."""
+    return str(either(settings, "quant_method", "method"))
+
+
+def understood(folder: Path, settings: dict[str, Any]) -> Quantization:
+    """The layout that the settings name. Raises QzoError for one that is not supported, and for what is no number."""
+    method = method_of(settings)
+    if method not in METHODS:
+        raise QzoError(
+            f'{folder}: quant_method="{method}" is not supported; give a GPTQ, an AWQ or an unquantized checkpoint'
+        )
+    n_bits, group_size = (
+        _whole_number(folder, settings, *names) for names in (("bits", "w_bit"), ("group_size", "q_group_size"))
+    )
+    if method == "gptq":
+        version = str(either(settings, "checkpoint_format", "format") or "gptq")
+        if version not in FORMATS:
+            raise QzoError(f'{folder}: checkpoint_format="{version}" is not supported; need gptq or gptq_v2')
+        return Quantization(method, n_bits, group_size, version)
+    version = str(either(settings, "version") or "gemm").lower()
+    if version != "gemm":
+        raise QzoError(f'{folder}: AWQ version="{version}" is not supported; need gemm, AutoAWQ\'s default')
+    if n_bits != 4:
+        raise QzoError(f"{folder}: AWQ with bits={n_bits} is not supported; need 4")
+    if settings.get("zero_point") is False:
+        raise QzoError(f"{folder}: AWQ with zero_point=false is not supported; need true, AutoAWQ's default")
+    return Quantization(method, n_bits, group_size, version)
+
+
+def check_counts(folder: Path, config: dict[str, Any], tensors: int) -> None:
+    """Raise QzoError for a config.json with more layers than there are tensors: it would take forever to build them."""
+    for name, value in config.items():
+        if COUNTS.fullmatch(name) and isinstance(value, int) and value > tensors:
+            raise QzoError(
+                f"{folder}: config.json has {name}={value}, but there are only {tensors} tensors; "
+                "they do not belong together"
+            )
+
+
+def either(settings: dict[str, Any], *names: str) -> Any:
+    """The value of the first of these names that is there: readers and writers disagree on what to call it."""
+    return next((settings[name] for name in names if settings.get(name) is not None), None)
+
+
+def _whole_number(folder: Path, settings: dict[str, Any], *names: str) -> int:
+    value = either(settings, *names)
+    try:
+        number = int(value)
+        if isinstance(value, float) and number != value:
+            raise ValueError(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise QzoError(f"{folder}: quantization_config must have whole numbers bits and group_size") from error
+    return number
