@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
+from qzo.gguf_layers import GgufLinear
 from qzo.linear import QuantLinear
 from qzo.scales import scales
 
@@ -28,13 +29,17 @@ def add_adapters(
     from peft.tuners.lora.layer import Linear
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)
-    config._register_custom_module({QuantLinear: Linear})
+    config._register_custom_module({QuantLinear: Linear, GgufLinear: Linear})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # it has in_features and out_features
         try:
-            return get_peft_model(model, config)
+            wrapper = get_peft_model(model, config)
         except ValueError as error:
             raise QzoError(str(error).splitlines()[0]) from error
+    for module in wrapper.modules():
+        if isinstance(getattr(module, "base_layer", None), GgufLinear):
+            module.to(module.base_layer.blocks.device)  # peft looks for a device at tensors of other names
+    return wrapper
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from qzo.errors import QzoError
 from qzo.export import TRAINED
 from qzo.journal import Journal
 from qzo.optim import QZO
-from qzo.scales import scales
+from qzo.scales import has_signed_scales, scales
 from qzo.spsa import Closure, SpsaOptimizer
 from qzo.training_learners import live_tensors, read_tensors
 from qzo.training_run import write_tensors
@@ -107,7 +107,8 @@ class QZOTrainer(Trainer):
         target: Any = self.model if model is None else model
         made = self.optimizer
         if made is None:
-            options = {"lr": self.args.learning_rate, "seed": self.args.seed, **self.qzo_options}
+            options = {"lr": self.args.learning_rate, "seed": self.args.seed}
+            options |= {"nonnegative": not has_signed_scales(target), **self.qzo_options}
             made = QZO(scales(target), **options)
         if not isinstance(made, SpsaOptimizer):
             raise QzoError(f"a {type(made).__name__} needs gradients; give a qzo.QZO or qzo.MeZO, or no optimizer")

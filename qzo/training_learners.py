@@ -17,7 +17,7 @@ from qzo.errors import QzoError
 from qzo.journal import Journal
 from qzo.mezo import MeZO
 from qzo.optim import QZO
-from qzo.scales import QUANTIZED, in_layers, scales
+from qzo.scales import QUANTIZED, has_signed_scales, in_layers, scales
 from qzo.spsa import SpsaOptimizer
 from qzo.training_settings import QUANTIZED as NEED_QUANTIZED
 from qzo.training_settings import ZEROTH_ORDER, TrainSettings
@@ -172,9 +172,10 @@ def make_learner(model: nn.Module, settings: TrainSettings, folder: Path, source
     check_model(model, settings, source)
     if settings.method in ZEROTH_ORDER:
         freeze(model)
-        made = QZO if settings.method == "qzo" else MeZO
-        trained = _trained(model, settings)
-        return ZerothOrder(model, made(trained, **settings.optimizer_options()), folder)
+        options, trained = settings.optimizer_options(), _trained(model, settings)
+        if settings.method == "mezo":
+            return ZerothOrder(model, MeZO(trained, **options), folder)
+        return ZerothOrder(model, QZO(trained, nonnegative=not has_signed_scales(model), **options), folder)
     if settings.method == "ft":
         model.requires_grad_(True)
         named: dict[str, Tensor] = {**dict(model.named_parameters())}
@@ -203,7 +204,7 @@ def _trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:
 def check_model(model: nn.Module, settings: TrainSettings, source: str) -> None:
     """Raise QzoError for a model that a method cannot train, and for layers that it does not have."""
     _check_kind(model, settings.method, source)
-    if settings.layer_range is not None:
+    if settings.layer_range is not None or settings.method == "qzo":
         _trained(model, settings)
 
 
