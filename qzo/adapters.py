@@ -37,8 +37,9 @@ def add_adapters(
         except ValueError as error:
             raise QzoError(str(error).splitlines()[0]) from error
     for module in wrapper.modules():
-        if isinstance(getattr(module, "base_layer", None), GgufLinear):
-            module.to(module.base_layer.blocks.device)  # peft looks for a device at tensors of other names
+        layer = getattr(module, "base_layer", None)
+        if isinstance(layer, GgufLinear):
+            module.to(layer.blocks.device)  # peft asks only tensors of other names for the device
     return wrapper
 
 

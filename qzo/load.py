@@ -26,7 +26,10 @@ PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pick
 
 
 def load(
-    source: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    dequantize: bool = True,
 ) -> PreTrainedModel:
     """Load a causal language model.
 
@@ -35,9 +38,12 @@ def load(
     `qzo.quantize`. Only safetensors and GGUF files are read, and no code of a checkpoint is run.
 
     Args:
-        source: a folder with config.json, a .gguf file (dequantized), or a hub id, which is downloaded.
+        source: a folder with config.json, a .gguf file, or a hub id, which is downloaded.
         dtype: of the unquantized tensors; None takes that of a GPTQ checkpoint's config, and bf16 for all else.
         device: where the tensors go.
+        dequantize: of a .gguf file. False keeps its blocks packed, as GgufLinear layers, and trains their scales: for
+            `qzo.scales` and `qzo.QZO`. Llama, Mistral and Qwen 2 and 3 files; Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
+            scales to train, Q4_K, Q5_K and Q6_K stay frozen.
 
     Raises:
         QzoError: nothing there, damaged or contradictory files, another quantization method.
@@ -46,6 +52,10 @@ def load(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise QzoError(f"{path} is not a file; give the path of a .gguf file")
+        if not dequantize:
+            from qzo.gguf_load import load_gguf
+
+            return load_gguf(path, dtype or torch.bfloat16, torch.device(device))
         from transformers import GgufConfig
 
         dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
@@ -72,7 +82,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **options)
     except Exception as error:  # as in _from_pretrained
-        raise QzoError(f"{source} has no tokenizer that loads: {_one_line(error)}") from error
+        raise QzoError(f"{source} has no tokenizer that loads: {one_line(error)}") from error
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:
@@ -89,7 +99,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
             **options,
         )
     except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
-        raise QzoError(f"{source}: {_one_line(error)}") from error
+        raise QzoError(f"{source}: {one_line(error)}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would draw them at random
@@ -105,7 +115,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except Exception as error:  # network, authorization, unknown name
-        raise QzoError(f"{name} is neither a folder nor on the hub: {_one_line(error)}") from error
+        raise QzoError(f"{name} is neither a folder nor on the hub: {one_line(error)}") from error
 
 
 def _load_gptq(folder: Path, quantization: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
@@ -123,7 +133,7 @@ def _load_gptq(folder: Path, quantization: dict[str, Any], dtype: torch.dtype, d
     _insert_layers(model, names, n_bits, group_size)
     for file in files:
         _assign(model, file, n_bits, checkpoint_format, dtype, device)
-    _finish(model, device)
+    finish(model, device)
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise QzoError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -140,7 +150,7 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # as in _from_pretrained
-        raise QzoError(f"{folder}: {_one_line(error)}") from error
+        raise QzoError(f"{folder}: {one_line(error)}") from error
 
 
 def _insert_layers(model: nn.Module, names: set[str], n_bits: int, group_size: int) -> None:
@@ -190,9 +200,10 @@ def _assign(
                 raise QzoError(f"{file}: {path}.g_idx has values outside 0 ... {module.scales.shape[0] - 1}")
 
 
-def _finish(model: Any, device: torch.device) -> None:
+def finish(model: Any, device: torch.device, tie: bool = True) -> None:
     """Tie weights, and compute the buffers that no checkpoint holds (rotary tables, causal masks)."""
-    model.tie_weights()
+    if tie:
+        model.tie_weights()
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # so that _init_weights leaves it alone
     with torch.no_grad():
@@ -243,14 +254,14 @@ def _opened(file: Path, device: str = "cpu") -> Iterator[Any]:
         with safe_open(file, framework="pt", device=device) as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        raise QzoError(f"{file} is damaged: {_one_line(error)}; copy or download it again") from error
+        raise QzoError(f"{file} is damaged: {one_line(error)}; copy or download it again") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise QzoError(f"{file} cannot be read: {_one_line(error)}") from error
+        raise QzoError(f"{file} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise QzoError(f"{file} does not hold a JSON object")
     return content
@@ -270,6 +281,7 @@ def _dtype(config: dict[str, Any]) -> torch.dtype:
     return dtype
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -74,5 +74,5 @@ def live_named(model: nn.Module) -> dict[str, Tensor]:
     for path, module in model.named_modules():
         if isinstance(module, GgufTensor):  # views into a buffer
             views = {"scales": module.scales, "offsets": module.offsets}
-            found |= {f"{path}.{name}": view for name, view in views.items() if view is not None}
+            found |= {f"{path}.{name}" if path else name: view for name, view in views.items() if view is not None}
     return found

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from bench import catalog
 from bench.catalog import ModelSource, build_empty, default_group_size, linear_widths, names, resolve
 from qzo.errors import QzoError
+from qzo.gguf_header import read_gguf_header
 
 TINY = {
     "hidden_size": 64,
