@@ -20,7 +20,7 @@ def add_adapters(
     """Put LoRA adapters on the layers named; returns peft's model, which holds `model`.
 
     y = W x + alpha / rank * B A x with A [rank, K] random and B [N, rank] zero, so y is unchanged at first. On a
-    QuantLinear this is QLoRA, through peft's own way to register layers it does not know. A is drawn from PyTorch's
+    QuantLinear or GgufLinear this is QLoRA, through peft's own way to register layers it does not know. A is drawn from PyTorch's
     global RNG. The defaults are the paper's. `dropout` must be 0 for training without gradients.
 
     Raises QzoError where no layer has such a name.
@@ -33,14 +33,9 @@ def add_adapters(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # it has in_features and out_features
         try:
-            wrapper = get_peft_model(model, config)
+            return get_peft_model(model, config)
         except ValueError as error:
             raise QzoError(str(error).splitlines()[0]) from error
-    for module in wrapper.modules():
-        layer = getattr(module, "base_layer", None)
-        if isinstance(layer, GgufLinear):
-            module.to(layer.blocks.device)  # peft asks only tensors of other names for the device
-    return wrapper
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:

@@ -72,6 +72,11 @@ class GgufLinear(GgufTensor):
         self.out_features, self.in_features = self.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
+    @property
+    def qweight(self) -> Tensor:
+        """`blocks` under the name that peft knows, which asks it for its device."""
+        return self.blocks
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype; differentiable as `project` is."""
         y = self.project(x)

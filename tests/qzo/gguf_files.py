@@ -102,9 +102,9 @@ def add(writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> Non
 
 def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"w{number}" for number in range(size)])
+    writer.add_token_list([*(f"w{number}" for number in range(size - 3)), "a", "b", "ab"])
     writer.add_token_types([gguf.TokenType.NORMAL] * size)
-    writer.add_token_merges(["w 1"])
+    writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
 
