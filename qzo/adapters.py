@@ -20,8 +20,8 @@ def add_adapters(
     """Put LoRA adapters on the layers named; returns peft's model, which holds `model`.
 
     y = W x + alpha / rank * B A x with A [rank, K] random and B [N, rank] zero, so y is unchanged at first. On a
-    QuantLinear or GgufLinear this is QLoRA, through peft's own way to register layers it does not know. A is drawn from PyTorch's
-    global RNG. The defaults are the paper's. `dropout` must be 0 for training without gradients.
+    QuantLinear or GgufLinear this is QLoRA, through peft's own way to register layers it does not know. A is drawn
+    from PyTorch's global RNG. The defaults are the paper's. `dropout` must be 0 for training without gradients.
 
     Raises QzoError where no layer has such a name.
     """

@@ -124,7 +124,17 @@ def _check_gguf(cursor: _GgufCursor) -> GgufHeader:
         if start + info.offset + info.n_bytes > size:
             raise EOFError(f"it ends at byte {size:,}, tensor {name!r} at {start + info.offset + info.n_bytes:,}")
         tensors[name] = TensorInfo(info.kind, info.shape, start + info.offset, info.n_bytes)
+    _check_apart(tensors)
     return GgufHeader(metadata, tensors)
+
+
+def _check_apart(tensors: dict[str, TensorInfo]) -> None:
+    """No byte belongs to two tensors: writing into one must not change another."""
+    end, before = 0, ""
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if info.offset < end and info.n_bytes:
+            raise ValueError(f"its tensors {before!r} and {name!r} overlap")
+        end, before = info.offset + info.n_bytes, name
 
 
 def _tensor_info(cursor: _GgufCursor) -> TensorInfo:

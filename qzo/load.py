@@ -58,6 +58,10 @@ def load(
             return load_gguf(path, dtype or torch.bfloat16, torch.device(device))
         from transformers import GgufConfig
 
+        from qzo.gguf_header import read_gguf_header
+
+        read_gguf_header(path)  # a damaged one is told before anything believes it
+
         dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
         return _from_pretrained(path.parent, dtype, device, gguf_file=path.name, quantization_config=dense)
     folder = path if path.is_dir() else _download(str(source))
