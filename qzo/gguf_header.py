@@ -125,6 +125,9 @@ def _check_gguf(cursor: _GgufCursor) -> GgufHeader:
             raise EOFError(f"it ends at byte {size:,}, tensor {name!r} at {start + info.offset + info.n_bytes:,}")
         tensors[name] = TensorInfo(info.kind, info.shape, start + info.offset, info.n_bytes)
     _check_apart(tensors)
+    layers = metadata.get(f"{metadata.get('general.architecture')}.block_count", 0)
+    if isinstance(layers, int) and layers > len(tensors):  # a model of that many would be built before weights are read
+        raise ValueError(f"it names {layers} layers and has {len(tensors)} tensors")
     return GgufHeader(metadata, tensors)
 
 
