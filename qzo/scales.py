@@ -10,7 +10,8 @@ from qzo.errors import QzoError
 from qzo.gguf_layers import GgufEmbedding, GgufLinear, GgufTensor
 from qzo.linear import QuantLinear
 
-QUANTIZED = (QuantLinear, AqlmLinear, QuantEmbedding, GgufLinear, GgufEmbedding)
+TABLES = (QuantEmbedding, GgufEmbedding)
+QUANTIZED = (QuantLinear, AqlmLinear, GgufLinear, *TABLES)
 COMPONENT = {"qweight": "codes", "qzeros": "zero_points", "blocks": "codes"}  # other buffers are called what they are
 COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 

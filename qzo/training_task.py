@@ -40,7 +40,7 @@ def train_task(
     `out` then holds the run (see `qzo.training_run`) and `result.json`, both of what is returned.
 
     Args:
-        source: of the model, as in `qzo.load`; quantized for qzo and qlora.
+        source: of the model, as in `qzo.load`; quantized for qzo and qlora, which take a .gguf file packed.
         task_name: of `qzo.tasks`; its examples are split by `settings.seed`.
         settings: how.
         out: folder of the run, new or empty, or with `resume` one to go on with.

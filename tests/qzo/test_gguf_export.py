@@ -106,6 +106,13 @@ def test_a_run_on_a_gguf_file_is_exported_as_one(make_run, tmp_path, input_ids, 
     assert torch.equal(logits(exported, input_ids), logits(tuned, input_ids))
 
 
+def test_a_run_trains_layers_and_their_offsets_but_not_the_vocabulary(make_run):
+    _, run = make_run("Q4_1")
+    names = set(load_file(run / "best.safetensors"))
+    assert len(names) == 28 and not any("embed_tokens" in name for name in names)
+    assert {name.replace("offsets", "scales") for name in names if name.endswith("offsets")} < names
+
+
 def test_replay_writes_a_gguf_file_too(make_run, tmp_path, capsys):
     file, run = make_run()
     assert main(["replay", str(file), str(run / "run.journal"), str(tmp_path / "replayed")]) == 0

@@ -9,6 +9,8 @@ from qzo import QZO, Journal, QzoError, QZOTrainer, label_loss, load, replay, sc
 from qzo.gguf_blocks import half_at
 from qzo.gguf_layers import GgufTensor
 from qzo.trainable import live_named
+from qzo.training_learners import check_model
+from qzo.training_settings import TrainSettings
 
 
 def packed(tmp_path, kind, dtype=torch.float32, **options):
@@ -153,3 +155,12 @@ def test_label_loss_runs_on_packed_models(tmp_path):
     labels = torch.full_like(input_ids, -100)
     labels[:, -1] = 7
     assert torch.isfinite(label_loss(model, input_ids=input_ids, labels=labels))
+
+
+def test_a_vocabulary_alone_is_not_trained(tmp_path):
+    kinds = {"token_embd.weight": "Q8_0"}
+    file = write_gguf(tiny(hidden=256), tmp_path / "k.gguf", lambda name: kinds.get(name, "Q6_K"))
+    model = load(file, dequantize=False)
+    assert list(scales(model)) == ["model.embed_tokens.scales"]
+    with pytest.raises(QzoError, match="only the vocabulary has scales that can be trained"):
+        check_model(model, TrainSettings(method="qzo"), str(file))
