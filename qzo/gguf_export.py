@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +30,8 @@ def write_gguf(path: Path, tensors: dict[str, Tensor], target: Path) -> None:
     Extra memory: one packed tensor. Raises QzoError for tensors that the file has no place for, before it is copied.
     """
     source = open_gguf(path)
-    places = {name: _place(source, name, tensor) for name, tensor in tensors.items()}
+    name_of = source.name_of()
+    places = {name: _place(source, name_of, name, tensor) for name, tensor in tensors.items()}
     shutil.copyfile(path, target)
     with target.open("r+b") as file:
         for name, (stored, info) in places.items():
@@ -39,10 +41,12 @@ def write_gguf(path: Path, tensors: dict[str, Tensor], target: Path) -> None:
             _write(file, blocks, info)
 
 
-def _place(source: GgufSource, name: str, tensor: Tensor) -> tuple[str, TensorInfo]:
+def _place(
+    source: GgufSource, name_of: Callable[[str], str | None], name: str, tensor: Tensor
+) -> tuple[str, TensorInfo]:
     """Name and place of the blocks that hold a scale or an offset."""
     path, _, part = name.rpartition(".")
-    stored = source.name_of()(f"{path}.weight")
+    stored = name_of(f"{path}.weight")
     info = source.header.tensors.get(stored or "")
     kind = None if info is None else BLOCK_TYPES.get(info.kind)
     has = kind is not None and {"scales": kind.has_scale, "offsets": kind.has_offset}.get(part, False)
