@@ -194,9 +194,9 @@ def _packaged_weights(package: str) -> Path | None:
 
 
 def _gguf_metadata(path: Path) -> dict[str, Any]:
-    from bench.gguf_header import read_gguf_header  # needs gguf, which is not on every machine
+    from qzo.gguf_header import read_gguf_header  # needs gguf, which is not on every machine
 
-    return read_gguf_header(path)
+    return read_gguf_header(path).metadata
 
 
 def _from_gguf(path: Path) -> ModelSource:

@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--static-groups", action="store_true", help="gptq: with --act-order, keep groups in place")
     quantize.set_defaults(run=_quantize)
     replay = commands.add_parser("replay", help="rebuild a tuned model from its journal, without data")
-    replay.add_argument("model", metavar="MODEL", help="folder or hub id of the GPTQ checkpoint that was tuned")
+    replay.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id of the checkpoint that was tuned")
     replay.add_argument("journal", metavar="JOURNAL", help="file that qzo.Journal wrote")
     replay.add_argument("out", metavar="OUT", nargs="?", help="folder to write, new or empty; without, only check")
     replay.add_argument("--no-snapshot", action="store_true", help="replay every step from the first")
@@ -119,9 +119,12 @@ def _replay(options: argparse.Namespace) -> None:
     import torch
 
     from qzo.checkpoint import check_target, format_of, save
+    from qzo.export import whole_folder
+    from qzo.gguf_export import write_gguf
     from qzo.journal_lines import read
     from qzo.load import load
     from qzo.replay import replay
+    from qzo.training_learners import live_tensors
 
     journal = Path(options.journal)
     header = read(journal).header
@@ -129,13 +132,19 @@ def _replay(options: argparse.Namespace) -> None:
         raise QzoError(f"{journal} is of {header['optimizer']}; only a quantized model can be written, leave OUT away")
     if options.out:
         check_target(Path(options.out))
-    model = load(options.model, getattr(torch, header["dtype"]), header["device"])
+    packed = header["optimizer"] == "QZO"  # a .gguf file's blocks, where its scales were tuned
+    model = load(options.model, getattr(torch, header["dtype"]), header["device"], dequantize=not packed)
     optimizer, notices = replay(model, journal, snapshot=not options.no_snapshot)
     for notice in notices:
         print(f"notice: {notice}", file=sys.stderr)
     if options.out:
-        save(model, options.out, format_of(options.model))
-        _copy_beside(Path(options.model), Path(options.out))
+        source, out = Path(options.model), Path(options.out)
+        if source.suffix == ".gguf":
+            tuned = live_tensors(optimizer)
+            whole_folder(out, lambda folder: write_gguf(source, tuned, folder / source.name))
+        else:
+            save(model, out, format_of(source))
+            _copy_beside(source, out)
     print(f"steps       {optimizer.steps:>16,}\nskipped     {optimizer.skipped_steps:>16,}")
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qzo.chunked import chunked_linear
 from qzo.errors import QzoError
+from qzo.gguf_layers import GgufEmbedding
 from qzo.layout import check_bits, resolve_group_size
 from qzo.linear import Device, scale_dtype
 from qzo.rtn import round_to_nearest
@@ -66,6 +67,10 @@ class QuantEmbedding(nn.Module):
         rows = self._dequantize(codes, nn.functional.embedding(input_ids, self.scales), self.dtype)
         return rows.view(*input_ids.shape, self.embedding_dim)
 
+    def project(self, x: Tensor) -> Tensor:
+        """x Eᵀ, [..., K] -> [..., V]; differentiable in x and, where it requires a gradient, in the scales."""
+        return chunked_linear(x, self.rows, (self.num_embeddings, self.embedding_dim), self.scales)
+
     def rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of the dequantized table, [stop - start, K]."""
         return self._dequantize(self.codes[start:stop], scales[start:stop], dtype).view(-1, self.embedding_dim)
@@ -80,12 +85,12 @@ class QuantEmbedding(nn.Module):
 
 
 class TiedQuantHead(nn.Module):
-    """logits = h Eᵀ + bias over a `QuantEmbedding`, shared with the input embedding where the two are tied.
+    """logits = h Eᵀ + bias over a table of codes, shared with the input embedding where the two are tied.
 
     Logits are computed for `CHUNK_ELEMENTS` of the vocabulary at a time. `table` adds no memory when it is shared.
     """
 
-    def __init__(self, table: QuantEmbedding, bias: Tensor | None = None) -> None:
+    def __init__(self, table: QuantEmbedding | GgufEmbedding, bias: Tensor | None = None) -> None:
         """Use `table` as it is; `bias` [V] is frozen."""
         super().__init__()
         self.table = table
@@ -93,8 +98,7 @@ class TiedQuantHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., V] in x's dtype; differentiable in x and, where it requires a gradient, in the scales."""
-        shape = (self.table.num_embeddings, self.table.embedding_dim)
-        y = chunked_linear(x, self.table.rows, shape, self.table.scales)
+        y = self.table.project(x)
         return y if self.bias is None else y.add_(self.bias)
 
 

@@ -8,17 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qzo.checkpoint import check_target
 from qzo.durable import sync
 from qzo.errors import QzoError
 from qzo.folder import download, headers_in, opened, weight_files
+from qzo.gguf_export import write_gguf
 from qzo.load import load, load_tokenizer
 from qzo.replay import replay
 from qzo.training_learners import JOURNAL, LAST, live_tensors, put_adapters, read_tensors
 from qzo.training_run import BEST, RUN, dtype_of, read_run
-from qzo.training_settings import ZEROTH_ORDER
+from qzo.training_settings import QUANTIZED, ZEROTH_ORDER
 
 TRAINED = "trained.safetensors"  # in a checkpoint of qzo.QZOTrainer
 STATES = ("best", "last")
@@ -29,7 +30,8 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str], state: s
     """Write a tuned model as the checkpoint it was made from, with the tuned tensors in place of the old ones.
 
     Names, shapes, dtypes, format version, shards, config and tokenizer stay those of the original, which is only
-    read. The folder is written under another name, synced, and renamed. Returns the number of tensors replaced.
+    read. A .gguf file is written under its name, all bytes but those of the tuned scales as they were. The folder is
+    written under another name, synced, and renamed. Returns the number of tensors replaced.
 
     Args:
         source: folder of `qzo train`; a checkpoint of `qzo.QZOTrainer`; or a model, which is copied as it is, a .gguf
@@ -37,8 +39,8 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str], state: s
         out: folder to write, new or empty.
         state: of a run, "best" by validation or "last". A last state is replayed from the journal.
 
-    Raises QzoError for a source that is none of these, tensors that the checkpoint does not have, a model that is not
-    in safetensors format, and a folder that cannot be written.
+    Raises QzoError for a source that is none of these, tensors that the checkpoint does not have, full weights that
+    were tuned on a .gguf file, and a folder that cannot be written.
     """
     source, out = Path(source), Path(out)
     if state not in STATES:
@@ -48,7 +50,7 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str], state: s
         return _export_run(source, out, state)
     if (source / TRAINED).is_file():
         tensors, metadata = read_tensors(source / TRAINED)
-        return write_checkpoint(checkpoint_folder(metadata["model"]), tensors, out)
+        return _write(metadata["model"], tensors, out)
     if source.suffix == ".gguf":
         model = load(source)
         tokenizer = load_tokenizer(source)
@@ -62,7 +64,16 @@ def _export_run(run: Path, out: Path, state: str) -> int:
     tensors = _state(run, about, state)
     if about["settings"]["method"] in ("lora", "qlora"):
         return _write_adapters(about, tensors, out)
-    return write_checkpoint(checkpoint_folder(about["model"]), tensors, out)
+    return _write(about["model"], tensors, out)
+
+
+def _write(model: str, tensors: dict[str, Tensor], out: Path) -> int:
+    """Write `model` with some tensors replaced, a .gguf file as a .gguf file; returns how many."""
+    if model.endswith(".gguf") and all(name.endswith((".scales", ".offsets")) for name in tensors):
+        file = Path(model)
+        whole_folder(out, lambda folder: write_gguf(file, tensors, folder / file.name))
+        return len(tensors)
+    return write_checkpoint(checkpoint_folder(model), tensors, out)
 
 
 def _state(run: Path, about: dict[str, Any], state: str) -> dict[str, Tensor]:
@@ -70,14 +81,21 @@ def _state(run: Path, about: dict[str, Any], state: str) -> dict[str, Tensor]:
     if state == "best":
         return read_tensors(run / BEST)[0]
     if about["settings"]["method"] in ZEROTH_ORDER:
-        optimizer, _ = replay(load(about["model"], dtype_of(about["settings"])), run / JOURNAL)
+        optimizer, _ = replay(_untuned(about), run / JOURNAL)
         return live_tensors(optimizer)
     tensors = read_tensors(run / LAST)[0]
     return {name.removeprefix("value."): value for name, value in tensors.items() if name.startswith("value.")}
 
 
+def _untuned(about: dict[str, Any]) -> nn.Module:
+    """The model that a run was begun with."""
+    settings = about["settings"]
+    model: nn.Module = load(about["model"], dtype_of(settings), dequantize=settings["method"] not in QUANTIZED)
+    return model
+
+
 def _write_adapters(about: dict[str, Any], tensors: dict[str, Tensor], out: Path) -> int:
-    model = load(about["model"], dtype_of(about["settings"]))
+    model = _untuned(about)
     wrapper: Any = put_adapters(model, about["settings"]["seed"])
     own = dict(model.named_parameters())
     for name, value in tensors.items():

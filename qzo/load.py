@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def load(
-    source: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    dequantize: bool = True,
 ) -> PreTrainedModel:
     """Load a causal language model.
 
@@ -29,9 +32,12 @@ def load(
     safetensors and GGUF files are read, and no code of a checkpoint is run.
 
     Args:
-        source: a folder with config.json, a .gguf file (dequantized), or a hub id, which is downloaded.
+        source: a folder with config.json, a .gguf file, or a hub id, which is downloaded.
         dtype: of the unquantized tensors; None takes that of a quantized checkpoint's config, and bf16 for all else.
         device: where the tensors go.
+        dequantize: of a .gguf file. False keeps its blocks packed, as GgufLinear layers, and trains their scales: for
+            `qzo.scales` and `qzo.QZO`. Llama, Mistral and Qwen 2 and 3 files; Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
+            scales to train, Q4_K, Q5_K and Q6_K stay frozen.
 
     Raises:
         QzoError: nothing there, damaged or contradictory files, another quantization method.
@@ -40,7 +46,15 @@ def load(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise QzoError(f"{path} is not a file; give the path of a .gguf file")
+        if not dequantize:
+            from qzo.gguf_load import load_gguf
+
+            return load_gguf(path, dtype or torch.bfloat16, torch.device(device))
         from transformers import GgufConfig
+
+        from qzo.gguf_header import read_gguf_header
+
+        read_gguf_header(path)  # a damaged one is told before anything believes it
 
         dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
         return _from_pretrained(path.parent, dtype, device, gguf_file=path.name, quantization_config=dense)

@@ -40,7 +40,7 @@ def load_packed(
     model = empty_model(folder, quantization, headers, dtype)
     for file in dict.fromkeys(header.file for header in headers.values()):
         _assign(model, file, quantization, dtype, device)
-    _finish(model, device)
+    finish(model, device)
     return freeze(model).eval()
 
 
@@ -148,9 +148,10 @@ def _checked_groups(file: Path, name: str, g_idx: Tensor, groups: int) -> Tensor
     return g_idx.to(torch.int32)
 
 
-def _finish(model: Any, device: torch.device) -> None:
+def finish(model: Any, device: torch.device, tie: bool = True) -> None:
     """Tie weights, and compute the buffers that no checkpoint holds (rotary tables, causal masks)."""
-    model.tie_weights()
+    if tie:
+        model.tie_weights()
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # so that _init_weights leaves it alone
     with torch.no_grad():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qzo.errors import QzoError
 from qzo.fingerprint import model_hash, noise_fingerprint
@@ -19,7 +19,7 @@ from qzo.optim import QZO
 from qzo.rules import update_options
 from qzo.snapshot import load_snapshot
 from qzo.spsa import SpsaOptimizer
-from qzo.trainable import offsets
+from qzo.trainable import live_named, offsets
 
 MADE_BY = {"QZO": QZO, "MeZO": MeZO}
 SHOWN = {"model": "another model", "noise": "a machine or PyTorch that draws other random numbers"}
@@ -77,8 +77,7 @@ def check_same(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
 
 def rebuild(model: nn.Module, header: dict[str, Any]) -> SpsaOptimizer:
     """The optimizer that a journal was begun with, on the tensors of `model`. Raises QzoError for missing tensors."""
-    known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    known |= dict(model.named_buffers(remove_duplicate=False))
+    known = live_named(model)
     followers = offsets(model) if header["offsets"] else {}
     groups = []
     for saved in header["groups"]:

@@ -8,10 +8,12 @@ from qzo.aqlm import AqlmLinear
 from qzo.awq import AwqLinear
 from qzo.embedding import QuantEmbedding
 from qzo.errors import QzoError
+from qzo.gguf_layers import GgufEmbedding, GgufLinear, GgufTensor
 from qzo.linear import QuantLinear
 
-QUANTIZED = (QuantLinear, AwqLinear, AqlmLinear, QuantEmbedding)
-COMPONENT = {"qweight": "codes", "qzeros": "zero_points"}  # other buffers are called what they are
+TABLES = (QuantEmbedding, GgufEmbedding)
+QUANTIZED = (QuantLinear, AwqLinear, AqlmLinear, GgufLinear, *TABLES)
+COMPONENT = {"qweight": "codes", "qzeros": "zero_points", "blocks": "codes"}  # other buffers are called what they are
 COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 
 
@@ -21,17 +23,27 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None) -> dict[str,
     `layers` (first, last), counted from 0 and both included, takes those of some decoder layers only.
 
     The name is the module's path and ".scales". Shapes: [K/g, N] for linear layers, [V, K/g] for an embedding (once,
-    where the head shares it), [N, 1, 1, 1] for AQLM; fp32 or fp16. Ask again after `model.to(...)`, which makes new
-    tensors. Raises QzoError for a model without quantized layers.
+    where the head shares it), [N, 1, 1, 1] for AQLM, [N, K/32] for the blocks of a GGUF file; fp32 or fp16. Ask again
+    after `model.to(...)`, which makes new tensors. Raises QzoError for a model without quantized layers, and for one
+    that has K-quants only, whose scales are quantized themselves.
     """
-    found = {
+    layers_of_kind = {path: module for path, module in model.named_modules() if isinstance(module, QUANTIZED)}
+    found: dict[str, Tensor] = {
         f"{path}.scales" if path else "scales": module.scales
-        for path, module in model.named_modules()
-        if isinstance(module, QUANTIZED)
+        for path, module in layers_of_kind.items()
+        if module.scales is not None
     }
-    if not found:
+    if not layers_of_kind:
         raise QzoError(f"{type(model).__name__} has no quantized layer; call qzo.quantize(model) first")
+    if not found:
+        kinds = sorted({module.kind.name for module in layers_of_kind.values() if isinstance(module, GgufTensor)})
+        raise QzoError(f"the scales of {', '.join(kinds)} are quantized themselves; take a Q4_0, Q4_1 or Q8_0 file")
     return found if layers is None else in_layers(found, *layers)
+
+
+def has_signed_scales(model: nn.Module) -> bool:
+    """Whether scales may be negative, as in GGUF Q4_0 and Q5_0: QZO then needs `nonnegative=False`."""
+    return any(isinstance(module, GgufTensor) and module.kind.signed for module in model.modules())
 
 
 def in_layers(named: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
@@ -50,7 +62,10 @@ def in_layers(named: dict[str, Tensor], first: int, last: int) -> dict[str, Tens
 
 
 def quantized_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Component ("codes", "scales", "zero_points", "g_idx", "codebooks", ...) -> its tensors, every storage once."""
+    """Component ("codes", "scales", "zero_points", "g_idx", "codebooks", ...) -> its tensors, every storage once.
+
+    The blocks of a GGUF file, which hold codes, scales and offsets, are among the codes.
+    """
     tensors: dict[str, list[Tensor]] = {component: [] for component in COMPONENTS}
     seen: set[int] = set()
     for module in model.modules():
@@ -68,4 +83,12 @@ def quantized_bytes(model: nn.Module) -> dict[str, int]:
     """Exact bytes of each component, every storage once, and `scale_count`, the number of scales."""
     tensors = quantized_tensors(model)
     sizes = {component: sum(tensor.nbytes for tensor in parts) for component, parts in tensors.items()}
-    return {**sizes, "scale_count": sum(tensor.numel() for tensor in tensors["scales"])}
+    count = sum(tensor.numel() for tensor in tensors["scales"])
+    for module in model.modules():
+        if isinstance(module, GgufTensor):
+            for component, part in (("scales", module.scales), ("offsets", module.offsets)):
+                if part is not None:
+                    sizes[component] = sizes.get(component, 0) + part.nbytes
+                    sizes["codes"] -= part.nbytes
+            count += 0 if module.scales is None else module.scales.numel()
+    return {**sizes, "scale_count": count}

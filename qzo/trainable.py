@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
+from qzo.gguf_layers import GgufTensor
 from qzo.groups import TRAINABLE
-from qzo.scales import QUANTIZED, scales
+from qzo.scales import QUANTIZED, has_signed_scales, scales
 
 PARTS = ("scales", "offsets", "unquantized")
 
@@ -25,6 +26,8 @@ def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
         "scales+unquantized"   also every other floating-point parameter (norms, biases, embeddings, head) by plain
                                SPSA, their z after those of the scales from the same stream, without max(., 0)
 
+    Models with Q4_0 or Q5_0 blocks of GGUF files, whose scales may be negative, get `nonnegative=False` for all scales.
+
     All three may be joined. The second group, that of the unquantized parameters, takes options of its own before it
     is given to QZO: `groups[1]["lr"] = 1e-7`. QZO keeps fp32 masters of all it trains: 4 bytes a number, for an
     embedding table too. Adapters are left out.
@@ -35,6 +38,8 @@ def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
     if "scales" not in parts or not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
         raise QzoError(f'what="{what}" is not known; choose "scales", "scales+offsets" or "scales+unquantized"')
     groups: list[dict[str, Any]] = [{"params": scales(model)}]
+    if has_signed_scales(model):
+        groups[0]["nonnegative"] = False
     if "offsets" in parts:
         groups[0]["offsets"] = offsets(model)
     if "unquantized" in parts:
@@ -46,7 +51,7 @@ def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
 
 def offsets(model: nn.Module) -> dict[str, Tensor]:
     """Name of the scale -> live offset, of every quantized layer that has offsets; empty where none has."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         offset = getattr(module, "offsets", None)
         if isinstance(module, QUANTIZED) and isinstance(offset, Tensor):
@@ -60,3 +65,14 @@ def _unquantized(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.dtype in TRAINABLE and "lora_" not in name
     }
+
+
+def live_named(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> live tensor, of all that any optimizer here may train: parameters, buffers, scales and offsets."""
+    found: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False))}
+    found |= dict(model.named_buffers(remove_duplicate=False))
+    for path, module in model.named_modules():
+        if isinstance(module, GgufTensor):  # views into a buffer
+            views = {"scales": module.scales, "offsets": module.offsets}
+            found |= {f"{path}.{name}" if path else name: view for name, view in views.items() if view is not None}
+    return found

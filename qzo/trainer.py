@@ -13,16 +13,20 @@ from transformers import Trainer
 
 from qzo.checkpoint import format_of, save
 from qzo.errors import QzoError
-from qzo.export import TRAINED
+from qzo.export import TRAINED, whole_folder
+from qzo.gguf_export import write_gguf
+from qzo.gguf_layers import GgufTensor
 from qzo.journal import Journal
 from qzo.live import check_live
 from qzo.optim import QZO
-from qzo.scales import scales
+from qzo.scales import has_signed_scales, scales
 from qzo.spsa import Closure, SpsaOptimizer
+from qzo.trainable import live_named
 from qzo.training_learners import live_tensors, read_tensors
 from qzo.training_run import write_tensors
 
 OPTIMIZER = "optimizer.pt"  # what Trainer calls it
+LIVE = (".scales", ".offsets")
 
 
 class TakenStep(torch.optim.Optimizer):
@@ -110,8 +114,9 @@ class QZOTrainer(Trainer):
         target: Any = self.model if model is None else model
         made = self.optimizer
         if made is None:
-            options = {"lr": self.args.learning_rate, "seed": self.args.seed, **self.qzo_options}
-            made = QZO(scales(target), **options)
+            options: dict[str, Any] = {"lr": self.args.learning_rate, "seed": self.args.seed}
+            options["nonnegative"] = not has_signed_scales(target)
+            made = QZO(scales(target), **{**options, **self.qzo_options})
         if not isinstance(made, SpsaOptimizer):
             raise QzoError(f"a {type(made).__name__} needs gradients; give a qzo.QZO or qzo.MeZO, or no optimizer")
         places = {tensor.device.type for _, _, _, tensor in made._tensors()}
@@ -186,7 +191,7 @@ class QZOTrainer(Trainer):
                 self.journal.close()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the whole model in the GPTQ layout, in the format it came in.
+        """Write the whole model in the format it came in: the GPTQ layout, or a .gguf file.
 
         Trainer's checkpoints, which it writes with `_internal_call`, get the trained tensors alone.
         With MeZO all is as in Trainer. Raises QzoError for what the layout cannot hold.
@@ -208,7 +213,12 @@ class QZOTrainer(Trainer):
         """Write a checkpoint beside what the folder holds already, each file as a whole."""
         partial_folder = folder / ".model.part"
         model: Any = self.model
-        save(model, partial_folder, format_of(getattr(model, "name_or_path", "")))
+        source = Path(getattr(model, "name_or_path", ""))
+        if any(isinstance(module, GgufTensor) for module in model.modules()):
+            tensors = {name: tensor for name, tensor in live_named(model).items() if name.endswith(LIVE)}
+            whole_folder(partial_folder, lambda part: write_gguf(source, tensors, part / source.name))
+        else:
+            save(model, partial_folder, format_of(source))
         for file in partial_folder.iterdir():
             os.replace(file, folder / file.name)
         partial_folder.rmdir()

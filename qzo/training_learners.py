@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from qzo.errors import QzoError
 from qzo.journal import Journal
 from qzo.mezo import MeZO
 from qzo.optim import QZO
-from qzo.scales import QUANTIZED, in_layers, scales
+from qzo.scales import QUANTIZED, TABLES, has_signed_scales, in_layers, scales
 from qzo.spsa import SpsaOptimizer
+from qzo.trainable import offsets
 from qzo.training_settings import QUANTIZED as NEED_QUANTIZED
 from qzo.training_settings import ZEROTH_ORDER, TrainSettings
 from qzo.walk import freeze
@@ -172,9 +174,7 @@ def make_learner(model: nn.Module, settings: TrainSettings, folder: Path, source
     check_model(model, settings, source)
     if settings.method in ZEROTH_ORDER:
         freeze(model)
-        made = QZO if settings.method == "qzo" else MeZO
-        trained = _trained(model, settings)
-        return ZerothOrder(model, made(trained, **settings.optimizer_options()), folder)
+        return ZerothOrder(model, _zeroth_order(model, settings), folder)
     if settings.method == "ft":
         model.requires_grad_(True)
         named: dict[str, Tensor] = {**dict(model.named_parameters())}
@@ -194,16 +194,34 @@ def put_adapters(model: nn.Module, seed: int) -> nn.Module:
     return wrapper
 
 
+def _zeroth_order(model: nn.Module, settings: TrainSettings) -> SpsaOptimizer:
+    """QZO or MeZO; in offset formats each offset follows its scale, which is the paper's Δ ⊙ W_int."""
+    named, options = _trained(model, settings), settings.optimizer_options()
+    if settings.method == "mezo":
+        return MeZO(named, **options)
+    following = {name: offset for name, offset in offsets(model).items() if name in named}
+    params: Any = [{"params": named, "offsets": following}] if following else named
+    return QZO(params, nonnegative=not has_signed_scales(model), **options)
+
+
 def _trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:
-    """Name -> live tensor, of what a zeroth-order method trains."""
-    named: dict[str, Tensor] = scales(model) if settings.method == "qzo" else {**dict(model.named_parameters())}
+    """Name -> live tensor, of what a zeroth-order method trains: for QZO, the scales of linear layers.
+
+    The scales of an 8-bit vocabulary are so much smaller than those of 4-bit layers that no one eps suits both.
+    """
+    named: dict[str, Tensor] = {**dict(model.named_parameters())}
+    if settings.method == "qzo":
+        tables = {f"{path}.scales" for path, module in model.named_modules() if isinstance(module, TABLES)}
+        named = {name: tensor for name, tensor in scales(model).items() if name not in tables}
+        if not named:
+            raise QzoError("only the vocabulary has scales that can be trained; take a Q4_0, Q4_1 or Q8_0 file")
     return named if settings.layer_range is None else in_layers(named, *settings.layer_range)
 
 
 def check_model(model: nn.Module, settings: TrainSettings, source: str) -> None:
     """Raise QzoError for a model that a method cannot train, and for layers that it does not have."""
     _check_kind(model, settings.method, source)
-    if settings.layer_range is not None:
+    if settings.layer_range is not None or settings.method == "qzo":
         _trained(model, settings)
 
 

@@ -18,11 +18,12 @@ from qzo.errors import QzoError
 from qzo.live import check_live
 from qzo.load import load, load_tokenizer
 from qzo.prefix import SharedPrefix
+from qzo.trainable import live_named
 from qzo.training import Trained, train
 from qzo.training_learners import check_model, make_learner, read_tensors
 from qzo.training_progress import Progress
 from qzo.training_run import BEST, Result, Run, check_folder, dtype_of
-from qzo.training_settings import TrainSettings
+from qzo.training_settings import QUANTIZED, TrainSettings
 
 RESULT = "result.json"
 
@@ -40,7 +41,7 @@ def train_task(
     `out` then holds the run (see `qzo.training_run`) and `result.json`, both of what is returned.
 
     Args:
-        source: of the model, as in `qzo.load`; quantized for qzo and qlora.
+        source: of the model, as in `qzo.load`; quantized for qzo and qlora, which take a .gguf file packed.
         task_name: of `qzo.tasks`; its examples are split by `settings.seed`.
         settings: how.
         out: folder of the run, new or empty, or with `resume` one to go on with.
@@ -55,7 +56,8 @@ def train_task(
     check_folder(out, settings, about, resume)
     task = tasks.get(task_name, data_dir=data)
     splits = task.splits(seed=settings.seed)
-    model: Any = load(source, dtype_of(asdict(settings)), _device()).eval()
+    packed = settings.method in QUANTIZED
+    model: Any = load(source, dtype_of(asdict(settings)), _device(), dequantize=not packed).eval()
     check_model(model, settings, source)
     encoder = tasks.Encoder(task, load_tokenizer(source), max_length=256)
     device, examples = next(model.parameters()).device, splits["train"]
@@ -106,7 +108,7 @@ def _run(model: nn.Module, source: str, run: Run, batch_at: Any, loss: Any, eval
 @torch.no_grad()
 def put_best(model: nn.Module, folder: Path) -> None:
     """Write the best state of a run into the model it was trained on."""
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = live_named(model)
     for name, value in read_tensors(folder / BEST)[0].items():
         own[name].copy_(value)
 

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from bench import catalog
 from bench.catalog import ModelSource, build_empty, default_group_size, linear_widths, names, resolve
-from bench.gguf_header import read_gguf_header
 from qzo.errors import QzoError
+from qzo.gguf_header import read_gguf_header
 
 TINY = {
     "hidden_size": 64,
@@ -271,7 +271,7 @@ def test_without_the_package_the_architecture_remains(monkeypatch):
 def test_a_gguf_is_a_source(gguf_file):
     source = resolve(str(gguf_file))
     assert (source.name, source.weights, source.config.hidden_size) == ("tiny", gguf_file, 64)
-    metadata = read_gguf_header(gguf_file)
+    metadata = read_gguf_header(gguf_file).metadata
     assert (metadata["llama.block_count"], metadata["general.architecture"]) == (2, "llama")
     assert metadata["test.words"] is None
 

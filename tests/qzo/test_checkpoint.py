@@ -3,9 +3,9 @@
 import json
 import shutil
 
-import gguf
 import pytest
 import torch
+from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
 from qzo import QZO, load, quantize, scales
@@ -33,33 +33,6 @@ def reconfigure(folder, **quantization):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= quantization
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def write_gguf(model, file):
-    """A Llama with tied embeddings as an F32 GGUF file, which stores the rows of q and k pair by pair."""
-    config, heads = model.config, {"attn_q": 4, "attn_k": 2}
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(64)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        stored = names.get_name(name, try_suffixes=(".weight",))
-        part = stored.split(".")[-2]
-        if part in heads:
-            tensor = tensor.view(heads[part], 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(stored, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -205,6 +205,7 @@ def test_errors_are_one_line_and_exit_code_2(make_run, tmp_path, capsys, case):
     elif case == "gguf":
         about = json.loads((run / "run.json").read_text())
         (run / "run.json").write_text(json.dumps({**about, "model": "model.gguf"}))
+        save_file({"model.norm.weight": torch.ones(64)}, run / "best.safetensors")
         message = "model.gguf is not in safetensors format; qzo export it first"
     elif case == "damaged":
         (run / "best.safetensors").write_bytes(b"half")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,26 @@ GGUF_STRING, GGUF_ARRAY = 8, 9
 GGUF_MAX_DIMS = 4
 
 
-def read_gguf_header(path: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file, arrays as None, after a check that every tensor lies inside the file.
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: its number of the type, its shape (rows first, as PyTorch has it), first byte and bytes."""
+
+    kind: int
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Metadata, arrays as None, and name -> place of every tensor."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """The header of a GGUF file, after a check that every tensor lies inside the file.
 
     Raises QzoError if the file is missing, is no GGUF, is cut off, or is one part of a split model.
     """
@@ -27,15 +46,15 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
         raise QzoError(f"no GGUF file {path}; check the path")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            metadata = _check_gguf(_GgufCursor(data))
+            header = _check_gguf(_GgufCursor(data))
     except (EOFError, ValueError) as error:  # ValueError: also mmap's word for an empty file
         raise QzoError(f"{path} is no whole GGUF file: {error}; download or convert it again") from error
     except OSError as error:
         raise QzoError(f"cannot read {path}: {error.strerror or error}") from error
-    if metadata.get("split.count", 1) not in (0, 1):
-        parts = metadata["split.count"]
+    parts = header.metadata.get("split.count", 1)
+    if parts not in (0, 1):
         raise QzoError(f"{path} is one of {parts} parts of a GGUF model; join them (llama-gguf-split --merge)")
-    return metadata
+    return header
 
 
 class _GgufCursor:
@@ -81,7 +100,7 @@ class _GgufCursor:
         return None
 
 
-def _check_gguf(cursor: _GgufCursor) -> dict[str, Any]:
+def _check_gguf(cursor: _GgufCursor) -> GgufHeader:
     size = len(cursor.data)
     if cursor.data[:4] != b"GGUF":
         raise ValueError(f"it starts with {cursor.data[:4]!r}, not b'GGUF'")
@@ -93,25 +112,44 @@ def _check_gguf(cursor: _GgufCursor) -> dict[str, Any]:
     for _ in range(n_values):
         key = cursor.string()
         metadata[key] = cursor.value(cursor.number("I"))
-    ends = [(cursor.string(), _tensor_end(cursor)) for _ in range(n_tensors)]
+    described = [(cursor.string(), _tensor_info(cursor)) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"its alignment is {alignment!r}, not a positive number")
     start = -(-cursor.offset // alignment) * alignment  # rounded up
-    for name, end in ends:
-        if start + end > size:
-            raise EOFError(f"it ends at byte {size:,}, tensor {name!r} at {start + end:,}")
-    return metadata
+    tensors = {}
+    for name, info in described:
+        if name in tensors:
+            raise ValueError(f"it has two tensors {name!r}")
+        if start + info.offset + info.n_bytes > size:
+            raise EOFError(f"it ends at byte {size:,}, tensor {name!r} at {start + info.offset + info.n_bytes:,}")
+        tensors[name] = TensorInfo(info.kind, info.shape, start + info.offset, info.n_bytes)
+    _check_apart(tensors)
+    layers = metadata.get(f"{metadata.get('general.architecture')}.block_count", 0)
+    if isinstance(layers, int) and layers > len(tensors):  # a model of that many would be built before weights are read
+        raise ValueError(f"it names {layers} layers and has {len(tensors)} tensors")
+    return GgufHeader(metadata, tensors)
 
 
-def _tensor_end(cursor: _GgufCursor) -> int:
-    """Bytes from the start of the data to the end of the tensor that is described next."""
+def _check_apart(tensors: dict[str, TensorInfo]) -> None:
+    """No byte belongs to two tensors: writing into one must not change another."""
+    end, before = 0, ""
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if info.offset < end and info.n_bytes:
+            raise ValueError(f"its tensors {before!r} and {name!r} overlap")
+        end, before = info.offset + info.n_bytes, name
+
+
+def _tensor_info(cursor: _GgufCursor) -> TensorInfo:
+    """The tensor that is described next, its offset from the start of the data."""
     n_dims = cursor.number("I")
     if n_dims > GGUF_MAX_DIMS:
         raise ValueError(f"a tensor has {n_dims} dimensions, more than {GGUF_MAX_DIMS}")
-    n_elements = math.prod(cursor.number("Q") for _ in range(n_dims))
+    shape = tuple(cursor.number("Q") for _ in range(n_dims))[::-1]
     kind, offset = cursor.number("I"), cursor.number("Q")
     if kind not in set(GGMLQuantizationType):
         raise ValueError(f"a tensor has the unknown type {kind}")
     block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    return offset + n_elements // block_size * block_bytes
+    if shape and shape[-1] % block_size:
+        raise ValueError(f"a tensor has rows of {shape[-1]} weights, which blocks of {block_size} do not fill")
+    return TensorInfo(kind, shape, offset, math.prod(shape) // block_size * block_bytes)
