@@ -94,6 +94,9 @@ EVERYWHERE = {
     "config.json has num_hidden_layers=1000000000, but": lambda folder: configure(
         folder, lambda config: config.update(num_hidden_layers=10**9)
     ),
+    "weights, but the files hold": lambda folder: configure(
+        folder, lambda config: config.update(intermediate_size=10**9)
+    ),
     "config.json cannot be read": lambda folder: (folder / "config.json").write_text("[" * 100_000),
 }
 GPTQ = {
@@ -102,7 +105,7 @@ GPTQ = {
     "g_idx has values outside 0 ... 1": lambda folder: put(folder, g_idx=int_tensor(64) + 2),
     "g_idx has values outside 0 ... 1 ": lambda folder: put(folder, g_idx=int_tensor(64) - 1),
     "g_idx is F32": lambda folder: put(folder, g_idx=torch.zeros(64)),
-    "qweight is I32 (8, 64), but config.json implies I32 (6, 64)": lambda folder: configure(
+    "qweight is I32 (20, 64), but config.json implies I32 (15, 64)": lambda folder: configure(
         folder, lambda config: config["quantization_config"].update(bits=3)
     ),
     "whole numbers bits and group_size": lambda folder: configure(
@@ -160,6 +163,19 @@ def test_code_of_a_checkpoint_is_never_run(make_folder, input_ids, kind):
     ) as error:
         load(folder)
     assert "\n" not in str(error.value) and not marker.exists() and "modeling_own" not in sys.modules
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_billion_experts_are_refused_before_they_are_built(make_model, tmp_path, quantized):
+    model = make_model("mixtral", torch.bfloat16)
+    if quantized:
+        save(quantize(model, 4, 32), tmp_path / "model")
+    else:
+        model.save_pretrained(tmp_path / "model")
+    load(tmp_path / "model")
+    configure(tmp_path / "model", lambda config: config.update(num_local_experts=10**9))
+    with pytest.raises(QzoError, match="weights, but the files hold"):
+        load(tmp_path / "model")
 
 
 VALUES = [None, True, -1, 0, 1, 3, 7, 2**31, 2**63, 1e308, float("nan"), "", "x", [], [1, 2], {}, {"a": 1}]
