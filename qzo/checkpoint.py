@@ -69,12 +69,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: st
         raise
 
 
-def format_of(source: str | os.PathLike[str]) -> str:
-    """The checkpoint format of a model's folder, so that it is written as it came; "gptq" where none is named."""
+def format_of(source: str | os.PathLike[str]) -> str | None:
+    """The checkpoint format of a model's folder, so that it is written as it came; None, for `save`, of another one."""
     config = Path(source) / "config.json"
     settings = settings_of(Path(source), read_json(config)) if config.is_file() else None
     if settings is None:
-        return "gptq"
+        return None
     return AWQ if method_of(settings) == AWQ else str(either(settings, "checkpoint_format", "format") or "gptq")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from qzo.errors import QzoError
 from qzo.folder import Header, headers_in, one_line, read_json, weight_files
 from qzo.load import dtype_of
-from qzo.packed import FLOATING, IMPLIED, check_architecture, empty_model
+from qzo.packed import FLOATING, IMPLIED, check_architecture, empty_model, skeleton
 from qzo.quantization import METHODS, check_counts, either, method_of, settings_of, understood
 
 PARTS = {"scales": "scales", "qweight": "codes", "qzeros": "zero_points", "g_idx": "g_idx"}
@@ -109,7 +109,9 @@ def _obstacle(
         quantization = None if settings is None else understood(path, settings)
         check_counts(path, config, len(headers))
         check_architecture(path, config)
-        if quantization is not None:
+        if quantization is None:
+            skeleton(path, headers, dtype_of(config))
+        else:
             if not any(name.endswith(".qweight") for name in headers):
                 raise QzoError(f"no tensor holds codes, and config.json says {quantization.method}")
             empty_model(path, quantization, headers, dtype_of(config))

@@ -11,7 +11,7 @@ import torch
 from qzo.errors import QzoError
 from qzo.folder import download, headers_in, one_line, read_json, weight_files
 from qzo.groups import TRAINABLE
-from qzo.packed import check_architecture, load_packed
+from qzo.packed import check_architecture, load_packed, skeleton
 from qzo.quantization import check_counts, settings_of, understood
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def load(
     check_counts(folder, config, len(headers))
     check_architecture(folder, config)
     if quantization is None:
+        skeleton(folder, headers, torch.bfloat16)
         return _from_pretrained(folder, dtype, device)
     return load_packed(folder, quantization, headers, dtype or dtype_of(config), torch.device(device))
 

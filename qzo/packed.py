@@ -19,6 +19,7 @@ from qzo.walk import Site, find_sites, freeze, replace_sites
 
 PACKED = (QuantLinear, AwqLinear)
 IMPLIED = "rotary_emb.inv_freq"  # old checkpoints store what the config implies
+PER_WORD = 16  # codes of two bits, the most that a number can hold
 FLOATING, WHOLE = ("F16", "BF16", "F32", "F64"), ("I32", "I64")
 
 
@@ -46,7 +47,7 @@ def load_packed(
 
 def empty_model(folder: Path, quantization: Quantization, headers: dict[str, Header], dtype: torch.dtype) -> Any:
     """The model on meta with quantized layers, which expects just the tensors that are there. Raises QzoError."""
-    model = _skeleton(folder, dtype)
+    model = skeleton(folder, headers, dtype, PER_WORD)
     _insert_layers(model, headers, quantization)
     model.tie_weights()
     expected = model.state_dict(keep_vars=True)
@@ -72,7 +73,21 @@ def check_architecture(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
+def skeleton(folder: Path, headers: dict[str, Header], dtype: torch.dtype, per_number: int = 1) -> Any:
+    """The unquantized model on meta. Raises QzoError for one that cannot be built, or is far larger than its files.
+
+    `per_number` is how many weights a stored number may hold. What is over twice what the files hold would take all
+    memory, or forever, before the first tensor is found not to fit.
+    """
+    model = _build(folder, dtype)
+    implied = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(header.numel for header in headers.values())
+    if implied > 2 * per_number * stored:
+        raise QzoError(f"{folder}: config.json implies {implied:,} weights, but the files hold {stored:,} numbers")
+    return model
+
+
+def _build(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

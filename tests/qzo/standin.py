@@ -88,10 +88,15 @@ def write_model(model, folder: Path, quantized: bool, checkpoint_format: str = "
         save(quantize(model, 4, 32, symmetric=False), folder, checkpoint_format)
     else:
         model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of the words."""
     tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
 
 
 def metrics(folder: Path) -> list[dict]:

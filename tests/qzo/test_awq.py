@@ -2,12 +2,15 @@
 
 import copy
 import json
+import sys
 
 import pytest
+import standin
 import torch
 from awq_files import awq_tensors, slow_codes, slow_weight, slow_words, write_awq
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainingArguments
 
 import qzo
 from qzo import QZO, chunked, export, load, scales
@@ -187,6 +190,34 @@ def test_settings_of_autoawqs_own_file_are_read(make_model, input_ids, tmp_path)
     own = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
     (folder / "quant_config.json").write_text(json.dumps(own))
     assert torch.equal(load(folder)(input_ids).logits, expected)
+
+
+def test_train_and_export_commands_and_the_trainer_keep_the_format(make_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qzo.tasks", standin.module())
+    folder = write_awq(make_model(), tmp_path / "model")
+    standin.write_tokenizer(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    command = ["train", str(folder), "--task", "words", "--steps", "4", "--lr", "1e-3", "--out", str(tmp_path / "run")]
+    assert main(command) == 0 and main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--state", "last"]) == 0
+    after = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert {name for name in after if after[name] != before[name]} == {"model.safetensors"}
+    old, new = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert {name for name in old if not torch.equal(old[name], new[name])} == set(scales(load(folder)))
+    replayed = load(folder)
+    qzo.replay(replayed, tmp_path / "run/run.journal")
+    assert all(torch.equal(new[name], scale) for name, scale in scales(replayed).items())
+    options = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    row = torch.arange(5, 13)
+    trainer = qzo.QZOTrainer(
+        load(folder),
+        TrainingArguments(str(tmp_path / "trainer"), **options),
+        train_dataset=[{"input_ids": row, "labels": row}] * 8,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert all(torch.equal(own, scales(trainer.model)[name]) for name, own in scales(load(tmp_path / "saved")).items())
+    assert format_of(tmp_path / "saved") == "awq"
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(

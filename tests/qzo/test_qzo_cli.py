@@ -81,7 +81,7 @@ def test_gptq_needs_a_tokenizer_that_loads(plain, tmp_path, capsys):
         ([], "required: COMMAND"),
         (["tune"], "invalid choice: 'tune'"),
         (["quantize", "PLAIN"], "required: OUT"),
-        (["quantize", "PLAIN", "OUT", "--bits", "3"], "invalid choice: 3"),
+        (["quantize", "PLAIN", "OUT", "--bits", "5"], "invalid choice: 5"),
         (["quantize", "PLAIN", "OUT"], "in_features=64 is not divisible by group_size=128; choose 32, or -1"),
         (["quantize", "./nowhere", "OUT"], "./nowhere is not a folder"),
         (["quantize", "PLAIN", "PLAIN"], "not an empty folder"),

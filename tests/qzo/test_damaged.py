@@ -1,0 +1,248 @@
+"""Damaged, contradictory and hostile folders: one clear line, exit code 2, nothing run, nothing large allocated."""
+
+import json
+import random
+import resource
+import struct
+import sys
+
+import pytest
+import torch
+from awq_files import write_awq
+from safetensors.torch import load_file, save_file
+
+from qzo import QzoError, load, quantize
+from qzo.checkpoint import save
+from qzo.cli import main
+
+KINDS = ("gptq", "awq", "plain")
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def make_folder(make_model, tmp_path):
+    """`make_folder(kind)`: a checkpoint with group size 32."""
+
+    def make(kind):
+        folder, model = tmp_path / kind, make_model(dtype=torch.bfloat16)
+        if kind == "awq":
+            return write_awq(model, folder)
+        if kind == "gptq":
+            save(quantize(model, 4, 32), folder)
+        else:
+            model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def configure(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def put(folder, **parts):
+    """Replace tensors of one layer."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"{Q_PROJ}.{name}": tensor for name, tensor in parts.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def shard(folder):
+    """Two shards with an index; returns the second."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, own in parts.items():
+        save_file({name: tensors[name] for name in own}, folder / file, {"format": "pt"})
+    index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder / "model-2.safetensors"
+
+
+def cut_shard(folder):
+    file = shard(folder)
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+def lost_shard(folder):
+    shard(folder).unlink()
+
+
+def pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def pickle_in_index(folder):
+    shard(folder).rename(folder / "model-2.bin")
+    index = (folder / "model.safetensors.index.json").read_text()
+    (folder / "model.safetensors.index.json").write_text(index.replace("model-2.safetensors", "model-2.bin"))
+
+
+def int_tensor(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+EVERYWHERE = {
+    "model-2.safetensors is damaged": cut_shard,
+    "names model-2.safetensors, which is not a file": lost_shard,
+    "pytorch_model.bin is a pickle, which can run code": pickle,
+    "names model-2.bin; only safetensors files are read": pickle_in_index,
+    "config.json has num_hidden_layers=1000000000, but": lambda folder: configure(
+        folder, lambda config: config.update(num_hidden_layers=10**9)
+    ),
+    "weights, but the files hold": lambda folder: configure(
+        folder, lambda config: config.update(intermediate_size=10**9)
+    ),
+    "config.json cannot be read": lambda folder: (folder / "config.json").write_text("[" * 100_000),
+}
+GPTQ = {
+    "qzeros is I32 (2, 9), but": lambda folder: put(folder, qzeros=int_tensor(2, 9)),
+    "qweight is I64 (8, 64), but": lambda folder: put(folder, qweight=int_tensor(8, 64).long()),
+    "g_idx has values outside 0 ... 1": lambda folder: put(folder, g_idx=int_tensor(64) + 2),
+    "g_idx has values outside 0 ... 1 ": lambda folder: put(folder, g_idx=int_tensor(64) - 1),
+    "g_idx is F32": lambda folder: put(folder, g_idx=torch.zeros(64)),
+    "qweight is I32 (20, 64), but config.json implies I32 (15, 64)": lambda folder: configure(
+        folder, lambda config: config["quantization_config"].update(bits=3)
+    ),
+    "whole numbers bits and group_size": lambda folder: configure(
+        folder, lambda config: config["quantization_config"].update(bits=4.5)
+    ),
+    "whole numbers bits and group_size ": lambda folder: configure(
+        folder, lambda config: config["quantization_config"].update(group_size=float("inf"))
+    ),
+    "is not divisible by group_size=7": lambda folder: configure(
+        folder, lambda config: config["quantization_config"].update(group_size=7)
+    ),
+    "quantization_config in config.json is not a JSON object": lambda folder: configure(
+        folder, lambda config: config.update(quantization_config="gptq")
+    ),
+}
+AWQ = {
+    "qzeros is I32 (2, 9), but": lambda folder: put(folder, qzeros=int_tensor(2, 9)),
+    "qweight is I32 (8, 64), but": lambda folder: put(folder, qweight=int_tensor(8, 64)),
+    "scales is I32 (2, 64), but": lambda folder: put(folder, scales=int_tensor(2, 64)),
+    "qzeros is I32 (5, 8), but config.json implies I32 (10, 8)": lambda folder: configure(
+        folder, lambda config: config["quantization_config"].update(group_size=16)
+    ),
+}
+CASES = [(kind, message, damage) for kind in KINDS for message, damage in EVERYWHERE.items()]
+CASES += [("gptq", message, damage) for message, damage in GPTQ.items()]
+CASES += [("awq", message, damage) for message, damage in AWQ.items()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "damage"), CASES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_damage_is_told_in_one_line_with_exit_code_two(make_folder, tmp_path, capsys, kind, message, damage):
+    folder = make_folder(kind)
+    damage(folder)
+    with pytest.raises(QzoError) as caught:
+        load(folder)
+    assert message.strip() in str(caught.value) and "\n" not in str(caught.value)
+    assert main(["quantize", str(folder), str(tmp_path / "out"), "--group-size", "32"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {caught.value}"] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_of_a_checkpoint_is_never_run(make_folder, input_ids, kind):
+    folder = make_folder(kind)
+    expected = load(folder)(input_ids).logits
+    marker = folder / "ran"
+    (folder / "modeling_own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Own: pass\n")
+    own = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "modeling_own.Own")
+    configure(folder, lambda config: config.update(auto_map=own))
+    assert torch.equal(load(folder)(input_ids).logits, expected)  # a known architecture needs none of it
+    configure(folder, lambda config: config.update(model_type="own"))
+    with pytest.raises(
+        QzoError, match=r'own \(auto_map\), which is never run, and model_type="own" is not one'
+    ) as error:
+        load(folder)
+    assert "\n" not in str(error.value) and not marker.exists() and "modeling_own" not in sys.modules
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_billion_experts_are_refused_before_they_are_built(make_model, tmp_path, quantized):
+    model = make_model("mixtral", torch.bfloat16)
+    if quantized:
+        save(quantize(model, 4, 32), tmp_path / "model")
+    else:
+        model.save_pretrained(tmp_path / "model")
+    load(tmp_path / "model")
+    configure(tmp_path / "model", lambda config: config.update(num_local_experts=10**9))
+    with pytest.raises(QzoError, match="weights, but the files hold"):
+        load(tmp_path / "model")
+
+
+VALUES = [None, True, -1, 0, 1, 3, 7, 2**31, 2**63, 1e308, float("nan"), "", "x", [], [1, 2], {}, {"a": 1}]
+
+
+def mutated_json(value, dice):
+    """A copy of a JSON value with one part of it replaced, removed or added."""
+    if isinstance(value, dict) and value and dice.random() < 0.9:
+        copy, key = dict(value), dice.choice(sorted(value))
+        kind = dice.random()
+        if kind < 0.1:
+            del copy[key]
+        elif kind < 0.2:
+            copy[key + "x"] = copy.pop(key)
+        else:
+            copy[key] = mutated_json(copy[key], dice)
+        return copy
+    if isinstance(value, list) and value and dice.random() < 0.7:
+        place = dice.randrange(len(value))
+        return [*value[:place], mutated_json(value[place], dice), *value[place + 1 :]]
+    if isinstance(value, int) and dice.random() < 0.5:
+        return value * dice.choice([-1, 2, 1000, 2**20]) + dice.choice([-1, 0, 1])
+    return dice.choice(VALUES)
+
+
+def mutated_bytes(data, dice):
+    """A header with some of its bytes changed, or cut."""
+    changed = bytearray(data)
+    for _ in range(dice.randint(1, 4)):
+        changed[dice.randrange(len(changed))] = dice.randrange(256)
+    return bytes(changed[: dice.randrange(len(changed))] if dice.random() < 0.1 else changed)
+
+
+def mutate(folder, dice):
+    """One mutation of a checkpoint's configuration or of its safetensors header, kept well formed or not."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    data = weights.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header, rest = data[8 : 8 + size], data[8 + size :]
+    kind = dice.randrange(5)
+    if kind < 2:
+        config.write_text(json.dumps(mutated_json(json.loads(config.read_text()), dice)))
+    elif kind == 2:
+        config.write_bytes(mutated_bytes(config.read_bytes(), dice))
+    elif kind == 3:
+        new = json.dumps(mutated_json(json.loads(header), dice)).encode()
+        weights.write_bytes(struct.pack("<Q", len(new)) + new + rest)
+    else:
+        length = size if dice.random() < 0.7 else dice.choice([0, 7, size - 1, size + 1, 2**40, 2**63])
+        weights.write_bytes(struct.pack("<Q", length) + mutated_bytes(header, dice) + rest)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_mutations_of_header_and_configuration_never_crash(make_folder, input_ids, kind):
+    folder, dice = make_folder(kind), random.Random(kind)
+    original = {file: file.read_bytes() for file in folder.iterdir()}
+    load(folder)  # what is imported now is not counted
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused = 0
+    for _ in range(100):
+        mutate(folder, dice)
+        try:
+            load(folder)
+        except QzoError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        for file, data in original.items():
+            file.write_bytes(data)
+    assert 50 < refused < 100
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
