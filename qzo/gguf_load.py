@@ -67,6 +67,17 @@ def open_gguf(path: Path) -> GgufSource:
     from transformers import AutoConfig
 
     header = read_gguf_header(path)
+    check_packed(path, header)
+    try:
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        config._name_or_path = str(path)
+    except Exception as error:  # as qzo.load: transformers raises many kinds
+        raise QzoError(f"{path} has no config that transformers can use: {one_line(error)}") from error
+    return GgufSource(path, header, config)
+
+
+def check_packed(path: Path, header: GgufHeader) -> None:
+    """Raise QzoError where the header tells that a file cannot be loaded packed."""
     architecture = header.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise QzoError(
@@ -74,12 +85,6 @@ def open_gguf(path: Path) -> GgufSource:
             "load it with dequantize=True and quantize that"
         )
     _check_blocks(path, header, str(architecture))
-    try:
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-        config._name_or_path = str(path)
-    except Exception as error:  # as qzo.load: transformers raises many kinds
-        raise QzoError(f"{path} has no config that transformers can use: {one_line(error)}") from error
-    return GgufSource(path, header, config)
 
 
 def load_gguf(path: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from gguf import GGMLQuantizationType
+
 from qzo.errors import QzoError
-from qzo.folder import Header, headers_in, one_line, read_json, weight_files
+from qzo.folder import Header, headers_in, read_json, weight_files
+from qzo.gguf_blocks import BLOCK_TYPES, PLAIN_TYPES
+from qzo.gguf_header import GgufHeader, read_gguf_header
+from qzo.gguf_load import check_packed
 from qzo.load import dtype_of
 from qzo.packed import FLOATING, IMPLIED, check_architecture, empty_model, skeleton
 from qzo.quantization import METHODS, check_counts, either, method_of, settings_of, understood
@@ -27,9 +34,9 @@ class Inspection:
         n_bits, group_size: as the configuration says.
         settings: all that it says of the quantizer.
         layers: with codes.
-        counts, sizes: numbers and bytes of "scales", "codes", "zero_points", "g_idx" and "unquantized"; of a GGUF file
-            by the type of its tensors; empty for a foreign format. Where `reason` is one, packed words are counted.
-        trainable: set of `qzo.trainable` -> how many numbers it trains; empty for all but GPTQ and AWQ.
+        counts, sizes: numbers and bytes of "scales", "codes", "zero_points", "g_idx", "offsets" and "unquantized";
+            empty for a foreign format. Where `reason` is one, packed words are counted.
+        trainable: set of `qzo.trainable` -> how many numbers it trains; empty for foreign formats.
         reason: why QZO cannot train it here; None where it can.
     """
 
@@ -135,25 +142,48 @@ def _parts(headers: dict[str, Header]) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _inspect_gguf(path: Path) -> Inspection:
-    """Number and bytes of the tensors of each type, and the settings of the architecture's name."""
-    if not path.is_file():
-        raise QzoError(f"{path} is not a file; give the path of a .gguf file")
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        name = reader.get_field("general.architecture")
-        architecture = None if name is None else str(name.contents())
-        tensors = [(tensor.tensor_type.name, int(tensor.n_elements), int(tensor.n_bytes)) for tensor in reader.tensors]
-    except Exception as error:  # whatever a damaged file makes it raise
-        raise QzoError(f"{path} is damaged: {one_line(error)}; copy or download it again") from error
-    kinds = sorted({kind for kind, _, _ in tensors})
+    """By the header; scales and minima are taken out of the blocks that hold them, those of K-quants are not."""
+    header = read_gguf_header(path)
+    counts = dict.fromkeys(("scales", "offsets", "codes", "unquantized"), 0)
+    sizes, kinds = dict.fromkeys(counts, 0), set()
+    for info in header.tensors.values():
+        kind, numbers = BLOCK_TYPES.get(info.kind), math.prod(info.shape)
+        part = "unquantized" if info.kind in PLAIN_TYPES else "codes"
+        counts[part] += numbers
+        sizes[part] += info.n_bytes
+        kinds |= set() if part == "unquantized" else {GGMLQuantizationType(info.kind).name}
+        for name, has in (("scales", kind and kind.has_scale), ("offsets", kind and kind.has_offset)):
+            if kind is not None and has:
+                counts[name] += numbers // kind.n_weights
+                sizes[name] += numbers // kind.n_weights * torch.float16.itemsize
+                sizes["codes"] -= numbers // kind.n_weights * torch.float16.itemsize
     return Inspection(
         str(path),
         "gguf",
-        settings={"architecture": architecture},
-        layers=sum(kind not in FLOATING for kind, _, _ in tensors),
-        counts={kind: sum(count for own, count, _ in tensors if own == kind) for kind in kinds},
-        sizes={kind: sum(size for own, _, size in tensors if own == kind) for kind in kinds},
-        reason="qzo.load dequantizes a .gguf file; load it, qzo quantize it, and train that",
+        ", ".join(sorted(kinds)) or None,
+        group_size=next((kind.n_weights for kind in BLOCK_TYPES.values() if kind.has_scale), None) if kinds else None,
+        settings={"architecture": header.metadata.get("general.architecture")},
+        layers=sum(info.kind not in PLAIN_TYPES for info in header.tensors.values()),
+        counts=counts,
+        sizes=sizes,
+        trainable={
+            "scales": counts["scales"],
+            "scales+offsets": counts["scales"] + counts["offsets"],
+            "scales+unquantized": counts["scales"] + counts["unquantized"],
+        },
+        reason=_obstacle_in_gguf(path, header, counts["scales"]),
     )
+
+
+def _obstacle_in_gguf(path: Path, header: GgufHeader, scales: int) -> str | None:
+    """Why a .gguf file cannot be trained packed; None where nothing but the data could still speak against it."""
+    unknown = sorted({info.kind for info in header.tensors.values()} - set(BLOCK_TYPES) - set(PLAIN_TYPES))
+    if unknown:
+        return f"it has tensors of the type {GGMLQuantizationType(unknown[0]).name}, which is not known here"
+    if not scales:
+        return "no tensor has scales that are not quantized themselves; take a Q4_0, Q4_1 or Q8_0 file"
+    try:
+        check_packed(path, header)
+    except QzoError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None

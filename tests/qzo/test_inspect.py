@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from awq_files import write_awq
+from gguf_files import tiny, write_gguf
 from safetensors.torch import load_file, save_file
-from test_checkpoint import write_gguf
 
 from qzo import load, quantize, trainable
 from qzo.checkpoint import save
@@ -148,12 +148,23 @@ def test_foreign_formats_show_what_their_configuration_says(make_folder, no_data
     assert json.loads((tmp_path / "found.json").read_text())["settings"]["nbits"] == 2
 
 
-def test_gguf_files_show_their_types(make_model, tmp_path, capsys):
-    write_gguf(make_model(tied=True), tmp_path / "tiny.gguf")
-    assert main(["inspect", str(tmp_path / "tiny.gguf")]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["format", "gguf"] in lines and ["architecture", '"llama"'] in lines
-    assert lines[3][0] == "F32" and lines[-1][3] == "no:"
+def test_a_gguf_file_is_taken_apart_as_it_is_trained(tmp_path, capsys):
+    file = write_gguf(tiny(), tmp_path / "tiny.gguf", "Q4_1")
+    found, model = inspect(file), load(file, dequantize=False)
+    parts = quantized_bytes(model)
+    assert found.version == "Q4_1" and found.group_size == 32 and found.reason is None
+    assert found.counts["scales"] == found.counts["offsets"] == parts["scale_count"] == found.trainable["scales"]
+    assert {name: found.sizes[name] for name in ("scales", "offsets", "codes")} == {
+        name: parts[name] for name in ("scales", "offsets", "codes")
+    }
+    assert main(["inspect", str(file)]) == 0
+    assert "minima move with their scales" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q6_K"])
+def test_a_gguf_file_without_scales_to_train_says_so(tmp_path, kind):
+    file = write_gguf(tiny(hidden=256), tmp_path / "tiny.gguf", kind)
+    assert inspect(file).reason.startswith("no tensor has scales that are not quantized themselves")
 
 
 @pytest.mark.parametrize("case", ["nowhere", "empty", "truncated", "pickle", "gguf", "damaged", "json", "config"])
