@@ -143,7 +143,7 @@ def folder(make_model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layers", [None, "1-1"])
 def test_qzo_train_refuses_before_the_first_step(folder, tmp_path, monkeypatch, capsys, layers):
-    monkeypatch.setattr("qzo.training_task.load", lambda *arguments: cache(load(*arguments)))
+    monkeypatch.setattr("qzo.training_task.load", lambda *arguments, **named: cache(load(*arguments, **named)))
     command = ["train", str(folder), "--task", "words", "--steps", "4", "--out", str(tmp_path / "run")]
     command += [] if layers is None else ["--layers", layers]
     assert main(command) == 2

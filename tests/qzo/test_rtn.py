@@ -59,7 +59,7 @@ def test_group_size_that_does_not_divide_names_the_nearest_that_does():
     round_to_nearest(torch.randn(8, 100), 4, 50)
 
 
-@pytest.mark.parametrize(("n_bits", "group_size"), [(3, 32), (16, 32), (4, 0), (4, -2)])
+@pytest.mark.parametrize(("n_bits", "group_size"), [(5, 32), (16, 32), (4, 0), (4, -2)])
 def test_unsupported_sizes_are_refused(n_bits, group_size):
     with pytest.raises(QzoError):
         round_to_nearest(torch.randn(8, 64), n_bits, group_size)
