@@ -195,7 +195,6 @@ class Models:
             qzo.quantize(model, 4, GROUP_SIZE, method="gptq", calibration=token_batches(encode, texts, **CALIBRATION))
         else:
             qzo.quantize(model, 4, GROUP_SIZE)
-        folder.rmdir()
         save(model, folder)
         tokenizer.save_pretrained(folder)
 

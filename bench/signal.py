@@ -101,13 +101,6 @@ def measure(model: nn.Module, encoder: tasks.Encoder, examples: Sequence[Example
     }
 
 
-def gain(signal: float, curvature: float, batch_size: int) -> tuple[float, float]:
-    """Loss that one step can gain, and the relative lr that does; 0 and 0 where no signal was found."""
-    r = max(signal, 0.0) / curvature
-    share = r / (r + 1 / batch_size)
-    return 0.5 * r * share, share / curvature
-
-
 def balanced_prior(margins: Tensor, labels: Tensor) -> float:
     """b with mean of sigmoid(margins - b) = mean of the labels, by bisection."""
     low, high = float(margins.min()) - 20, float(margins.max()) + 20

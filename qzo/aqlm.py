@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qzo.chunked import chunk_bounds, chunked_linear
+from qzo.chunked import RebuiltLinear
 from qzo.errors import QzoError
 from qzo.linear import Device
 from qzo.noise import mix_seed
@@ -21,7 +21,7 @@ GROUP_SIZE = 8  # weights to a code
 CODEBOOK_SIZE = 2**16
 
 
-class AqlmLinear(nn.Module):
+class AqlmLinear(RebuiltLinear):
     """y = x Wᵀ + bias with W[n, 8j : 8j+8] = scale[n] * codebook[code[n, j]].
 
     Buffers: codes int16 [N, K/8, 1] (read as unsigned), codebooks [1, 65536, 1, 8] and scales [N, 1, 1, 1], both in
@@ -77,16 +77,6 @@ class AqlmLinear(nn.Module):
             layer.codes.random_(-(2**15), 2**15, generator=generator)
             layer.codebooks.normal_(generator=generator)
         return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype; differentiable in x and, where it requires a gradient, in `scales`."""
-        y = chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
-        return y if self.bias is None else y.add_(self.bias)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The whole weight [N, K], for tests; forward never calls it."""
-        bounds = chunk_bounds(self.out_features, self.in_features)
-        return torch.cat([self._rows(start, stop, dtype, self.scales) for start, stop in bounds])
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W, [stop - start, K]."""

@@ -13,15 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qzo.chunked import chunk_bounds, chunked_linear
+from qzo.chunked import RebuiltLinear
 from qzo.layout import check_layout
-from qzo.linear import BITS_OF_2_POW_23, Device, scale_dtype
+from qzo.linear import Device, columns, scale_dtype
 
 PER_WORD = 8
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of columns 8w ... 8w + 7
 
 
-class AwqLinear(nn.Module):
+class AwqLinear(RebuiltLinear):
     """y = x Wᵀ + bias with W[n, k] = (q[k, n] - zero[k // g, n]) * scale[k // g, n].
 
     Buffers are the checkpoint's own tensors (above), so that what is written back are the very codes that were read.
@@ -61,16 +61,6 @@ class AwqLinear(nn.Module):
         layer.bias = None if bias_data is None else nn.Parameter(bias_data, requires_grad=False)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype; differentiable in x and, where it requires a gradient, in `scales`."""
-        y = chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
-        return y if self.bias is None else y.add_(self.bias)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The whole weight [N, K], for tests; forward never calls it."""
-        bounds = chunk_bounds(self.out_features, self.in_features)
-        return torch.cat([self._rows(start, stop, dtype, self.scales) for start, stop in bounds])
-
     def zero_points(self) -> Tensor:
         """Zero points as int32 [K/g, N]."""
         return unpack(self.qzeros)
@@ -78,17 +68,12 @@ class AwqLinear(nn.Module):
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`.
 
-        As in QuantLinear nothing is transposed and codes become fp32 where they are. Whole words are read, and the
-        columns before `start` and after `stop` left out at the end.
+        Whole words are read, and the columns before `start` and after `stop` left out at the end.
         """
         first, last = start // PER_WORD, -(-stop // PER_WORD)
-        levels = unpack(self.qweight[:, first:last]).bitwise_or_(BITS_OF_2_POW_23)  # [K, n]
-        offsets = unpack(self.qzeros[:, first:last]).float().add_(2.0**23)  # [K/g, n]
-        scale = scales[:, first * PER_WORD : last * PER_WORD].float()
-        grouped = levels.view(torch.float32).view(len(offsets), self.group_size, -1).sub_(offsets[:, None])
-        grouped = grouped * scale[:, None] if scale.requires_grad else grouped.mul_(scale[:, None])
-        columns = grouped.view(self.in_features, -1)[:, start - first * PER_WORD : stop - first * PER_WORD]
-        return columns.to(dtype).t()
+        codes, zeros = unpack(self.qweight[:, first:last]), unpack(self.qzeros[:, first:last]).float()
+        whole = columns(codes, zeros, scales[:, first * PER_WORD : last * PER_WORD].float())
+        return whole[:, start - first * PER_WORD : stop - first * PER_WORD].to(dtype).t()
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

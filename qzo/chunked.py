@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 2**22  # weights that are rebuilt at a time
 Rebuild = Callable[..., Tensor]
@@ -33,6 +33,32 @@ def chunk_bounds(n_rows: int, n_columns: int) -> list[tuple[int, int]]:
     """Rows start:stop of the chunks of an [n_rows, n_columns] weight."""
     step = max(1, CHUNK_ELEMENTS // n_columns)
     return [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+
+
+class RebuiltLinear(nn.Module):
+    """y = x Wᵀ + bias for a W [N, K] that a child rebuilds from codes and `scales`, a few rows at a time.
+
+    `bias` is a frozen parameter [N] or None. `scales` is what QZO trains: the next forward sees a change of it.
+    """
+
+    in_features: int
+    out_features: int
+    scales: Tensor
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype; differentiable in x and, where it requires a gradient, in `scales`."""
+        y = chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight [N, K], for export and tests; forward never calls it."""
+        bounds = chunk_bounds(self.out_features, self.in_features)
+        return torch.cat([self._rows(start, stop, dtype, self.scales) for start, stop in bounds])
+
+    def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
+        """Rows start:stop of W [stop - start, K], differentiable in `scales`."""
+        raise NotImplementedError
 
 
 class _ChunkedLinear(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.chunked import chunk_bounds, chunked_linear
+from qzo.chunked import RebuiltLinear
 from qzo.layout import block_of, check_layout
 from qzo.packing import pack, pack_zeros, unpack, unpack_zeros
 from qzo.rtn import round_to_nearest
@@ -21,7 +21,7 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(RebuiltLinear):
     """y = x Wᵀ + bias with W[n, k] = (q[n, k] - zero[n, i]) * scale[n, i], i = g_idx[k] (paper: W = Δ ⊙ W_int).
 
     Buffers (see qzo/packing.py): qweight int32 [K*b/32, N], qzeros int32 [K/g, N*b/32] with true zero points,
@@ -119,31 +119,16 @@ class QuantLinear(nn.Module):
         groups = torch.arange(self.in_features // self.group_size, dtype=torch.int32, device=device)
         return groups.repeat_interleave(self.group_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] in x's dtype; differentiable in x and, where it requires a gradient, in `scales`."""
-        y = chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
-        return y if self.bias is None else y.add_(self.bias)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The whole weight [N, K], for export and tests; forward never calls it."""
-        bounds = chunk_bounds(self.out_features, self.in_features)
-        return torch.cat([self._rows(start, stop, dtype, self.scales) for start, stop in bounds])
-
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`; Wᵀ is contiguous.
 
-        Everything runs along the columns of the packed tensors, so nothing is transposed. Codes become fp32 where they
-        are: an integer c < 2**23 in the mantissa of 2**23 is the number 2**23 + c, and taking 2**23 + zero off it is
-        exact.
+        Everything runs along the columns of the packed tensors, so nothing is transposed.
         """
-        levels = unpack(self.qweight[:, start:stop], self.n_bits).bitwise_or_(BITS_OF_2_POW_23)  # [K, n]
-        offsets = self.zero_points(start, stop).float().add_(2.0**23)  # [K/g, n]
-        scale = scales[:, start:stop].float()
+        codes = unpack(self.qweight[:, start:stop], self.n_bits)  # [K, n]
+        zeros, scale = self.zero_points(start, stop).float(), scales[:, start:stop].float()  # [K/g, n]
         if self.act_order:
-            offsets, scale = offsets.index_select(0, self.g_idx), scale.index_select(0, self.g_idx)  # [K, n]
-        columns = levels.view(torch.float32).view(len(offsets), -1, stop - start).sub_(offsets[:, None])
-        columns = columns * scale[:, None] if scale.requires_grad else columns.mul_(scale[:, None])
-        return columns.view(self.in_features, stop - start).to(dtype).t()
+            zeros, scale = zeros.index_select(0, self.g_idx), scale.index_select(0, self.g_idx)  # [K, n]
+        return columns(codes, zeros, scale).to(dtype).t()
 
     def zero_points(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Zero points of output columns start:stop as int32 [K/g, stop - start]."""
@@ -168,3 +153,20 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, n_bits={self.n_bits}, "
             f"group_size={self.group_size}, bias={self.bias is not None}"
         )
+
+
+def columns(codes: Tensor, zeros: Tensor, scale: Tensor) -> Tensor:
+    """Wᵀ = (codes - zeros) * scale, fp32 [K, n], in the memory of `codes`; with a `scale` to be trained, beside it.
+
+    Codes become fp32 where they are: an integer c < 2**23 in the mantissa of 2**23 is the number 2**23 + c, and taking
+    2**23 + zero off it is exact.
+
+    Args:
+        codes: int32 [K, n], overwritten.
+        zeros: fp32 [G, n], overwritten; K // G rows of codes in turn share a row.
+        scale: fp32 [G, n].
+    """
+    numbers = codes.bitwise_or_(BITS_OF_2_POW_23).view(torch.float32)
+    grouped = numbers.view(len(zeros), -1, codes.shape[1]).sub_(zeros.add_(2.0**23)[:, None])
+    grouped = grouped * scale[:, None] if scale.requires_grad else grouped.mul_(scale[:, None])
+    return grouped.view(codes.shape)

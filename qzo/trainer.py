@@ -191,7 +191,7 @@ class QZOTrainer(Trainer):
                 self.journal.close()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the whole model in the format it came in: the GPTQ layout, or a .gguf file.
+        """Write the whole model in the format it came in: the GPTQ or AWQ layout, or a .gguf file.
 
         Trainer's checkpoints, which it writes with `_internal_call`, get the trained tensors alone.
         With MeZO all is as in Trainer. Raises QzoError for what the layout cannot hold.

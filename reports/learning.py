@@ -120,10 +120,9 @@ def signals(record: Mapping[str, Any], trained: set[tuple[int, int]]) -> Table:
     for first, last in sorted(bands):
         signal = sum(found["signal"] for found in bands[first, last])
         curvature = sum(found["curvature"] for found in bands[first, last])
-        r = max(signal, 0.0) / curvature
-        share = r / (r + 1 / BATCH_SIZE)
-        gain, lr = 1000 * r * share / 2, share / curvature
-        rows.append([f"{first}-{last}", f"{signal:.4f}", f"{curvature:.2f}", f"{r:.4f}", f"{gain:.2f}", f"{lr:.3f}"])
+        r, gained, lr = gain(signal, curvature, BATCH_SIZE)
+        numbers = [f"{signal:.4f}", f"{curvature:.2f}", f"{r:.4f}", f"{1000 * gained:.2f}", f"{lr:.3f}"]
+        rows.append([f"{first}-{last}", *numbers])
     headers = ["layers", "signal", "curvature", "r", "gain a step / 1000", "lr of that gain"]
     note = (
         "signal |g|², curvature tr H and their ratio r in coordinates relative to each scale, of "
@@ -131,6 +130,13 @@ def signals(record: Mapping[str, Any], trained: set[tuple[int, int]]) -> Table:
         "see bench/signal.py"
     )
     return Table("What the scales of some layers can learn from one step", headers, rows, [note])
+
+
+def gain(signal: float, curvature: float, batch_size: int) -> tuple[float, float, float]:
+    """r, the loss that one step can gain, and the relative lr that gains it; all 0 where no signal was found."""
+    r = max(signal, 0.0) / curvature
+    share = r / (r + 1 / batch_size)
+    return r, 0.5 * r * share, share / curvature
 
 
 def _layer(name: str) -> int:

@@ -49,18 +49,6 @@ def test_the_prior_that_is_taken_off_balances_the_predictions():
     assert float(torch.sigmoid(margins - prior).mean()) == pytest.approx(0.5, abs=1e-6)
 
 
-def test_the_gain_is_the_maximum_of_the_quadratic_model():
-    g2, trace, size = 0.06, 3.0, 16
-    best, lr = signal.gain(g2, trace, size)
-
-    def gained(rate):
-        return rate * g2 - 0.5 * rate**2 * (g2 + trace / size) * trace
-
-    assert gained(lr) == pytest.approx(best)
-    assert gained(0.9 * lr) < best > gained(1.1 * lr)
-    assert signal.gain(-0.1, trace, size) == (0, 0)
-
-
 def test_the_command_writes_a_record(work, capsys):  # noqa: F811
     path, out = Models(work, 0).path(GPTQ), work / "signal.json"
     assert signal.main([str(path), "--out", str(out), "--samples", "3"]) == 0

@@ -77,6 +77,18 @@ def test_signals_are_added_up_by_bands_of_layers(record):
     assert bands["5-9"][3:] == [f"{500 * r * share:.2f}", f"{share / 2.5:.3f}"]
 
 
+def test_the_gain_is_the_maximum_of_the_quadratic_model():
+    g2, trace, size = 0.06, 3.0, 16
+    _, best, lr = learning.gain(g2, trace, size)
+
+    def gained(rate):
+        return rate * g2 - 0.5 * rate**2 * (g2 + trace / size) * trace
+
+    assert gained(lr) == pytest.approx(best)
+    assert gained(0.9 * lr) < best > gained(1.1 * lr)
+    assert learning.gain(-0.1, trace, size) == (0, 0, 0)
+
+
 def test_the_picture_is_a_png(record):
     assert learning.to_png(record).startswith(b"\x89PNG")
 
