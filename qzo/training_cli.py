@@ -6,7 +6,34 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qzo.estimator import SIDES
 from qzo.training_settings import DTYPES, METHODS, SCHEDULERS, UPDATES, TrainSettings
+
+Option = tuple[Any, str]  # type, choices, or bool for a flag; help
+OPTIONS: dict[str, dict[str, Option]] = {
+    "how long": {
+        "steps": (int, "steps in all"),
+        "batch_size": (int, "examples a step"),
+        "eval_every": (int, "steps between validations"),
+        "patience": (int, "validations without a new best before training stops; default: never"),
+        "seed": (int, "of data order, split and z"),
+    },
+    "update": {
+        "lr": (float, "learning rate; the default is the method's, for qzo 1e-7 as for 7B: small models need more"),
+        "scheduler": (SCHEDULERS, "of the learning rate"),
+        "update": (tuple(UPDATES), "rule, qzo only"),
+        "dtype": (DTYPES, "of unquantized tensors; default: as load chooses, float32 for ft"),
+    },
+    "measuring the loss without gradients (qzo, mezo)": {
+        "eps": (float, "step of the finite difference"),
+        "relative": (bool, "eps and lr relative to each scale"),
+        "clip_threshold": (float, "bound of d, inf for none; default 100 for qzo"),
+        "directions": (int, "random directions a step"),
+        "estimator": (SIDES, "losses on both sides of each direction, or on one and a common one"),
+        "centering": (float, "share of the label words' mean over the batch that is left out of the loss"),
+        "layers": (str, "train these decoder layers only, FIRST-LAST, e.g. 14-24"),
+    },
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -28,25 +55,20 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--data", metavar="DIR", help="folder with the task's JSONL files")
     train.add_argument("--out", metavar="DIR", help="folder of the run (default results/train/TASK-METHOD-SEED)")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, to the bit")
-    options = {
-        "steps": (int, "steps in all"),
-        "batch_size": (int, "examples a step"),
-        "lr": (float, "learning rate; the default is the method's, for qzo 1e-7 as for 7B: small models need more"),
-        "eps": (float, "step of the finite difference"),
-        "clip_threshold": (float, "bound of d, inf for none; default 100 for qzo"),
-        "directions": (int, "random directions a step"),
-        "eval_every": (int, "steps between validations"),
-        "patience": (int, "validations without a new best before training stops; default: never"),
-        "seed": (int, "of data order, split and z"),
-    }
-    for name, (kind, text) in options.items():
-        shown = "" if "default" in text else f" (default {getattr(default, name)})"
-        train.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text + shown)
-    train.add_argument("--layers", metavar="FIRST-LAST", help="train these decoder layers only, e.g. 14-24")
-    train.add_argument("--relative", action="store_true", help="eps and lr relative to each scale")
-    train.add_argument("--update", choices=tuple(UPDATES), default=default.update, help="default sgd")
-    train.add_argument("--scheduler", choices=SCHEDULERS, default=default.scheduler, help="default constant")
-    train.add_argument("--dtype", choices=DTYPES, help="of unquantized tensors (default: as load chooses, fp32 for ft)")
+    for title, options in OPTIONS.items():
+        group = train.add_argument_group(title)
+        for name, (known, text) in options.items():
+            value = getattr(default, name)
+            shown = "" if value is None or "default" in text else f" (default {value})"
+            kind: dict[str, Any] = {"action": "store_true"} if known is bool else {"type": known}
+            if isinstance(known, tuple):
+                kind = {"choices": known}
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                default=argparse.SUPPRESS,
+                help=text + ("" if known is bool else shown),
+                **kind,
+            )
     train.set_defaults(run=_train)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from qzo.errors import QzoError
+from qzo.estimator import SIDES
 
 # lr and C of a method where none is given: of the paper, of MeZO's, and what is usual for AdamW
 DEFAULTS: dict[str, tuple[float, float]] = {
@@ -39,6 +40,9 @@ class TrainSettings:
             1e-6 for mezo, 1e-4 for adapters, 1e-5 for ft.
         eps, relative, clip_threshold, directions: of `qzo.QZO`; those that a method has no use for must be left alone.
             clip_threshold None is the method's, 100 for qzo and none for mezo; inf is none.
+        estimator: zeroth order only: "two-sided" as in the paper, 2 evaluations a direction; "one-sided" takes them
+            against one common evaluation, so that n directions cost n + 1.
+        centering: share of the label words' mean over the batch that the loss leaves out, see `qzo.tasks.loss`.
         update: qzo only: "sgd" as in the paper, "momentum" 0.9, or "adam" with betas 0.9 and 0.999.
         scheduler: of the learning rate over `steps`: "constant", "linear" down to 0, or half a "cosine" down to 0.
         eval_every: steps between validations; there is one before the first step and one after the last as well.
@@ -59,6 +63,8 @@ class TrainSettings:
     relative: bool = False
     clip_threshold: float | None = None
     directions: int = 1
+    estimator: str = "two-sided"
+    centering: float = 0.0
     update: str = "sgd"
     scheduler: str = "constant"
     eval_every: int = 100
@@ -68,7 +74,13 @@ class TrainSettings:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        choices = {"method": METHODS, "update": tuple(UPDATES), "scheduler": SCHEDULERS, "dtype": (None, *DTYPES)}
+        choices = {
+            "method": METHODS,
+            "update": tuple(UPDATES),
+            "scheduler": SCHEDULERS,
+            "dtype": (None, *DTYPES),
+            "estimator": SIDES,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise QzoError(f'{name}="{getattr(self, name)}" is not known; choose {", ".join(filter(None, known))}')
@@ -85,6 +97,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise QzoError(f"{name}={value} is not a positive whole number")
+        if not 0 <= self.centering < 1:
+            raise QzoError(f"centering={self.centering} is not in [0, 1); choose e.g. 0.7, or 0 for none")
         self._check_method()
         _ = self.layer_range
 
@@ -101,7 +115,7 @@ class TrainSettings:
     def _check_method(self) -> None:
         """Options that a method would silently ignore."""
         unused: dict[str, tuple[str, ...]] = {"update": ("qzo",), "relative": ("qzo",)}
-        unused |= dict.fromkeys(("eps", "directions", "layers"), ZEROTH_ORDER)
+        unused |= dict.fromkeys(("eps", "directions", "estimator", "layers"), ZEROTH_ORDER)
         for name, methods in unused.items():
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default and self.method not in methods:
@@ -121,7 +135,7 @@ class TrainSettings:
         clip = None if math.isinf(self.clip_threshold or math.inf) else self.clip_threshold
         common = {"lr": self.lr, "eps": self.eps, "clip_threshold": clip, "seed": self.seed}
         own = {"relative": self.relative, **UPDATES[self.update]} if self.method == "qzo" else {}
-        return {**common, "directions": self.directions, **own}
+        return {**common, "directions": self.directions, "estimator": self.estimator, **own}
 
     def to_json(self) -> dict[str, Any]:
         """Name -> value as JSON holds it; no clipping is null."""
@@ -131,10 +145,10 @@ class TrainSettings:
     def check_resume(self, saved: dict[str, Any]) -> None:
         """Raise QzoError where a run was begun with other settings than these, but for those that may change."""
         own = self.to_json()
-        fixed = [field.name for field in fields(self) if field.name not in MAY_CHANGE or self._shapes_lr(field.name)]
-        for name in fixed:
-            if saved.get(name) != own[name]:
-                raise QzoError(f"the run was begun with {name}={saved.get(name)}, not {own[name]}; give the same")
+        for field in fields(self):  # a run of an older version lacks the newer settings
+            name, begun = field.name, saved.get(field.name, field.default)
+            if begun != own[name] and (name not in MAY_CHANGE or self._shapes_lr(name)):
+                raise QzoError(f"the run was begun with {name}={begun}, not {own[name]}; give the same")
 
     def _shapes_lr(self, name: str) -> bool:
         return name == "steps" and self.scheduler != "constant"

@@ -71,7 +71,7 @@ def train_task(
         return dict(tasks.evaluate(model, encoder, splits[split], batch_size=settings.batch_size))
 
     def loss(batch: Any) -> torch.Tensor:
-        value: torch.Tensor = tasks.loss(model, batch)
+        value: torch.Tensor = tasks.loss(model, batch, settings.centering)
         return value
 
     first = (settings.layer_range or (0, 0))[0]

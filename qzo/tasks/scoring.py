@@ -12,7 +12,7 @@ from qzo.loss import IGNORED
 from qzo.tasks.encoding import Batch
 
 
-def loss(model: nn.Module, batch: Batch) -> Tensor:
+def loss(model: nn.Module, batch: Batch, centering: float = 0.0) -> Tensor:
     """The training loss of a batch, differentiable.
 
     Choice: mean over the examples of the cross entropy -log softmax_c(s)[label], where s is `candidate_scores`. So
@@ -22,6 +22,10 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     Args:
         model: a transformers causal language model, on the device of the batch.
         batch: what `Encoder.batch` made.
+        centering: share of each candidate's mean score over the batch that is taken off before the softmax, in [0, 1).
+            What all examples have in common, the prior of the candidates, then counts less: for a zeroth-order step
+            it is half of the curvature and none of what is to be learnt. With every label in its share in each batch
+            the loss keeps its minimum where the prior is right, as long as some of it counts.
 
     Returns:
         Scalar fp32 tensor.
@@ -29,7 +33,10 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     if batch.choices is None and batch.targets is not None and batch.targets.shape[0] == batch.labels.shape[0]:
         losses = _token_losses(model, batch, batch.targets)
         return losses.sum() / (batch.targets != IGNORED).sum()
-    return nn.functional.cross_entropy(candidate_scores(model, batch), batch.labels)
+    scores = candidate_scores(model, batch)
+    if centering:
+        scores = scores - centering * scores.mean(0)
+    return nn.functional.cross_entropy(scores, batch.labels)
 
 
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:

@@ -61,6 +61,25 @@ def test_loss_equals_one_from_all_logits_of_unpadded_rows(tmp_path, tokenizer, m
     torch.testing.assert_close(tasks.loss(model, batch), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_centering_takes_what_all_examples_share_off_the_loss(tmp_path, tokenizer, model):
+    encoder, splits = prepare("sst2", tmp_path, tokenizer)
+    batch = encoder.batch(splits["train"])
+    scores = scoring.candidate_scores(model, batch)
+    centred = scores - 0.75 * scores.mean(0, keepdim=True)
+    expected = nn.functional.cross_entropy(centred, batch.labels)
+    torch.testing.assert_close(tasks.loss(model, batch, centering=0.75), expected)
+    great = batch.choices[0, 1]
+    with torch.no_grad():  # what it says of every text counts a quarter
+        before = tasks.loss(model, batch).item(), tasks.loss(model, batch, centering=0.999).item()
+        shifted = make_model(len(tokenizer))
+        head = shifted.lm_head.weight.clone()
+        shifted.lm_head = nn.Linear(*head.shape[::-1])
+        shifted.lm_head.weight.copy_(head)
+        shifted.lm_head.bias.zero_()[great] = 3.0
+        after = tasks.loss(shifted, batch).item(), tasks.loss(shifted, batch, centering=0.999).item()
+    assert after[0] > before[0] + 0.5 and after[1] == pytest.approx(before[1], abs=0.01)
+
+
 def test_squad_loss_is_the_mean_over_the_tokens_of_the_first_answer_and_its_new_line(tmp_path, tokenizer, model):
     encoder, splits = prepare("squad", tmp_path, tokenizer)
     examples = [*splits["train"][:3], replace(splits["train"][3], answers=(" barn",))]

@@ -63,12 +63,12 @@ def test_a_command_stopped_and_resumed_ends_as_one_never_stopped(task, models, t
     assert table[table.index("steps") + 1] == "6" and "test" in table
     calls, loss = 0, task.loss
 
-    def interrupted(model, batch):
+    def interrupted(model, batch, centering):
         nonlocal calls
         calls += 1
         if calls == 9:
             raise KeyboardInterrupt
-        return loss(model, batch)
+        return loss(model, batch, centering)
 
     task.loss = interrupted
     out = ["--out", str(tmp_path / "cut")]
@@ -170,6 +170,35 @@ def test_the_dtype_asked_for_is_that_of_run_and_replay(task, models, tmp_path, c
     assert "the run was begun with dtype=float32, not bfloat16" in errors(capsys)[0]
 
 
+@pytest.mark.parametrize("method", ["qzo", "mezo"])
+def test_one_sided_directions_take_one_evaluation_more_than_they_are(task, models, tmp_path, method):
+    calls, loss, seen = 0, task.loss, set()
+
+    def counted(model, batch, centering):
+        nonlocal calls
+        calls += 1
+        seen.add(centering)
+        return loss(model, batch, centering)
+
+    task.loss = counted
+    options = ["--method", method, "--directions", "3", "--estimator", "one-sided", "--centering", "0.5"]
+    assert main(["train", models[METHODS[method]], *SMALL, *options, "--out", str(tmp_path / "run")]) == 0
+    entries = journal_lines.read(tmp_path / "run/run.journal").entries
+    assert len(entries) == 6 and all(len(entry.applied[0]) == 3 for entry in entries)
+    live = 3 if method == "qzo" else 0  # evaluations of the check that the scales are live
+    assert calls == 6 * 4 + live and seen == {0.5}
+
+
+def test_a_run_of_a_version_without_a_setting_goes_on_with_its_default(task, models, tmp_path):
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["train", models["quantized"], *SMALL, *out]) == 0
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    del about["settings"]["centering"], about["settings"]["estimator"]
+    (tmp_path / "run/run.json").write_text(json.dumps(about))
+    assert main(["train", models["quantized"], *SMALL, *out, "--resume", "--steps", "7"]) == 0
+    assert main(["train", models["quantized"], *SMALL, *out, "--resume", "--centering", "0.5"]) == 2
+
+
 # wrong input
 
 
@@ -188,6 +217,8 @@ def test_the_dtype_asked_for_is_that_of_run_and_replay(task, models, tmp_path, c
         ("quantized", ["--layers", "4-2"], 'layers="4-2" is not a range'),
         ("quantized", ["--layers", "7-9"], "there are no layers 7 ... 9; this model has layers 0 ... 1"),
         ("plain", ["--method", "ft", "--layers", "0-1"], 'layers=0-1 is for qzo and mezo, not for "ft"'),
+        ("quantized", ["--centering", "1"], "centering=1.0 is not in [0, 1); choose e.g. 0.7, or 0 for none"),
+        ("plain", ["--method", "ft", "--estimator", "one-sided"], 'estimator=one-sided is for qzo and mezo, not for'),
         ("quantized", ["--patience", "0"], "patience=0 is not a positive whole number"),
         ("plain", ["--method", "mezo", "--relative"], 'relative=True is for qzo, not for "mezo"'),
         ("plain", ["--method", "ft", "--eps", "1e-2"], 'eps=0.01 is for qzo and mezo, not for "ft"'),
