@@ -40,7 +40,7 @@ SIXTEEN, RTN, GPTQ = "16-bit", "4-bit round-to-nearest", "4-bit GPTQ"
 GROUP_SIZE = 32
 CALIBRATION = {"samples": 128, "seq_len": 128}  # of the training texts, without their labels
 BATCH_SIZE = 16
-PASSES = 800  # forward passes over a batch that every zeroth-order run may take
+PASSES = 1600  # forward passes over a batch that every zeroth-order run may take
 FIRST_ORDER_STEPS = 63  # of 16 examples: one pass over 1,000
 BLOCK = 10  # steps whose losses make one point of the learning curve
 log = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ class Row:
         """What `qzo train` is told."""
         assert self.method is not None
         options = {"batch_size": BATCH_SIZE, "scheduler": "linear", "dtype": "float32", **self.options}
-        zeroth = self.method in ZEROTH_ORDER
-        steps = PASSES // (2 * options.get("directions", 1)) if zeroth else FIRST_ORDER_STEPS
+        one_step = TrainSettings(self.method, steps=1, **options)
+        steps = PASSES // passes(one_step) if self.method in ZEROTH_ORDER else FIRST_ORDER_STEPS
         return TrainSettings(self.method, steps=steps, eval_every=-(-steps // 2), seed=seed, **options)
 
     def folder(self, seed: int) -> str:
@@ -69,20 +69,21 @@ class Row:
         return f"{self.name.lower().replace(' ', '-').replace(',', '')}-{seed}"
 
 
-LAYERS = {"layers": "14-24", "directions": 2}  # see reports/accuracy/settings.md
+MEASURED = {"directions": 8, "estimator": "one-sided", "centering": 0.5}  # see reports/accuracy/settings.md
+LAYERS = {"layers": "15-21", **MEASURED}
 RELATIVE = {"relative": True, "eps": 1e-2, "clip_threshold": 10.0}
 ROWS = (
     Row("zero-shot 16-bit", SIXTEEN),
     Row("zero-shot round-to-nearest", RTN),
     Row("zero-shot GPTQ", GPTQ),
     Row("zero-shot GPTQ, calibrated", GPTQ, calibrated=True),
-    Row("QZO GPTQ", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.08}),
-    Row("MeZO 16-bit", SIXTEEN, "mezo", options={**LAYERS, "lr": 1e-3}),
-    Row("QZO round-to-nearest", RTN, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.08}),
+    Row("QZO GPTQ", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.5}),
+    Row("MeZO 16-bit", SIXTEEN, "mezo", options={**LAYERS, "lr": 6e-3}),
+    Row("QZO round-to-nearest", RTN, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.5}),
     Row("full fine-tuning", SIXTEEN, "ft", options={"lr": 2e-5}),
     Row("LoRA", SIXTEEN, "lora", options={"lr": 1e-3}),
     Row("QZO GPTQ, Adam", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.01, "update": "adam"}),
-    Row("QZO GPTQ, every layer", GPTQ, "qzo", options={**RELATIVE, "directions": 2, "lr": 0.015}),
+    Row("QZO GPTQ, every layer", GPTQ, "qzo", options={**RELATIVE, **MEASURED, "lr": 0.1}),
 )
 
 
@@ -142,7 +143,10 @@ def zero_shot(source: str, seed: int, calibrated: bool) -> dict[str, Any]:
 
 def passes(settings: TrainSettings) -> int:
     """Forward passes over a batch that the training took, without validation; backward passes are not among them."""
-    return settings.steps * (2 * settings.directions if settings.method in ZEROTH_ORDER else 1)
+    if settings.method not in ZEROTH_ORDER:
+        return settings.steps
+    two_sided = settings.estimator == "two-sided"
+    return settings.steps * (2 * settings.directions if two_sided else settings.directions + 1)
 
 
 def learning_curve(metrics: Path) -> Iterator[dict[str, Any]]:

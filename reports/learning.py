@@ -48,15 +48,18 @@ def by_row(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def verdict(rows: Mapping[str, Sequence[Entry]]) -> str:
-    """How far QZO gets, beside what its users would compare it with, in points of accuracy."""
+    """How far QZO gets, beside what its users would compare it with, in points of accuracy on the seeds of both."""
     lines = []
     for name, asked, least in ((QUANTIZED, "at least 25 above", 25.0), (CALIBRATED, "above", 0.0), (MEZO, "", -2.0)):
-        if QZO not in rows or name not in rows:
+        seeds = {entry["seed"] for entry in rows.get(QZO, ())} & {entry["seed"] for entry in rows.get(name, ())}
+        if not seeds:
             continue
-        gap = accuracy(rows[QZO]) - accuracy(rows[name])
+        own, other = ([entry for entry in rows[row] if entry["seed"] in seeds] for row in (QZO, name))
+        gap = round(accuracy(own) - accuracy(other), 6)
         wanted = asked or "at most 2 below, at equal forward passes"
         reached = "reached" if gap >= least else "not reached"
-        lines.append(f"- {QZO} against {name}: {gap:+.1f} points ({wanted}: {reached})")
+        of = f", seeds {', '.join(map(str, sorted(seeds)))}" if len(seeds) < len(rows[QZO]) else ""
+        lines.append(f"- {QZO} against {name}: {gap:+.1f} points{of} ({wanted}: {reached})")
     return "\n".join(lines)
 
 
@@ -93,7 +96,10 @@ def described(settings: Mapping[str, Any]) -> str:
     if settings.get("layers"):
         parts.append(f"layers {settings['layers']}")
     if settings["directions"] > 1:
-        parts.append(f"{settings['directions']} directions")
+        one_sided = " one-sided" if settings.get("estimator") == "one-sided" else ""
+        parts.append(f"{settings['directions']} directions{one_sided}")
+    if settings.get("centering"):
+        parts.append(f"centering {settings['centering']:g}")
     if settings["method"] in ("qzo", "mezo"):
         parts.append(f"ε {settings['eps']:g}{' relative' if settings['relative'] else ''}")
         parts.append("no clipping" if settings["clip_threshold"] is None else f"C {settings['clip_threshold']:g}")

@@ -218,7 +218,7 @@ def test_a_run_of_a_version_without_a_setting_goes_on_with_its_default(task, mod
         ("quantized", ["--layers", "7-9"], "there are no layers 7 ... 9; this model has layers 0 ... 1"),
         ("plain", ["--method", "ft", "--layers", "0-1"], 'layers=0-1 is for qzo and mezo, not for "ft"'),
         ("quantized", ["--centering", "1"], "centering=1.0 is not in [0, 1); choose e.g. 0.7, or 0 for none"),
-        ("plain", ["--method", "ft", "--estimator", "one-sided"], 'estimator=one-sided is for qzo and mezo, not for'),
+        ("plain", ["--method", "ft", "--estimator", "one-sided"], "estimator=one-sided is for qzo and mezo, not for"),
         ("quantized", ["--patience", "0"], "patience=0 is not a positive whole number"),
         ("plain", ["--method", "mezo", "--relative"], 'relative=True is for qzo, not for "mezo"'),
         ("plain", ["--method", "ft", "--eps", "1e-2"], 'eps=0.01 is for qzo and mezo, not for "ft"'),

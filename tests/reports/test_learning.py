@@ -15,6 +15,8 @@ SETTINGS = {
     "clip_threshold": None,
     "update": "sgd",
     "directions": 4,
+    "estimator": "one-sided",
+    "centering": 0.5,
     "layers": "4-6",
 }
 SIGNAL = {
@@ -56,9 +58,16 @@ def test_each_claim_is_judged_by_the_mean_of_the_seeds(record):
     assert "75.0 ± 1.0" in text and "74.0 75.0 76.0" in text
 
 
+def test_rows_are_compared_on_the_seeds_of_both(record):
+    record["entries"] = [e for e in record["entries"] if not (e["row"].startswith("MeZO") and e["seed"])]
+    text = learning.render(record, SIGNAL)
+    assert "MeZO 16-bit: -5.0 points, seeds 0 (at most 2 below" in text
+    assert "zero-shot GPTQ: +25.0 points (at least" in text
+
+
 def test_settings_are_shown_as_they_were(record):
     text = learning.render(record, SIGNAL)
-    assert "lr 0.1 linear, layers 4-6, 4 directions, ε 0.01 relative, no clipping" in text
+    assert "lr 0.1 linear, layers 4-6, 4 directions one-sided, centering 0.5, ε 0.01 relative, no clipping" in text
     assert "seeds 0, 1, 2" in text and "12.0 hours" in text and "commit 0123456789ab" in text
 
 
