@@ -71,19 +71,19 @@ class Row:
 
 MEASURED = {"directions": 8, "estimator": "one-sided", "centering": 0.5}  # see reports/accuracy/settings.md
 LAYERS = {"layers": "15-21", **MEASURED}
-RELATIVE = {"relative": True, "eps": 1e-2, "clip_threshold": 10.0}
+RELATIVE = {"relative": True, "eps": 1e-2, "clip_threshold": 1.0}
 ROWS = (
     Row("zero-shot 16-bit", SIXTEEN),
     Row("zero-shot round-to-nearest", RTN),
     Row("zero-shot GPTQ", GPTQ),
     Row("zero-shot GPTQ, calibrated", GPTQ, calibrated=True),
-    Row("QZO GPTQ", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.5}),
-    Row("MeZO 16-bit", SIXTEEN, "mezo", options={**LAYERS, "lr": 6e-3}),
-    Row("QZO round-to-nearest", RTN, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.5}),
+    Row("QZO GPTQ", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.25}),
+    Row("MeZO 16-bit", SIXTEEN, "mezo", options={**LAYERS, "lr": 4e-3, "clip_threshold": 8.0}),
+    Row("QZO round-to-nearest", RTN, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.25}),
     Row("full fine-tuning", SIXTEEN, "ft", options={"lr": 2e-5}),
     Row("LoRA", SIXTEEN, "lora", options={"lr": 1e-3}),
     Row("QZO GPTQ, Adam", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.01, "update": "adam"}),
-    Row("QZO GPTQ, every layer", GPTQ, "qzo", options={**RELATIVE, **MEASURED, "lr": 0.1}),
+    Row("QZO GPTQ, every layer", GPTQ, "qzo", options={**RELATIVE, **MEASURED, "lr": 0.05}),
 )
 
 

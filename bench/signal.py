@@ -6,13 +6,16 @@ relative to each scale,
 
     signal     |g|²,  g = mean of (p - y) Δ ∂m/∂Δ                  less what the spread of few examples adds to it
     curvature  tr H = mean of p (1 - p) |Δ ∂m/∂Δ|²                 Gauss-Newton
+    common     mean of p (1 - p) times |mean of Δ ∂m/∂Δ|²          the part of it along which every margin moves alike:
+                                                                   the prior of the label words; less as above
 
 A step of SPSA on batches of B examples, whose gradients scatter by about tr H / B, gains at best
 
     gain = ½ r² / (r + 1/B)   at   lr = r / (r + 1/B) / tr H,   r = |g|² / tr H
 
 so with r small against 1/B the gain goes with r², whatever the number of scales: leaving out layers that add much
-curvature and little signal makes every step worth more. Needs gradients, once, for one example at a time.
+curvature and little signal makes every step worth more, and so does leaving the common part out of the loss
+(`centering` of `qzo.tasks.loss`). Needs gradients, once, for one example at a time.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(model: nn.Module, encoder: tasks.Encoder, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """Name of the scales -> {"signal", "curvature"} of a model in fp32, over examples of a task with two label words.
+    """Name of the scales -> {"signal", "curvature", "common"} of a model in fp32, on a task with two label words.
 
     The scales become leaves that require a gradient. Raises QzoError for other tasks and unquantized models.
     """
@@ -78,24 +81,29 @@ def measure(model: nn.Module, encoder: tasks.Encoder, examples: Sequence[Example
         margins = torch.cat([_margins(model, encoder, [example]) for example in examples])
     labels = torch.tensor([float(example.label) for example in examples])
     prior = balanced_prior(margins, labels)
-    mean = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    spread, curvature = dict.fromkeys(leaves, 0.0), dict.fromkeys(leaves, 0.0)
+    mean, shared = ({name: torch.zeros_like(leaf) for name, leaf in leaves.items()} for _ in range(2))
+    spread, squares, curvature = (dict.fromkeys(leaves, 0.0) for _ in range(3))
+    weight = 0.0
     for number, example in enumerate(examples, 1):
         p = float(torch.sigmoid(margins[number - 1] - prior))
+        weight += p * (1 - p) / len(examples)
         gradients = torch.autograd.grad(_margins(model, encoder, [example])[0], list(leaves.values()))
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             relative = gradient * leaf.detach()
             square = float(relative.square().sum())
             mean[name].add_(relative, alpha=p - example.label)
+            shared[name].add_(relative)
+            squares[name] += square
             spread[name] += (p - example.label) ** 2 * square
             curvature[name] += p * (1 - p) * square
         if number % 50 == 0:
             log.info("%d of %d examples", number, len(examples))
-    n = len(examples)
+    n, pairs = len(examples), len(examples) * (len(examples) - 1)
     return {
         name: {
-            "signal": (float(mean[name].square().sum()) - spread[name]) / (n * (n - 1)),
+            "signal": (float(mean[name].square().sum()) - spread[name]) / pairs,
             "curvature": curvature[name] / n,
+            "common": weight * (float(shared[name].square().sum()) - squares[name]) / pairs,
         }
         for name in leaves
     }

@@ -126,14 +126,18 @@ def signals(record: Mapping[str, Any], trained: set[tuple[int, int]]) -> Table:
     for first, last in sorted(bands):
         signal = sum(found["signal"] for found in bands[first, last])
         curvature = sum(found["curvature"] for found in bands[first, last])
+        common = sum(found["common"] for found in bands[first, last])
         r, gained, lr = gain(signal, curvature, BATCH_SIZE)
-        numbers = [f"{signal:.4f}", f"{curvature:.2f}", f"{r:.4f}", f"{1000 * gained:.2f}", f"{lr:.3f}"]
+        centred = gain(signal, curvature - common, BATCH_SIZE)[1]
+        numbers = [f"{signal:.4f}", f"{curvature:.2f}", f"{common:.2f}", f"{r:.4f}"]
+        numbers += [f"{1000 * gained:.2f}", f"{1000 * centred:.2f}", f"{lr:.3f}"]
         rows.append([f"{first}-{last}", *numbers])
-    headers = ["layers", "signal", "curvature", "r", "gain a step / 1000", "lr of that gain"]
+    headers = ["layers", "signal", "curvature", "common", "r", "gain / 1000", "centred / 1000", "lr of gain"]
     note = (
         "signal |g|², curvature tr H and their ratio r in coordinates relative to each scale, of "
-        f"{record['samples']} training texts before training; gain in loss of one step with a batch of {BATCH_SIZE}, "
-        "see bench/signal.py"
+        f"{record['samples']} training texts before training; common is the curvature along the prior of the label "
+        f"words; gain in loss of one step with a batch of {BATCH_SIZE}, and the same without the common curvature, see "
+        "bench/signal.py"
     )
     return Table("What the scales of some layers can learn from one step", headers, rows, [note])
 

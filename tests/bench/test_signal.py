@@ -41,6 +41,8 @@ def test_signal_and_curvature_are_what_their_definitions_say(parts):
     assert found[name]["signal"] == pytest.approx(sum(pairs) / 30, rel=1e-3)
     curvature = sum(float(p[i] * (1 - p[i]) * gradients[i].square().sum()) for i in range(6)) / 6
     assert found[name]["curvature"] == pytest.approx(curvature, rel=1e-3)
+    alike = sum(float((gradients[i] * gradients[j]).sum()) for i in range(6) for j in range(6) if i != j) / 30
+    assert found[name]["common"] == pytest.approx(float((p * (1 - p)).mean()) * alike, rel=1e-3)
 
 
 def test_the_prior_that_is_taken_off_balances_the_predictions():

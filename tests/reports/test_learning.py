@@ -21,7 +21,9 @@ SETTINGS = {
 }
 SIGNAL = {
     "samples": 20,
-    "layers": {f"model.layers.{n}.mlp.up_proj.scales": {"signal": 0.01 * n, "curvature": 0.5} for n in range(12)},
+    "layers": {
+        f"model.layers.{n}.mlp.up_proj.scales": {"signal": 0.01 * n, "curvature": 0.5, "common": 0.2} for n in range(12)
+    },
 }
 ENVIRONMENT = {"torch": "2.13", "platform": "Linux", "commit": "0123456789abcdef"}
 
@@ -79,11 +81,13 @@ def test_rows_that_are_missing_are_not_judged(record):
 def test_signals_are_added_up_by_bands_of_layers(record):
     lines = [line.split("|") for line in learning.render(record, SIGNAL).splitlines() if line.startswith("| ")]
     bands = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines}
-    assert bands["5-9"][:3] == ["0.3500", "2.50", "0.1400"]  # 0.05 + ... + 0.09 and five times 0.5
+    assert bands["5-9"][:4] == ["0.3500", "2.50", "1.00", "0.1400"]  # 0.05 + ... + 0.09 and five times 0.5
     assert bands["4-6"][:2] == ["0.1500", "1.50"]  # what the rows train
     assert bands["10-11"][:2] == ["0.2100", "1.00"] and bands["0-11"][:2] == ["0.6600", "6.00"]
     r, share = 0.14, 0.14 / (0.14 + 1 / 16)
-    assert bands["5-9"][3:] == [f"{500 * r * share:.2f}", f"{share / 2.5:.3f}"]
+    centred = 0.35 / 1.5
+    best = 500 * centred * centred / (centred + 1 / 16)
+    assert bands["5-9"][4:] == [f"{500 * r * share:.2f}", f"{best:.2f}", f"{share / 2.5:.3f}"]
 
 
 def test_the_gain_is_the_maximum_of_the_quadratic_model():
