@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from torch import nn
 
+from qzo.bnb_live import adopt_bnb
 from qzo.errors import QzoError, named
 from qzo.walk import freeze, put
 
 Adapter = Callable[[nn.Module], nn.Module | None]
-ADAPTERS: tuple[Adapter, ...] = ()
+ADAPTERS: tuple[Adapter, ...] = (adopt_bnb,)
 
 
 def adopt(model: nn.Module) -> nn.Module:
