@@ -149,8 +149,9 @@ class BnbLinear8bit(RebuiltLinear):
     `scales` is what QZO trains: the next forward sees a change of it.
 
     The product is a plain one of dequantized weights: activations are not quantized, and outliers not computed apart.
-    This is what the library computes in train mode on a CPU; in eval mode it rounds activations to 8 bits, which moves
-    outputs by about 1 % of their spread. Build with `empty` or `from_weight`.
+    This is what the library computes in train mode on a CPU; in eval mode, and on a GPU, it rounds activations to 8
+    bits as well, which moves the outputs of a layer by 0.4 to 0.9 % of their spread (rms; random normal data, K up to
+    4096). Build with `empty` or `from_weight`.
     """
 
     qweight: Tensor
