@@ -46,7 +46,9 @@ def _adopt_4bit(module: Any) -> BnbLinear4bit:
     if state.nested:
         layer.options["nested"] = (state.absmax, state.state2.absmax, state.state2.code, float(state.offset))
     scales = unnest(*layer.options["nested"]) if state.nested else state.absmax
-    return layer.assign(module.weight.data.view(torch.uint8).view(-1, 1), scales, state.code, module.bias)
+    return layer.assign(
+        module.weight.data.contiguous().view(-1).view(torch.uint8).view(-1, 1), scales, state.code, module.bias
+    )
 
 
 def _adopt_8bit(module: Any) -> BnbLinear8bit:
@@ -81,7 +83,7 @@ def linear4bit(layer: BnbLinear4bit) -> nn.Module:
     module = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta", **names)
     state = _quant_state(layer, bnb.functional.QuantState)
     module.weight = bnb.nn.Params4bit(
-        layer.qweight.view(storage).view(-1, 1),
+        layer.qweight.view(-1).view(storage).view(-1, 1),
         requires_grad=False,
         quant_state=state,
         blocksize=layer.block_size,

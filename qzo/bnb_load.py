@@ -84,7 +84,7 @@ def _fill(layer: Any, parts: dict[str, Tensor], state: QuantState | None) -> Non
     if state is None:
         layer.qweight, layer.scales = parts["weight"], scales
     else:
-        layer.assign(parts["weight"].view(torch.uint8).view(-1, 1), scales, parts[QUANT_MAP], layer.bias)
+        layer.assign(parts["weight"].view(-1).view(torch.uint8).view(-1, 1), scales, parts[QUANT_MAP], layer.bias)
 
 
 def empty_bnb(

@@ -38,7 +38,8 @@ class Inspection:
         settings: all that it says of the quantizer.
         layers: with codes.
         counts, sizes: numbers and bytes of "scales", "codes", "zero_points", "g_idx", "offsets", "tables" (of codes and
-            of double quantization) and "unquantized"; empty for a foreign format. Where `reason` is one, packed words are counted.
+            of double quantization) and "unquantized"; empty for a foreign format. Where `reason` is one, packed words
+            are counted.
         trainable: set of `qzo.trainable` -> how many numbers it trains; empty for foreign formats.
         reason: why QZO cannot train it here; None where it can.
     """
@@ -65,9 +66,9 @@ class Inspection:
 def inspect(source: str | os.PathLike[str]) -> Inspection:
     """Look at a folder with config.json, or a .gguf file.
 
-    GPTQ, AWQ and bitsandbytes: the model is built without data, and every header compared with it, so that `reason` is None just
-    where `qzo.load` needs no more than sound data. Other quantizers: what the configuration says. Raises QzoError for
-    what is neither, and for files that cannot be read.
+    GPTQ, AWQ and bitsandbytes: the model is built without data, and every header compared with it, so that `reason` is
+    None just where `qzo.load` needs no more than sound data. Other quantizers: what the configuration says. Raises
+    QzoError for what is neither, and for files that cannot be read.
     """
     path = Path(source)
     if path.suffix == ".gguf":
