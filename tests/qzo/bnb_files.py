@@ -18,10 +18,18 @@ KINDS = {
 }
 
 
-def quantized(plain: Path, kind: str, **options: object) -> PreTrainedModel:
-    """A live model of the library, of an unquantized checkpoint; in train mode, in which no kernel rewrites scales."""
+def quantized(plain: Path, kind: str, dtype: torch.dtype = torch.float32, **options: object) -> PreTrainedModel:
+    """A live model of the library, of an unquantized checkpoint."""
     config = BitsAndBytesConfig(**KINDS[kind] | options)
-    return AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.float32).train()
+    return _plain_products(AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=dtype))
+
+
+def _plain_products(model: PreTrainedModel) -> PreTrainedModel:
+    """In train mode a CPU multiplies by dequantized weights, by int8 ones too, and no kernel rewrites scales."""
+    for module in model.eval().modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.train()
+    return model
 
 
 def write_bnb(plain: Path, out: Path, kind: str, **options: object) -> Path:
@@ -32,9 +40,9 @@ def write_bnb(plain: Path, out: Path, kind: str, **options: object) -> Path:
     return out
 
 
-def read_bnb(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The library's own model, in train mode: on a CPU it multiplies by dequantized weights, int8 too."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
+def read_bnb(folder: Path) -> PreTrainedModel:
+    """The library's own model, in the dtypes of the file."""
+    return _plain_products(AutoModelForCausalLM.from_pretrained(folder))
 
 
 def library_logits(folder: Path, input_ids: Tensor) -> Tensor:
