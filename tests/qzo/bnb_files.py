@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import standin
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,6 +40,18 @@ def write_bnb(plain: Path, out: Path, kind: str, **options: object) -> Path:
     for file in plain.glob("tokenizer*"):
         shutil.copyfile(file, out / file.name)
     return out
+
+
+def writer(make_model: Callable[..., PreTrainedModel], place: Path) -> Callable[..., Path]:
+    """`write(kind, family, **options)`: a checkpoint of a tiny model, with a tokenizer."""
+
+    def write(kind: str = "nf4", family: str = "llama", **options: object) -> Path:
+        if not (place / family).exists():
+            make_model(family).save_pretrained(place / family)
+            standin.write_tokenizer(place / family)
+        return write_bnb(place / family, place / f"{family}-{kind}", kind, **options)
+
+    return write
 
 
 def read_bnb(folder: Path) -> PreTrainedModel:
