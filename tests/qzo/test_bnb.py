@@ -150,9 +150,16 @@ def test_a_released_model_computes_and_saves_with_the_trained_scales(plain, inpu
     optimizer = QZO(scales(model), lr=1e-4, eps=1e-3)
     for _ in range(3):
         optimizer.step(lambda: model(input_ids, labels=input_ids).loss)
+    trained = scales(model)
     with torch.no_grad():
         tuned = model(input_ids).logits
         after = qzo.release(model).train()(input_ids).logits
+    if kind == "nf4-double":
+        for name, scale in trained.items():
+            state = model.get_submodule(name.removesuffix(".scales")).weight.quant_state
+            codes, absmax, offset = nest(scale, state.state2.code)
+            assert torch.equal(state.absmax, codes) and torch.equal(state.state2.absmax, absmax)
+            assert float(state.offset) == offset
     torch.testing.assert_close(after, tuned, rtol=0, atol=0.01 if kind == "nf4-double" else 0)
     model.save_pretrained(tmp_path / "tuned")
     with torch.no_grad():
