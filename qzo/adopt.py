@@ -7,10 +7,11 @@ from collections.abc import Callable
 from torch import nn
 
 from qzo.errors import QzoError, named
+from qzo.hqq_library import adopt as adopt_hqq
 from qzo.walk import freeze, put
 
 Adapter = Callable[[nn.Module], nn.Module | None]
-ADAPTERS: tuple[Adapter, ...] = ()
+ADAPTERS: tuple[Adapter, ...] = (adopt_hqq,)
 
 
 def adopt(model: nn.Module) -> nn.Module:
