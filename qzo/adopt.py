@@ -8,10 +8,11 @@ from torch import nn
 
 from qzo.errors import QzoError, named
 from qzo.hqq_library import adopt as adopt_hqq
+from qzo.torchao_library import adopt as adopt_torchao
 from qzo.walk import freeze, put
 
 Adapter = Callable[[nn.Module], nn.Module | None]
-ADAPTERS: tuple[Adapter, ...] = (adopt_hqq,)
+ADAPTERS: tuple[Adapter, ...] = (adopt_hqq, adopt_torchao)
 
 
 def adopt(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from qzo.durable import sync
 from qzo.errors import QzoError
 from qzo.folder import download, headers_in, opened, weight_files
 from qzo.gguf_export import write_gguf
+from qzo.hqq_files import QMODEL, stored_hqq_names, write_qmodel
 from qzo.load import load, load_tokenizer
 from qzo.replay import replay
+from qzo.torchao_files import stored_torchao_names
 from qzo.training_learners import JOURNAL, LAST, live_tensors, put_adapters, read_tensors
 from qzo.training_run import BEST, RUN, dtype_of, read_run
 from qzo.training_settings import QUANTIZED, ZEROTH_ORDER
@@ -120,8 +123,13 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
 
     Extra memory: the tensors of one file. Raises QzoError, and leaves nothing, where a tensor has no place.
     """
+    if (source / QMODEL).is_file():
+        whole_folder(out, functools.partial(_write_qmodel, source, tensors))
+        return len(tensors)
     weights = weight_files(source)
-    shapes = {name: header.shape for name, header in headers_in(weights).items()}
+    headers = headers_in(weights)
+    shapes = {name: header.shape for name, header in headers.items()}
+    tensors = stored_torchao_names(headers, stored_hqq_names(headers, tensors))
     for name, tensor in tensors.items():
         if shapes.get(name) != tuple(tensor.shape):
             has = f"with shape {shapes[name]}" if name in shapes else "not at all"
@@ -130,12 +138,23 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
     def write(folder: Path) -> None:
         for file in weights:
             _rewrite(file, tensors, folder / file.name)
-        for file in source.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-                shutil.copyfile(file, folder / file.name)
+        _copy_rest(source, folder)
 
+    count = len(tensors)
     whole_folder(out, write)
-    return len(tensors)
+    return count
+
+
+def _copy_rest(source: Path, folder: Path) -> None:
+    """Configuration, tokenizer and whatever else is no weights."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_qmodel(source: Path, tensors: dict[str, Tensor], folder: Path) -> None:
+    write_qmodel(source, tensors, folder)
+    _copy_rest(source, folder)
 
 
 def _rewrite(file: Path, tensors: dict[str, Tensor], target: Path) -> None:
