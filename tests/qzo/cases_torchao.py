@@ -99,7 +99,7 @@ CASES = [
         ("int8", "llama"),
         ("int8", "opt"),
         ("int8-group", "llama"),
-        ("intx4", "opt"),
+        ("intx4", "llama"),
         ("int4", "llama"),
         ("int4", "opt"),
     )
