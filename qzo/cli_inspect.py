@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 CALLED = {"zero_points": "zero points", "g_idx": "group indices"}
 ZERO_POINTS = "zero points are whole numbers and move with their scales"
-FOLLOWING = {"gptq": ZERO_POINTS, "awq": ZERO_POINTS, "gguf": "minima move with their scales"}
+FOLLOWING = {
+    "gptq": ZERO_POINTS,
+    "awq": ZERO_POINTS,
+    "hqq": "zero points stay, and move weights with their scales",
+    "torchao": "offsets of int4 weights move with their scales",
+    "gguf": "minima move with their scales",
+}
 
 
 def add_command(commands: Any) -> None:

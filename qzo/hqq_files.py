@@ -37,10 +37,10 @@ MOST_CHARACTERS = 64  # of a setting
 
 def find_hqq(folder: Path, settings: dict[str, Any] | None) -> StoredModel | None:
     """The HQQ checkpoint in a folder; None where it holds something else. Raises QzoError for a damaged one."""
-    if (folder / QMODEL).is_file():
-        return _from_pickle(folder)[0]
     if settings is not None and method_of(settings) != "hqq":
         return None
+    if (folder / QMODEL).is_file():
+        return _from_pickle(folder)[0]
     headers = headers_in(weight_files(folder))
     if any(name.endswith(WORDS) for name in headers):
         return _from_safetensors(folder, headers)

@@ -68,7 +68,8 @@ def layout_of(meta: dict[str, Any]) -> HqqLayout:
     numbers: list[Any] = [*shape, group_size, axis] if isinstance(shape, tuple | list) and len(shape) == 2 else [None]
     if not all(type(number) is int for number in numbers) or type(n_bits) not in (int, float):
         raise QzoError(f"shape={shape}, nbits={n_bits}, group_size={group_size}, axis={axis} are no layout of HQQ")
-    layout = HqqLayout(numbers[1], numbers[0], round(float(n_bits or 0), 2), *numbers[2:])
+    exact = round(float(n_bits or 0), 2)  # 1.58 is an fp32 number in safetensors
+    layout = HqqLayout(numbers[1], numbers[0], int(exact) if exact.is_integer() else exact, *numbers[2:])
     if meta.get("packing") not in CODE_BITS or meta["packing"] != layout.packing:
         raise QzoError(f"packing={meta.get('packing')} does not hold codes of {n_bits} bits; need {layout.packing}")
     return layout

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from format_cases import FormatCase
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 
+UNSWEPT = patch("hqq.models.base.cleanup", lambda: None)  # whose gc.collect() takes a second each time
+
+
+@UNSWEPT
 def quantized(plain: Path, **options: Any) -> Any:
     """A model with HQQLinear layers, computing in fp32."""
     from hqq.core.quantize import BaseQuantizeConfig
@@ -41,6 +46,7 @@ def write(plain: Path, out: Path, safetensors: bool = False, **options: Any) -> 
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, out / "model.safetensors")
 
 
+@UNSWEPT
 def read(out: Path) -> Any:
     """The model as the library loads it; what it writes as safetensors, it reads through its layers' state dicts."""
     from hqq.core.quantize import HQQLinear
