@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-
 UNSWEPT = patch("hqq.models.base.cleanup", lambda: None)  # whose gc.collect() takes a second each time
 
 

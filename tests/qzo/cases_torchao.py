@@ -1,4 +1,4 @@
-"""torchao through transformers' TorchAoConfig; int4, which needs a further package to be made, from torchao's tensors."""
+"""torchao through transformers' TorchAoConfig; int4, whose making needs a further package, from its tensors."""
 
 from __future__ import annotations
 

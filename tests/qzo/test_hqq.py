@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import qzo
@@ -15,25 +16,26 @@ from qzo.chunked import chunk_bounds
 from qzo.hqq import HqqLayout, HqqLinear
 
 pytest.importorskip("hqq", reason="needs hqq")
-from cases_hqq import layers_of, quantized, read, write  # noqa: E402
-from conftest import write_plain  # noqa: E402
-from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # noqa: E402
+from cases_hqq import layers_of, quantized, read, write
+from conftest import write_plain
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
 ALL_BITS = (1, 1.58, 2, 3, 4, 5, 6, 8)
 
 
 def library_layer(n_bits=4, group_size=32, axis=1, dtype=torch.float32, shape=(64, 96), **options) -> HQQLinear:
-    linear = nn.Linear(shape[1], shape[0])
+    linear = nn.Linear(shape[1], shape[0]).requires_grad_(False)
     config = BaseQuantizeConfig(nbits=n_bits, group_size=group_size, axis=axis, **options)
     return HQQLinear(linear, config, compute_dtype=dtype, device="cpu")
 
 
-def nested_layer(group_size=128) -> HQQLinear:
-    """A layer whose scales and zero points are quantized, as old versions made it by default."""
-    layer = library_layer()
+def nested_layer(weight: torch.Tensor, group_size: int | None = None) -> HQQLinear:
+    """A layer whose scales and zero points are quantized themselves, as old versions of the library made it."""
+    layer = HQQLinear(None, None, compute_dtype=torch.float32, device="cpu", initialize=False)
+    layer.quant_config = {"scale_quant_params": None, "zero_quant_params": None}
     config = {"nbits": 8, "channel_wise": group_size is not None, "group_size": group_size, "optimize": False}
     whole = {"nbits": 8, "channel_wise": False, "group_size": None, "optimize": False}
-    layer.quantize(torch.randn(64, 512), {"nbits": 4, "group_size": 32, "axis": 1}, config, whole)
+    layer.quantize(weight, {"nbits": 4, "group_size": 32, "axis": 1}, config, whole)
     return layer
 
 
@@ -131,7 +133,7 @@ def test_a_module_without_codes_and_offloaded_scales_are_refused():
 
 @pytest.mark.parametrize("group_size", [128, None])
 def test_nested_scales_are_unnested_and_nested_again(group_size):
-    library = nested_layer(group_size)
+    library = nested_layer(torch.randn(64, 512), group_size)
     before, zeros = library.dequantize(), library.meta["zero_q"].clone()
     model = qzo.adopt(nn.Sequential(library))
     torch.testing.assert_close(model[0].dequantize(), before, rtol=1e-6, atol=1e-7)
@@ -155,21 +157,12 @@ def test_old_files_with_nested_zero_points_are_read_and_written(tmp_path):
     state = torch.load(tmp_path / "old" / "qmodel.pt", weights_only=True)
     for path, about in state.items():
         if "W_q" in about:
-            rows, columns = about["shape"]
-            layer = nested_layer(None)
-            layer.quantize(
-                torch.randn(rows, columns) / 8,
-                {"nbits": 4, "group_size": 32, "axis": 1},
-                {"nbits": 8, "channel_wise": False, "group_size": None, "optimize": False},
-                {"nbits": 8, "channel_wise": False, "group_size": None, "optimize": False},
-            )
+            layer = nested_layer(torch.randn(about["shape"]) / 8)
             state[path] = {"W_q": layer.W_q.data, "meta": layer.meta, "bias": None}
     torch.save(state, tmp_path / "old" / "qmodel.pt")
     ids = torch.randint(5, 96, (2, 12))
     model = qzo.load(tmp_path / "old", torch.float32)
     torch.testing.assert_close(model(ids).logits, read(tmp_path / "old")(ids).logits, rtol=0, atol=1e-4)
-    from safetensors.torch import save_file
-
     scales = {name: 1.5 * scale for name, scale in qzo.scales(model).items()}
     (tmp_path / "run").mkdir()
     save_file(scales, tmp_path / "run" / "trained.safetensors", {"model": str(tmp_path / "old")})
