@@ -1,4 +1,4 @@
-"""Damaged checkpoints of HQQ and torchao: one line, exit code 2, no code run, no huge allocation; qzo inspect on them."""
+"""Damaged checkpoints of HQQ and torchao: one line, exit code 2, no code run; and qzo inspect on them."""
 
 from __future__ import annotations
 
@@ -148,7 +148,11 @@ CASES = [
     ("int8", "act_quant_kwargs is a PerRow", set_metadata(act_quant_kwargs={"_type": "PerRow", "_data": {}})),
     ("int8", "does not divide (64, 64)", set_tensors(_weight_scale=torch.ones(64, 7))),
     ("int8", "zero points have shape (2, 2)", set_tensors(_weight_zero_point=torch.ones(2, 2))),
-    ("int8", "q_proj is quantized as (64, 32), but", set_tensors(_weight_qdata=torch.ones(64, 32, dtype=torch.int8))),
+    (
+        "int8",
+        "block_size=[1, 64], but its scales imply [1, 32]",
+        set_tensors(_weight_qdata=torch.ones(64, 32, dtype=torch.int8)),
+    ),
     ("int8", "which are not known", set_tensors(_weight_more=torch.ones(2))),
     ("int8", "does not say what its weight is", change_tensors(lambda *_: {"format": "pt"})),
     ("int4", "has no shape of positive numbers", set_metadata(shape=[64, -1])),

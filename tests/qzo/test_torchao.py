@@ -141,7 +141,7 @@ def test_tiles_with_padding_compute_the_weight_of_their_definition():
     scale, zero = (part.t().repeat_interleave(size, 1) for part in both.unbind(-1))
     assert torch.allclose(layer.dequantize(), ((codes - 8) * scale + zero)[:60, :192], rtol=1e-5, atol=1e-5)
     with pytest.raises(qzo.QzoError, match="which does not divide"):
-        qzo.adopt(holding(Int4TilePackedTo4dTensor(tiles_of(codes), both, [1, size], torch.Size(shape[:1] + (201,)))))
+        qzo.adopt(holding(Int4TilePackedTo4dTensor(tiles_of(codes), both, [1, size], torch.Size((*shape[:1], 201)))))
 
 
 def test_offsets_follow_their_scales_and_weights_move_as_a_whole():
@@ -237,12 +237,12 @@ def test_what_changes_inputs_too_and_unknown_kinds_are_refused():
 
 def test_layers_from_weights_and_on_meta():
     weight = torch.randn(64, 96)
-    for kind, size, worst in ((AoInt8Linear, -1, 0.02), (AoInt8Linear, 32, 0.02), (AoInt4Linear, 32, 0.2)):
+    for kind, size in ((AoInt8Linear, -1), (AoInt8Linear, 32), (AoInt4Linear, 32)):
         layer = kind.from_weight(weight, group_size=size)
         empty = kind.from_weight(weight.to("meta"), group_size=size)
         assert {name: (t.shape, t.dtype) for name, t in layer.state_dict().items()} == {
             name: (t.shape, t.dtype) for name, t in empty.state_dict().items()
         }
-        assert (layer.dequantize() - weight).abs().max() < worst
+        assert (layer.dequantize() - weight).abs().max() < 0.51 * layer.scales.max()  # half a step
     expected = int4_tensor(weight)
     assert torch.equal(layer.codes, expected.qdata) and torch.equal(layer.scales, expected.scale)
