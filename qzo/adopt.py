@@ -6,20 +6,23 @@ from collections.abc import Callable
 
 from torch import nn
 
+from qzo.bnb_live import adopt_bnb
 from qzo.errors import QzoError, named
-from qzo.hqq_library import adopt as adopt_hqq
-from qzo.torchao_library import adopt as adopt_torchao
+from qzo.hqq_library import adopt_hqq
+from qzo.torchao_library import adopt_torchao
 from qzo.walk import freeze, put
 
 Adapter = Callable[[nn.Module], nn.Module | None]
-ADAPTERS: tuple[Adapter, ...] = (adopt_hqq, adopt_torchao)
+ADAPTERS: tuple[Adapter, ...] = (adopt_bnb, adopt_hqq, adopt_torchao)
 
 
 def adopt(model: nn.Module) -> nn.Module:
     """Replace the quantized layers of other libraries by layers whose scales can be trained; returns the model.
 
     In place, on the same codes: nothing is dequantized, and kernels that keep a copy of the scales are left behind.
-    What remains is frozen, and the model put in eval mode, ready for `qzo.scales` and `qzo.QZO`. `release` undoes it.
+    What remains is frozen, and the model put in eval mode, ready for `qzo.scales` and `qzo.QZO`; a model of
+    transformers no longer calls itself quantized, so that `qzo.QZOTrainer` takes it. `release` undoes it; do that
+    before you save.
 
     Raises QzoError, with the layer's name, before the first one is replaced: where there is none, and for a layer in a
     state that cannot be taken over.
@@ -28,6 +31,8 @@ def adopt(model: nn.Module) -> nn.Module:
     if not layers:
         raise QzoError(f"{type(model).__name__} has no quantized layer of a known library; see qzo.load")
     _replace(model, layers)
+    if hasattr(model, "hf_quantizer"):
+        model.is_quantized = False  # type: ignore[assignment]
     return freeze(model).eval()
 
 
@@ -40,6 +45,8 @@ def release(model: nn.Module) -> nn.Module:
     if not layers:
         raise QzoError(f"{type(model).__name__} has no layer to give back; it is not of qzo.adopt")
     _replace(model, layers)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.is_quantized = True  # type: ignore[assignment]
     return model
 
 

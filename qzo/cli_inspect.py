@@ -20,6 +20,7 @@ FOLLOWING = {
     "awq": ZERO_POINTS,
     "hqq": "zero points stay, and move weights with their scales",
     "torchao": "offsets of int4 weights move with their scales",
+    "bitsandbytes": "there are no zero points",
     "gguf": "minima move with their scales",
 }
 

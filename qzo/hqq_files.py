@@ -139,11 +139,22 @@ def _read(headers: dict[str, Header], layers: dict[str, HqqLinear]) -> Iterator[
         yield tensors
 
 
-def stored_hqq_names(headers: dict[str, Header], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that they have in safetensors of HQQ; those of other formats as they are."""
-    paths = {name.removesuffix(WORDS) for name in headers if name.endswith(WORDS)}
-    renamed = {f"{path}.scales": f"{path}.scale" for path in paths}
-    return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
+def holds_hqq(folder: Path) -> bool:
+    """Whether a folder whose configuration names no quantizer holds codes of HQQ all the same, as the library saves."""
+    return (folder / QMODEL).is_file() or any(name.endswith(WORDS) for name in headers_in(weight_files(folder)))
+
+
+def hqq_tensors(source: Path, headers: dict[str, Header], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Name of a scale, as `qzo.scales` has it -> the tensor of a safetensors file that it becomes. Raises QzoError."""
+    found = {}
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        if last == "scales" and f"{path}{WORDS}" in headers:
+            stored = f"{path}.scale"
+            if stored not in headers or headers[stored].shape != tuple(tensor.shape):
+                raise QzoError(f"{source} has no place for {name} with shape {tuple(tensor.shape)}")
+            found[name] = {stored: tensor}
+    return found
 
 
 def _layer(about: dict[str, Any], meta: Any) -> HqqLinear:

@@ -14,7 +14,7 @@ PATCHED = ("hqq.backends.", "gemlite")  # modules that hold the scales in the or
 TENSORS = ("scale", "zero", "scale_q", "zero_q", "meta_scale", "meta_zero")
 
 
-def adopt(module: nn.Module) -> HqqLinear | None:
+def adopt_hqq(module: nn.Module) -> HqqLinear | None:
     """The layer for an HQQLinear, on its tensors; None for any other module.
 
     Its forward is never called again, so that no backend keeps a copy of the scales. Scales and zero points that are

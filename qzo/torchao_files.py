@@ -49,28 +49,35 @@ def find_torchao(folder: Path, settings: dict[str, Any] | None) -> StoredModel |
     return StoredModel("torchao", folder, headers, layers, partial(_read, files, layers))
 
 
-def stored_torchao_names(headers: dict[str, Header], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names, and in the shapes, that they have in files of torchao; those of others as they are.
+def torchao_tensors(
+    source: Path, headers: dict[str, Header], tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Name of a scale or offset, as `qzo.trainable` has it -> the tensor of the checkpoint that it becomes.
 
-    Where scales and offsets are stored as one tensor, what was not tuned is taken from the file.
+    Where scales and offsets are stored as one tensor, what was not tuned is taken from the file. Raises QzoError for a
+    shape that is not that of the checkpoint.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")
+        alone = {"scales": f"{path}{PART}scale", "offsets": f"{path}{PART}zero_point"}.get(last, "")
         both = f"{path}{PART}scale_and_zero"
-        alone = {"scales": f"{path}{PART}scale", "offsets": f"{path}{PART}zero_point"}.get(last)
         if alone in headers:
-            found[str(alone)] = tensor
-        elif alone is not None and both in headers:
-            if both not in found:
+            place = torch.empty(headers[alone].shape, device="meta")
+            found[name] = {alone: tensor}
+        elif alone and both in headers:
+            if both not in whole:
                 with opened(headers[both].file) as file:
-                    found[both] = file.get_tensor(both)
-            place = found[both][..., 0 if last == "scales" else 1]
-            if place.shape != tensor.shape:
-                raise QzoError(f"{both} has no place for {name} with shape {tuple(tensor.shape)}")
-            place.copy_(tensor)
+                    whole[both] = file.get_tensor(both)
+            place = whole[both][..., 0 if last == "scales" else 1]
+            found[name] = {both: whole[both]}
         else:
-            found[name] = tensor
+            continue
+        if place.shape != tensor.shape:
+            raise QzoError(f"{source} has no place for {name} with shape {tuple(tensor.shape)}")
+        if both in whole:
+            place.copy_(tensor)
     return found
 
 

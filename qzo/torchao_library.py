@@ -20,7 +20,7 @@ OF_INPUTS = (  # what is set where inputs are changed too
 AoLinear = AoInt8Linear | AoInt4Linear
 
 
-def adopt(module: nn.Module) -> AoLinear | None:
+def adopt_torchao(module: nn.Module) -> AoLinear | None:
     """The layer for an nn.Linear whose weight is a quantized tensor of torchao, on its data; None for other modules.
 
     Raises QzoError for weights that torchao quantizes in another way, and where it quantizes the inputs too.
