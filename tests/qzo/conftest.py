@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ def make_model() -> Make:
 @pytest.fixture
 def input_ids() -> torch.Tensor:
     return torch.randint(5, VOCABULARY, (2, 12))
+
+
+def write_plain(family: str, folder: Path) -> Path:
+    """An unquantized checkpoint in fp32 of a tiny model whose weights are large enough to matter, and its biases."""
+    torch.manual_seed(0)
+    config = _config(family, tied=False)
+    setattr(config, "init_std" if family == "opt" else "initializer_range", 0.1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
 
 
 def _config(family: str, tied: bool) -> PreTrainedConfig:

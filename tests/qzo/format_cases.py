@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -25,6 +26,8 @@ class FormatCase:
         tolerance: largest difference of logits that the rounding of the format explains.
         needs: modules without which the case skips.
         suffix: of what `write` makes, "" for a folder.
+        codes: `codes(out)` is name -> tensor as stored, of all that training must leave to the bit. None takes every
+            tensor of the safetensors files but those whose name ends as the scales of a format do (`SCALES`).
     """
 
     name: str
@@ -35,3 +38,17 @@ class FormatCase:
     tolerance: float = 1e-4
     needs: tuple[str, ...] = ()
     suffix: str = ""
+    codes: Callable[[Path], dict[str, Tensor]] | None = None
+
+
+SCALES = ("scales", "scale", "absmax", "nested_absmax", "SCB")
+
+
+def stored_codes(case: FormatCase, out: Path) -> dict[str, Tensor]:
+    """Name -> tensor of all that a tuned checkpoint must have in common with the original."""
+    if case.codes is not None:
+        return case.codes(out)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(out.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(SCALES)}
