@@ -28,9 +28,7 @@ from qzo.export import TRAINED
 from qzo.scales import QUANTIZED, TABLES, quantized_bytes
 
 HERE = Path(__file__).parent
-CASES: list[FormatCase] = [
-    case for file in sorted(HERE.glob("cases_*.py")) for case in import_module(file.stem).CASES
-]
+CASES: list[FormatCase] = [case for file in sorted(HERE.glob("cases_*.py")) for case in import_module(file.stem).CASES]
 WITH = {"relative": True, "eps": 3e-3, "clip_threshold": None}
 INPUT_IDS = torch.randint(5, 96, (4, 12), generator=torch.Generator().manual_seed(1))
 
