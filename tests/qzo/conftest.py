@@ -44,10 +44,12 @@ def input_ids() -> torch.Tensor:
 
 
 def write_plain(family: str, folder: Path) -> Path:
-    """An unquantized checkpoint in fp32 of a tiny model whose weights are large enough to matter, and its biases."""
+    """An unquantized fp32 checkpoint of a tiny model whose weights and biases matter, and which has no kinks."""
     torch.manual_seed(0)
     config = _config(family, tied=False)
     setattr(config, "init_std" if family == "opt" else "initializer_range", 0.1)
+    if family == "opt":
+        config.activation_function = "gelu"  # central differences must not meet the kink of ReLU
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

@@ -29,7 +29,7 @@ from qzo.scales import QUANTIZED, TABLES, quantized_bytes
 
 HERE = Path(__file__).parent
 CASES: list[FormatCase] = [case for file in sorted(HERE.glob("cases_*.py")) for case in import_module(file.stem).CASES]
-WITH = {"relative": True, "eps": 3e-3, "clip_threshold": None}
+WITH = {"relative": True, "eps": 1e-3, "clip_threshold": None}
 INPUT_IDS = torch.randint(5, 96, (4, 12), generator=torch.Generator().manual_seed(1))
 
 
@@ -116,7 +116,7 @@ def files_of(path: Path) -> dict[str, str]:
 
 def tuned(made: Made, steps: int = 50) -> tuple[nn.Module, list[float]]:
     model = made.model()
-    optimizer = QZO(trainable(model), lr=2e-2, **WITH)
+    optimizer = QZO(trainable(model), lr=3e-2, **WITH)
     return model, [float(optimizer.step(lambda: loss_of(model))) for _ in range(steps)]
 
 
