@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo.awq import AwqLinear
+from qzo.bnb import BnbLinear4bit, BnbLinear8bit
 from qzo.errors import QzoError
 from qzo.gguf_layers import GgufLinear
 from qzo.linear import QuantLinear
@@ -21,8 +22,8 @@ def add_adapters(
     """Put LoRA adapters on the layers named; returns peft's model, which holds `model`.
 
     y = W x + alpha / rank * B A x with A [rank, K] random and B [N, rank] zero, so y is unchanged at first. On a
-    QuantLinear, AwqLinear or GgufLinear this is QLoRA, through peft's own way to register layers it does not know. A is
-    drawn from PyTorch's global RNG. The defaults are the paper's. `dropout` must be 0 for training without gradients.
+    quantized layer this is QLoRA, through peft's own way to register layers it does not know. A is drawn from PyTorch's
+    global RNG. The defaults are the paper's. `dropout` must be 0 for training without gradients.
 
     Raises QzoError where no layer has such a name.
     """
@@ -30,7 +31,8 @@ def add_adapters(
     from peft.tuners.lora.layer import Linear
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)
-    config._register_custom_module({QuantLinear: Linear, AwqLinear: Linear, GgufLinear: Linear})
+    quantized = (QuantLinear, AwqLinear, BnbLinear4bit, BnbLinear8bit, GgufLinear)
+    config._register_custom_module(dict.fromkeys(quantized, Linear))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # it has in_features and out_features
         try:

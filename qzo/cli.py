@@ -119,8 +119,7 @@ def _replay(options: argparse.Namespace) -> None:
     import torch
 
     from qzo.checkpoint import check_target, format_of, save
-    from qzo.export import whole_folder
-    from qzo.gguf_export import write_gguf
+    from qzo.export import in_own_layout, write_tuned
     from qzo.journal_lines import read
     from qzo.load import load
     from qzo.replay import replay
@@ -139,9 +138,8 @@ def _replay(options: argparse.Namespace) -> None:
         print(f"notice: {notice}", file=sys.stderr)
     if options.out:
         source, out = Path(options.model), Path(options.out)
-        if source.suffix == ".gguf":
-            tuned = live_tensors(optimizer)
-            whole_folder(out, lambda folder: write_gguf(source, tuned, folder / source.name))
+        if in_own_layout(options.model):
+            write_tuned(options.model, live_tensors(optimizer), out)
         else:
             save(model, out, format_of(source))
             _copy_beside(source, out)

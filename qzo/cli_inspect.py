@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 CALLED = {"zero_points": "zero points", "g_idx": "group indices"}
 ZERO_POINTS = "zero points are whole numbers and move with their scales"
-FOLLOWING = {"gptq": ZERO_POINTS, "awq": ZERO_POINTS, "gguf": "minima move with their scales"}
+FOLLOWING = {
+    "gptq": ZERO_POINTS,
+    "awq": ZERO_POINTS,
+    "bitsandbytes": "there are no zero points",
+    "gguf": "minima move with their scales",
+}
 
 
 def add_command(commands: Any) -> None:

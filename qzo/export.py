@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qzo.bnb_export import bnb_tensors
 from qzo.checkpoint import check_target
 from qzo.durable import sync
 from qzo.errors import QzoError
-from qzo.folder import download, headers_in, opened, weight_files
+from qzo.folder import download, headers_in, opened, read_json, weight_files
 from qzo.gguf_export import write_gguf
 from qzo.load import load, load_tokenizer
+from qzo.quantization import method_of, settings_of
 from qzo.replay import replay
 from qzo.training_learners import JOURNAL, LAST, live_tensors, put_adapters, read_tensors
 from qzo.training_run import BEST, RUN, dtype_of, read_run
@@ -23,6 +25,7 @@ from qzo.training_settings import QUANTIZED, ZEROTH_ORDER
 
 TRAINED = "trained.safetensors"  # in a checkpoint of qzo.QZOTrainer
 STATES = ("best", "last")
+LAYOUTS = {"bitsandbytes": bnb_tensors}  # methods whose checkpoints keep scales under other names or in other numbers
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -50,7 +53,7 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str], state: s
         return _export_run(source, out, state)
     if (source / TRAINED).is_file():
         tensors, metadata = read_tensors(source / TRAINED)
-        return _write(metadata["model"], tensors, out)
+        return write_tuned(metadata["model"], tensors, out)
     if source.suffix == ".gguf":
         model = load(source)
         tokenizer = load_tokenizer(source)
@@ -64,10 +67,15 @@ def _export_run(run: Path, out: Path, state: str) -> int:
     tensors = _state(run, about, state)
     if about["settings"]["method"] in ("lora", "qlora"):
         return _write_adapters(about, tensors, out)
-    return _write(about["model"], tensors, out)
+    return write_tuned(about["model"], tensors, out)
 
 
-def _write(model: str, tensors: dict[str, Tensor], out: Path) -> int:
+def in_own_layout(model: str) -> bool:
+    """Whether a model's scales are written by `write_tuned` alone: a .gguf file, or a method of `LAYOUTS`."""
+    return model.endswith(".gguf") or ((Path(model) / "config.json").is_file() and _method(Path(model)) in LAYOUTS)
+
+
+def write_tuned(model: str, tensors: dict[str, Tensor], out: Path) -> int:
     """Write `model` with some tensors replaced, a .gguf file as a .gguf file; returns how many."""
     if model.endswith(".gguf") and all(name.endswith((".scales", ".offsets")) for name in tensors):
         file = Path(model)
@@ -121,11 +129,17 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
     Extra memory: the tensors of one file. Raises QzoError, and leaves nothing, where a tensor has no place.
     """
     weights = weight_files(source)
-    shapes = {name: header.shape for name, header in headers_in(weights).items()}
+    headers = headers_in(weights)
+    count, method = len(tensors), _method(source)
+    stored = LAYOUTS[method](source, headers, tensors) if method in LAYOUTS else {}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in stored}
+    shapes = {name: header.shape for name, header in headers.items()}
     for name, tensor in tensors.items():
         if shapes.get(name) != tuple(tensor.shape):
             has = f"with shape {shapes[name]}" if name in shapes else "not at all"
             raise QzoError(f"{source} has {name} {has}, the tuned one has shape {tuple(tensor.shape)}")
+    for own in stored.values():
+        tensors |= own
 
     def write(folder: Path) -> None:
         for file in weights:
@@ -135,7 +149,13 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
                 shutil.copyfile(file, folder / file.name)
 
     whole_folder(out, write)
-    return len(tensors)
+    return count
+
+
+def _method(folder: Path) -> str | None:
+    """The quant_method of a checkpoint; None of an unquantized one."""
+    settings = settings_of(folder, read_json(folder / "config.json"))
+    return None if settings is None else method_of(settings)
 
 
 def _rewrite(file: Path, tensors: dict[str, Tensor], target: Path) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from gguf import GGMLQuantizationType
 
+from qzo.bnb_inspection import bnb_facts, bnb_parts
+from qzo.bnb_load import empty_bnb
+from qzo.bnb_state import quantized_paths
 from qzo.errors import QzoError
 from qzo.folder import Header, headers_in, read_json, weight_files
 from qzo.gguf_blocks import BLOCK_TYPES, PLAIN_TYPES
@@ -34,8 +37,9 @@ class Inspection:
         n_bits, group_size: as the configuration says.
         settings: all that it says of the quantizer.
         layers: with codes.
-        counts, sizes: numbers and bytes of "scales", "codes", "zero_points", "g_idx", "offsets" and "unquantized";
-            empty for a foreign format. Where `reason` is one, packed words are counted.
+        counts, sizes: numbers and bytes of "scales", "codes", "zero_points", "g_idx", "offsets", "tables" (of codes and
+            of double quantization) and "unquantized"; empty for a foreign format. Where `reason` is one, packed words
+            are counted.
         trainable: set of `qzo.trainable` -> how many numbers it trains; empty for foreign formats.
         reason: why QZO cannot train it here; None where it can.
     """
@@ -62,9 +66,9 @@ class Inspection:
 def inspect(source: str | os.PathLike[str]) -> Inspection:
     """Look at a folder with config.json, or a .gguf file.
 
-    GPTQ and AWQ: the model is built without data, and every header compared with it, so that `reason` is None just
-    where `qzo.load` needs no more than sound data. Other quantizers: what the configuration says. Raises QzoError for
-    what is neither, and for files that cannot be read.
+    GPTQ, AWQ and bitsandbytes: the model is built without data, and every header compared with it, so that `reason` is
+    None just where `qzo.load` needs no more than sound data. Other quantizers: what the configuration says. Raises
+    QzoError for what is neither, and for files that cannot be read.
     """
     path = Path(source)
     if path.suffix == ".gguf":
@@ -79,6 +83,8 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
         reason = _obstacle(path, config, headers) or f"it is not quantized; first run: qzo quantize {source} OUT"
         return Inspection(str(source), "unquantized", counts=counts, sizes=sizes, reason=reason)
     method = method_of(settings)
+    if method == "bitsandbytes":
+        return _inspect_bnb(str(source), path, config, settings)
     if method in METHODS:
         return _inspect_packed(str(source), path, config, settings)
     return Inspection(str(source), method, settings=settings, reason=f"the format {method} is not trainable here yet")
@@ -108,6 +114,24 @@ def _inspect_packed(source: str, path: Path, config: dict[str, Any], settings: d
     )
 
 
+def _inspect_bnb(source: str, path: Path, config: dict[str, Any], settings: dict[str, Any]) -> Inspection:
+    headers = headers_in(weight_files(path))
+    facts = bnb_facts(settings, headers)
+    counts, sizes = bnb_parts(headers, facts["n_bits"])
+    scales, unquantized = counts["scales"], counts["unquantized"]
+    return Inspection(
+        source,
+        "bitsandbytes",
+        **facts,
+        settings=settings,
+        layers=len(quantized_paths(headers)),
+        counts=counts,
+        sizes=sizes,
+        trainable={"scales": scales, "scales+offsets": scales, "scales+unquantized": scales + unquantized},
+        reason=_obstacle(path, config, headers, settings),
+    )
+
+
 def _obstacle(
     path: Path, config: dict[str, Any], headers: dict[str, Header], settings: dict[str, Any] | None = None
 ) -> str | None:
@@ -119,9 +143,10 @@ def _obstacle(
         if quantization is None:
             skeleton(path, headers, dtype_of(config))
         else:
-            if not any(name.endswith(".qweight") for name in headers):
+            if not (any(name.endswith(".qweight") for name in headers) or quantized_paths(headers)):
                 raise QzoError(f"no tensor holds codes, and config.json says {quantization.method}")
-            empty_model(path, quantization, headers, dtype_of(config))
+            build = empty_bnb if quantization.method == "bitsandbytes" else empty_model
+            build(path, quantization, headers, dtype_of(config))
     except QzoError as error:
         return str(error).removeprefix(f"{path}: ")
     return None

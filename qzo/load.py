@@ -1,4 +1,4 @@
-"""Reading models: GPTQ and AWQ checkpoints by `qzo.packed`, everything else through transformers."""
+"""Reading models: quantized checkpoints by their formats' own readers, everything else through transformers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qzo.bnb_load import load_bnb
 from qzo.errors import QzoError
 from qzo.folder import download, headers_in, one_line, read_json, weight_files
 from qzo.groups import TRAINABLE
@@ -27,9 +28,10 @@ def load(
     """Load a causal language model.
 
     A GPTQ checkpoint (2, 3, 4 or 8 bits, formats "gptq" and "gptq_v2", one file or shards, with or without act-order)
-    becomes a model with QuantLinear layers, an AWQ checkpoint (4 bits, version "gemm") one with AwqLinear layers, ready
-    for `qzo.scales` and `qzo.QZO`. Anything else comes unquantized, ready for `qzo.quantize`. Only
-    safetensors and GGUF files are read, and no code of a checkpoint is run.
+    becomes a model with QuantLinear layers, an AWQ checkpoint (4 bits, version "gemm") one with AwqLinear layers, and a
+    bitsandbytes checkpoint (NF4, FP4 or int8) one with BnbLinear4bit or BnbLinear8bit layers, ready for `qzo.scales`
+    and `qzo.QZO`. Anything else comes unquantized, ready for `qzo.quantize`. Only safetensors and GGUF files are read,
+    and no code of a checkpoint is run.
 
     Args:
         source: a folder with config.json, a .gguf file, or a hub id, which is downloaded.
@@ -68,7 +70,8 @@ def load(
     if quantization is None:
         skeleton(folder, headers, torch.bfloat16)
         return _from_pretrained(folder, dtype, device)
-    return load_packed(folder, quantization, headers, dtype or dtype_of(config), torch.device(device))
+    reader = load_bnb if quantization.method == "bitsandbytes" else load_packed
+    return reader(folder, quantization, headers, dtype or dtype_of(config), torch.device(device))
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

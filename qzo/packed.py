@@ -49,16 +49,24 @@ def empty_model(folder: Path, quantization: Quantization, headers: dict[str, Hea
     """The model on meta with quantized layers, which expects just the tensors that are there. Raises QzoError."""
     model = skeleton(folder, headers, dtype, PER_WORD)
     _insert_layers(model, headers, quantization)
+    check_tensors(folder, model, headers)
+    return model
+
+
+def check_tensors(folder: Path, model: Any, headers: dict[str, Header], checked: Container[str] = ()) -> None:
+    """Tie the weights of a model on meta. Raises QzoError unless the headers are those of just the tensors it expects.
+
+    `checked` are names of the model's tensors that are known to be there, under other names.
+    """
     model.tie_weights()
     expected = model.state_dict(keep_vars=True)
     for name, header in headers.items():
         if not name.endswith(IMPLIED):
             _check_fits(name, header, expected.get(name))
-    given = {id(tensor) for name, tensor in expected.items() if name in headers}
+    given = {id(tensor) for name, tensor in expected.items() if name in headers or name in checked}
     missing = [name for name, tensor in expected.items() if tensor.is_meta and id(tensor) not in given]
     if missing:
         raise QzoError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    return model
 
 
 def check_architecture(folder: Path, config: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from qzo.folder import read_json
 FORMATS = ("gptq", "gptq_v2")
 QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ and gptqmodel look first
 AWQ_CONFIG = "quant_config.json"  # the same of AutoAWQ
-METHODS = ("gptq", "awq")
+METHODS = ("gptq", "awq", "bitsandbytes")
 COUNTS = re.compile(r"n(um)?_?(hidden_|decoder_|encoder_)?layers?")
 
 
@@ -22,10 +22,11 @@ class Quantization:
     """The layout of a checkpoint that can be trained.
 
     Args:
-        method: "gptq" or "awq".
+        method: "gptq", "awq" or "bitsandbytes".
         n_bits: of a code.
-        group_size: weights along K that share a scale, -1 for the whole row.
-        version: "gptq" (zero points are stored minus 1) or "gptq_v2"; "gemm" for AWQ.
+        group_size: weights along K that share a scale, -1 for the whole row; of bitsandbytes, what is usual: each layer
+            has a block size of its own.
+        version: "gptq" (zero points are stored minus 1) or "gptq_v2"; "gemm" for AWQ; "nf4", "fp4" or "int8".
     """
 
     method: str
@@ -58,8 +59,11 @@ def understood(folder: Path, settings: dict[str, Any]) -> Quantization:
     method = method_of(settings)
     if method not in METHODS:
         raise QzoError(
-            f'{folder}: quant_method="{method}" is not supported; give a GPTQ, an AWQ or an unquantized checkpoint'
+            f'{folder}: quant_method="{method}" is not supported; give a checkpoint of GPTQ, AWQ or bitsandbytes, '
+            "or an unquantized one"
         )
+    if method == "bitsandbytes":
+        return _bitsandbytes(folder, settings)
     n_bits, group_size = (
         _whole_number(folder, settings, *names) for names in (("bits", "w_bit"), ("group_size", "q_group_size"))
     )
@@ -76,6 +80,19 @@ def understood(folder: Path, settings: dict[str, Any]) -> Quantization:
     if settings.get("zero_point") is False:
         raise QzoError(f"{folder}: AWQ with zero_point=false is not supported; need true, AutoAWQ's default")
     return Quantization(method, n_bits, group_size, version)
+
+
+def _bitsandbytes(folder: Path, settings: dict[str, Any]) -> Quantization:
+    """Transformers' settings of bitsandbytes: one of two flags is set."""
+    n_bits = [bits for bits in (4, 8) if settings.get(f"load_in_{bits}bit") is True]
+    if len(n_bits) != 1:
+        raise QzoError(f"{folder}: quantization_config must have one of load_in_4bit and load_in_8bit set to true")
+    if n_bits == [8]:
+        return Quantization("bitsandbytes", 8, -1, "int8")
+    version = str(settings.get("bnb_4bit_quant_type", "fp4"))
+    if version not in ("nf4", "fp4"):
+        raise QzoError(f'{folder}: bnb_4bit_quant_type="{version}" is not supported; need nf4 or fp4')
+    return Quantization("bitsandbytes", 4, 64, version)
 
 
 def check_counts(folder: Path, config: dict[str, Any], tensors: int) -> None:

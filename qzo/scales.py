@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from qzo.aqlm import AqlmLinear
 from qzo.awq import AwqLinear
+from qzo.bnb import BnbLinear4bit, BnbLinear8bit
 from qzo.embedding import QuantEmbedding
 from qzo.errors import QzoError
 from qzo.gguf_layers import GgufEmbedding, GgufLinear, GgufTensor
 from qzo.linear import QuantLinear
 
 TABLES = (QuantEmbedding, GgufEmbedding)
-QUANTIZED = (QuantLinear, AwqLinear, AqlmLinear, GgufLinear, *TABLES)
+QUANTIZED = (QuantLinear, AwqLinear, AqlmLinear, BnbLinear4bit, BnbLinear8bit, GgufLinear, *TABLES)
 COMPONENT = {"qweight": "codes", "qzeros": "zero_points", "blocks": "codes"}  # other buffers are called what they are
 COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 
@@ -23,9 +24,9 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None) -> dict[str,
     `layers` (first, last), counted from 0 and both included, takes those of some decoder layers only.
 
     The name is the module's path and ".scales". Shapes: [K/g, N] for linear layers, [V, K/g] for an embedding (once,
-    where the head shares it), [N, 1, 1, 1] for AQLM, [N, K/32] for the blocks of a GGUF file; fp32 or fp16. Ask again
-    after `model.to(...)`, which makes new tensors. Raises QzoError for a model without quantized layers, and for one
-    that has K-quants only, whose scales are quantized themselves.
+    where the head shares it), [N, 1, 1, 1] for AQLM, [N K / 64] (NF4) or [N] (int8) for bitsandbytes, [N, K/32] for
+    the blocks of a GGUF file; fp32 or fp16. Ask again after `model.to(...)`, which makes new tensors. Raises QzoError
+    for a model without quantized layers, and for one that has K-quants only, whose scales are quantized themselves.
     """
     layers_of_kind = {path: module for path, module in model.named_modules() if isinstance(module, QUANTIZED)}
     found: dict[str, Tensor] = {
@@ -42,8 +43,14 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None) -> dict[str,
 
 
 def has_signed_scales(model: nn.Module) -> bool:
-    """Whether scales may be negative, as in GGUF Q4_0 and Q5_0: QZO then needs `nonnegative=False`."""
-    return any(isinstance(module, GgufTensor) and module.kind.signed for module in model.modules())
+    """Whether scales may be negative, as in GGUF Q4_0 and Q5_0, or are, after double quantization in bitsandbytes.
+
+    QZO then needs `nonnegative=False`.
+    """
+    return any(
+        (isinstance(module, GgufTensor) and module.kind.signed) or (isinstance(module, BnbLinear4bit) and module.signed)
+        for module in model.modules()
+    )
 
 
 def in_layers(named: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:

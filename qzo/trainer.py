@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from qzo.checkpoint import format_of, save
 from qzo.errors import QzoError
-from qzo.export import TRAINED, whole_folder
+from qzo.export import TRAINED, in_own_layout, whole_folder, write_tuned
 from qzo.gguf_export import write_gguf
 from qzo.gguf_layers import GgufTensor
 from qzo.journal import Journal
@@ -217,6 +217,9 @@ class QZOTrainer(Trainer):
         if any(isinstance(module, GgufTensor) for module in model.modules()):
             tensors = {name: tensor for name, tensor in live_named(model).items() if name.endswith(LIVE)}
             whole_folder(partial_folder, lambda part: write_gguf(source, tensors, part / source.name))
+        elif in_own_layout(str(source)):
+            tuned = scales(model) if self.zeroth_order is None else live_tensors(self.zeroth_order)
+            write_tuned(str(source), tuned, partial_folder)
         else:
             save(model, partial_folder, format_of(source))
         for file in partial_folder.iterdir():

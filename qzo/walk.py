@@ -30,7 +30,7 @@ class Site:
 
     def shapes(self) -> Iterator[tuple[str, LinearShape]]:
         """Name and shape of the linear maps inside: one, or two for a mixture of experts."""
-        if isinstance(self.module, nn.Linear) or _is_conv1d(self.module):
+        if isinstance(self.module, nn.Linear) or is_conv1d(self.module):
             rows, columns = weight_of(self.module).shape
             yield self.paths[0], LinearShape(columns, rows)
             return
@@ -53,7 +53,7 @@ def find_sites(model: nn.Module) -> list[Site]:
             check_experts(path, module)
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             raise QzoError(f"{path}: cannot quantize a {type(module).__name__}; start from plain nn.Linear layers")
-        elif not isinstance(module, nn.Linear) and not _is_conv1d(module):
+        elif not isinstance(module, nn.Linear) and not is_conv1d(module):
             continue
         if not path:
             raise QzoError(f"a {type(module).__name__} cannot be replaced in place; pass the module that holds it")
@@ -100,7 +100,7 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, a linear layer with weight [K, N]; told by name, so as not to import it."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
@@ -108,4 +108,4 @@ def _is_conv1d(module: nn.Module) -> bool:
 def weight_of(module: nn.Module) -> Tensor:
     """Weight of an nn.Linear or Conv1D as [N, K], a view."""
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    return weight.t() if _is_conv1d(module) else weight
+    return weight.t() if is_conv1d(module) else weight

@@ -1,0 +1,69 @@
+"""Checkpoints written and read by transformers with bitsandbytes, and what the library says of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+KINDS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def quantized(plain: Path, kind: str, **options: object) -> PreTrainedModel:
+    """A live model of the library, of an unquantized checkpoint; in train mode, in which no kernel rewrites scales."""
+    config = BitsAndBytesConfig(**KINDS[kind] | options)
+    return AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.float32).train()
+
+
+def write_bnb(plain: Path, out: Path, kind: str, **options: object) -> Path:
+    """Quantize a checkpoint and save it."""
+    quantized(plain, kind, **options).save_pretrained(out)
+    for file in plain.glob("tokenizer*"):
+        shutil.copyfile(file, out / file.name)
+    return out
+
+
+def read_bnb(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The library's own model, in train mode: on a CPU it multiplies by dequantized weights, int8 too."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
+
+
+def library_logits(folder: Path, input_ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return read_bnb(folder)(input_ids).logits
+
+
+def library_scales(folder: Path) -> dict[str, Tensor]:
+    """Layer path -> scales, of the library's modules; nested ones as it dequantizes them."""
+    from bitsandbytes.functional import dequantize_blockwise
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    def of(module: nn.Module) -> Tensor | None:
+        if isinstance(module, Linear8bitLt):
+            return module.weight.SCB
+        if not isinstance(module, Linear4bit):
+            return None
+        state = module.weight.quant_state
+        return dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+
+    return {path: scales for path, module in read_bnb(folder).named_modules() if (scales := of(module)) is not None}
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's files."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def untouched(folder: Path) -> dict[str, Tensor]:
+    """What training leaves as it is: all but scales, and the offset of nested ones, which quant_state holds."""
+    ends = ("absmax", "SCB", "nf4", "fp4")
+    return {name: tensor for name, tensor in stored(folder).items() if not name.endswith(ends)}
