@@ -8,10 +8,11 @@ from torch import nn
 
 from qzo.bnb_live import adopt_bnb
 from qzo.errors import QzoError, named
+from qzo.hqq_library import adopt as adopt_hqq
 from qzo.walk import freeze, put
 
 Adapter = Callable[[nn.Module], nn.Module | None]
-ADAPTERS: tuple[Adapter, ...] = (adopt_bnb,)
+ADAPTERS: tuple[Adapter, ...] = (adopt_bnb, adopt_hqq)
 
 
 def adopt(model: nn.Module) -> nn.Module:

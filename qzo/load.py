@@ -12,6 +12,7 @@ from qzo.bnb_load import load_bnb
 from qzo.errors import QzoError
 from qzo.folder import download, headers_in, one_line, read_json, weight_files
 from qzo.groups import TRAINABLE
+from qzo.hqq_files import find_hqq, load_hqq
 from qzo.packed import check_architecture, load_packed, skeleton
 from qzo.quantization import check_counts, settings_of, understood
 
@@ -28,9 +29,9 @@ def load(
     """Load a causal language model.
 
     A GPTQ checkpoint (2, 3, 4 or 8 bits, formats "gptq" and "gptq_v2", one file or shards, with or without act-order)
-    becomes a model with QuantLinear layers, an AWQ checkpoint (4 bits, version "gemm") one with AwqLinear layers, and a
-    bitsandbytes checkpoint (NF4, FP4 or int8) one with BnbLinear4bit or BnbLinear8bit layers, ready for `qzo.scales`
-    and `qzo.QZO`. Anything else comes unquantized, ready for `qzo.quantize`. Only safetensors and GGUF files are read,
+    becomes a model with QuantLinear layers, an AWQ checkpoint (4 bits, version "gemm") one with AwqLinear layers, a
+    bitsandbytes checkpoint (NF4, FP4 or int8) one with BnbLinear4bit or BnbLinear8bit layers, and an HQQ checkpoint (1
+    to 8 bits, both axes, `qmodel.pt` or safetensors) one with HqqLinear layers, ready for `qzo.scales` and `qzo.QZO`. Anything else comes unquantized, ready for `qzo.quantize`. Only safetensors and GGUF files are read,
     and no code of a checkpoint is run.
 
     Args:
@@ -63,6 +64,9 @@ def load(
     folder = path if path.is_dir() else download(str(source))
     config = read_json(folder / "config.json")
     settings = settings_of(folder, config)
+    hqq = find_hqq(folder, settings)
+    if hqq is not None:
+        return load_hqq(hqq, config, dtype or dtype_of(config), torch.device(device))
     quantization = None if settings is None else understood(folder, settings)
     headers = headers_in(weight_files(folder))
     check_counts(folder, config, len(headers))

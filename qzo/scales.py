@@ -10,10 +10,11 @@ from qzo.bnb import BnbLinear4bit, BnbLinear8bit
 from qzo.embedding import QuantEmbedding
 from qzo.errors import QzoError
 from qzo.gguf_layers import GgufEmbedding, GgufLinear, GgufTensor
+from qzo.hqq import HqqLinear
 from qzo.linear import QuantLinear
 
 TABLES = (QuantEmbedding, GgufEmbedding)
-QUANTIZED = (QuantLinear, AwqLinear, AqlmLinear, BnbLinear4bit, BnbLinear8bit, GgufLinear, *TABLES)
+QUANTIZED = (QuantLinear, AwqLinear, AqlmLinear, BnbLinear4bit, BnbLinear8bit, HqqLinear, GgufLinear, *TABLES)
 COMPONENT = {"qweight": "codes", "qzeros": "zero_points", "blocks": "codes"}  # other buffers are called what they are
 COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 
