@@ -42,8 +42,11 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None) -> dict[str,
 
 
 def has_signed_scales(model: nn.Module) -> bool:
-    """Whether scales may be negative, as in GGUF Q4_0 and Q5_0: QZO then needs `nonnegative=False`."""
-    return any(isinstance(module, GgufTensor) and module.kind.signed for module in model.modules())
+    """Whether scales may be negative, as in GGUF Q4_0 and Q5_0, or are, in AQLM: QZO needs `nonnegative=False` then."""
+    return any(
+        (isinstance(module, GgufTensor) and module.kind.signed) or (isinstance(module, AqlmLinear) and module.signed)
+        for module in model.modules()
+    )
 
 
 def in_layers(named: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
