@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qzo import tasks
 from qzo.adapters import adapters, add_adapters
+from qzo.adopt import adopt, release
 from qzo.errors import QzoError
 from qzo.export import export
 from qzo.journal import Journal
@@ -38,11 +39,13 @@ __all__ = [
     "adapters",
     "adapters_then_scales",
     "add_adapters",
+    "adopt",
     "check_live",
     "export",
     "label_loss",
     "load",
     "quantize",
+    "release",
     "replay",
     "scales",
     "tasks",
