@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from torch import nn
 
+from qzo import aqlm
 from qzo.errors import QzoError, named
 from qzo.walk import freeze, put
 
 Adapter = Callable[[nn.Module], nn.Module | None]
-ADAPTERS: tuple[Adapter, ...] = ()
+ADAPTERS: tuple[Adapter, ...] = (aqlm.adopt,)
 
 
 def adopt(model: nn.Module) -> nn.Module:

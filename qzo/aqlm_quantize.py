@@ -76,11 +76,12 @@ def _groups(weight: Tensor, layout: AqlmLayout) -> Tensor:
 def _fit(vectors: Tensor, layout: AqlmLayout, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Codes int64 [M, C] and codebooks [C, 2^b, D] for vectors [M, D]."""
     count, size = layout.num_codebooks, 2**layout.nbits_per_codebook
-    codebooks = vectors.new_zeros(count, size, vectors.shape[1])
+    whole = vectors.new_zeros(count, size, vectors.shape[1])
+    codebooks = whole[:, : len(vectors)]  # more entries than vectors are of no use
     codes = torch.zeros(len(vectors), count, dtype=torch.int64, device=vectors.device)
     left = vectors.clone()
     for number in range(count):
-        codebooks[number] = _centroids(left, size, generator)
+        codebooks[number] = _centroids(left, codebooks.shape[1], generator)
         codes[:, number] = _nearest(left, codebooks[number])
         left -= codebooks[number][codes[:, number]]
     for number in list(range(count)) * (ROUNDS if count > 1 else 1):
@@ -88,14 +89,14 @@ def _fit(vectors: Tensor, layout: AqlmLayout, generator: torch.Generator) -> tup
         codes[:, number] = _nearest(target, codebooks[number])
         codebooks[number] = _means(target, codes[:, number], codebooks[number])
         left = target - codebooks[number][codes[:, number]]
-    return codes, codebooks
+    return codes, whole
 
 
 def _centroids(vectors: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """k-means [size, D] of a sample; where there are no more vectors than centroids, the vectors and zeros."""
+    """k-means [size, D] of a sample; the vectors themselves where they are as many as the centroids."""
+    if len(vectors) == size:
+        return vectors
     order = torch.randperm(len(vectors), generator=generator, device=vectors.device)
-    if len(vectors) <= size:
-        return torch.cat([vectors, vectors.new_zeros(size - len(vectors), vectors.shape[1])])
     sample = vectors[order[: SAMPLE * size]]
     centroids = sample[:size].clone()
     for _ in range(ITERATIONS):

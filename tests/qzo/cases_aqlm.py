@@ -26,7 +26,8 @@ def quantized(linear: nn.Linear, codebooks: int, nbits: int, group: int, dtype=t
     module.codebooks.data.normal_(std=codebooks**-0.5)
     codes = torch.randint(2**nbits, module.codes.shape)
     module.codes.data = pack_int_data(codes, nbits).clone()  # a clone, since it is made in inference mode
-    module.scales.data.copy_(linear.weight.detach().square().mean(1).sqrt().view(-1, 1, 1, 1))
+    rms = linear.weight.detach().square().mean(1).sqrt()
+    module.scales.data.copy_(2 * rms.view(-1, 1, 1, 1))  # twice, so that these few scales have a say in the loss
     if linear.bias is not None:
         module.bias.data.copy_(linear.bias.detach())
     return module
