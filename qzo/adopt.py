@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from qzo import aqlm
+from qzo import aqlm, gptq_live
 from qzo.errors import QzoError, named
 from qzo.walk import freeze, put
 
 Adapter = Callable[[nn.Module], nn.Module | None]
-ADAPTERS: tuple[Adapter, ...] = (aqlm.adopt,)
+ADAPTERS: tuple[Adapter, ...] = (aqlm.adopt, gptq_live.adopt)
 
 
 def adopt(model: nn.Module) -> nn.Module:
