@@ -13,11 +13,11 @@ READY   := $(VENV)/.ready
 PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench report compare test lint format baselines paper gptq-report \
+.PHONY: help setup bench report compare test test-gptqmodel lint format baselines paper gptq-report \
 	accuracy bench-step validation gpu clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables:      MODEL=$(MODEL) METHODS=a,b DEVICE=auto|cuda|cpu|sim GPU=rtx-4090 BATCH=1 SEQ=128 OUT=DIR"
 
 setup: $(READY) ## make .venv with everything in it (once)
@@ -37,6 +37,15 @@ report: $(READY) ## tables, picture and page again from the records in OUT
 
 compare: $(READY) ## fail if OUT needs more memory than the committed baseline of MODEL
 	$(RUN) -m bench compare "$(or $(BASELINE),reports/baselines/$(MODEL).json)" "$(or $(CURRENT),$(OUT))" --fail allocated:1%
+
+GPTQMODEL := .venv-gptqmodel
+test-gptqmodel: $(GPTQMODEL)/.ready ## live gptqmodel modules, in an environment of its own (6 GB: its torch is newer)
+	$(GPTQMODEL)/bin/python -m pytest -q tests/qzo/test_gptqmodel.py $(ARGS)
+
+$(GPTQMODEL)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(GPTQMODEL)
+	$(GPTQMODEL)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[gptq]'
+	@touch $@
 
 test: $(READY) ## all tests that need no GPU
 	$(RUN) -m pytest -q $(ARGS)
@@ -89,5 +98,5 @@ gpu: ## on a machine with a GPU: tests marked cuda, then 0.1B to 13B measured in
 	$(PYTHON) -m pytest -q -m cuda
 	$(PYTHON) -m bench.measure $(ARGS)
 
-clean: ## remove .venv and results
-	rm -rf $(VENV) results
+clean: ## remove .venv, .venv-gptqmodel and results
+	rm -rf $(VENV) $(GPTQMODEL) results
