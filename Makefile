@@ -18,7 +18,7 @@ PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables:      MODEL=$(MODEL) METHODS=a,b DEVICE=auto|cuda|cpu|sim GPU=rtx-4090 BATCH=1 SEQ=128 OUT=DIR"
+	@echo "  variables:      MODEL=$(MODEL) METHODS=a,b DEVICE=auto|cuda|cpu|sim GPU=rtx-4090 BATCH=1 SEQ=128 OUT=DIR QUANTIZATION=nf4"
 
 setup: $(READY) ## make .venv with everything in it (once)
 
@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 
 bench: $(READY) ## memory of every method on MODEL, as tables and a picture in OUT
 	$(RUN) -m bench run "$(MODEL)" --device $(DEVICE) --batch-size $(BATCH) --seq-len $(SEQ) --out "$(OUT)" \
-		$(if $(METHODS),--methods "$(METHODS)") $(if $(GPU),--gpu $(GPU)) $(ARGS)
+		$(if $(METHODS),--methods "$(METHODS)") $(if $(GPU),--gpu $(GPU)) $(if $(QUANTIZATION),--quantization $(QUANTIZATION)) $(ARGS)
 
 report: $(READY) ## tables, picture and page again from the records in OUT
 	$(RUN) -m reports "$(OUT)" --format md,csv,html,png
