@@ -28,6 +28,7 @@ from qzo.hqq import HqqLinear
 from qzo.linear import QuantLinear
 from qzo.noise import mix_seed
 from qzo.quantize import quantize_embeddings
+from qzo.torchao import AoInt4Linear, AoInt8Linear
 from qzo.walk import find_sites, freeze, replace_sites
 
 EMBEDDING_BITS = 8
@@ -95,14 +96,10 @@ def _aqlm_2x8(weight: Tensor, bias: Tensor | None, _: int, seed: int) -> nn.Modu
 
 
 def _torchao_int8(weight: Tensor, bias: Tensor | None, _: int, __: int) -> nn.Module:
-    from qzo.torchao import AoInt8Linear
-
     return AoInt8Linear.from_weight(weight, bias)
 
 
 def _torchao_int4(weight: Tensor, bias: Tensor | None, group_size: int, _: int) -> nn.Module:
-    from qzo.torchao import AoInt4Linear
-
     return AoInt4Linear.from_weight(weight, bias, group_size)
 
 

@@ -16,6 +16,7 @@ from qzo.bnb_state import (
     NESTED_ABSMAX,
     NESTED_MAP,
     QUANT_MAP,
+    ROW_FORMAT,
     SCB,
     QuantState,
     check_parts,
@@ -81,6 +82,9 @@ def _fill(layer: Any, parts: dict[str, Tensor], state: QuantState | None) -> Non
         scales = unnest(scales, parts[NESTED_ABSMAX], parts[NESTED_MAP], state.offset)
     if not bool(torch.isfinite(scales).all()):
         raise QzoError("its scales are not all finite")
+    layout = int(parts.get(ROW_FORMAT, torch.tensor(0)))
+    if layout:
+        raise QzoError(f"its weight_format is {layout}; only 0, row by row, is known")
     if state is None:
         layer.qweight, layer.scales = parts["weight"], scales
     else:

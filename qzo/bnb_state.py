@@ -132,6 +132,8 @@ def check_parts(path: str, shape: tuple[int, int], headers: dict[str, Header], s
         )
     for part, (dtypes, size) in wanted.items():
         header = headers.get(f"{path}.{part}")
+        if header is None and part == ROW_FORMAT:
+            continue  # not in files of old versions
         if header is None:
             raise QzoError(f"{path}.{part} is missing")
         fits = header.shape == size if dtypes else header.nbytes == math.prod(size)
@@ -140,8 +142,9 @@ def check_parts(path: str, shape: tuple[int, int], headers: dict[str, Header], s
                 f"{header.file}: {path}.{part} is {header.dtype} {header.shape}, but config.json and quant_state imply "
                 f"{dtypes[0] if dtypes else 'U8'} {size}"
             )
-    rest = f"{path}.{ROW_FORMAT}" if state is None else f"{path}.{STATE}{state.quant_type}"
-    return {f"{path}.{part}" for part in wanted} | ({rest} & headers.keys())
+    return {f"{path}.{part}" for part in wanted if f"{path}.{part}" in headers} | (
+        set() if state is None else {f"{path}.{STATE}{state.quant_type}"}
+    )
 
 
 def _wanted_4bit(shape: tuple[int, int], state: QuantState) -> Wanted:
@@ -161,4 +164,4 @@ def _wanted_4bit(shape: tuple[int, int], state: QuantState) -> Wanted:
 
 
 def _wanted_8bit(shape: tuple[int, int]) -> Wanted:
-    return {"weight": (("I8",), shape), SCB: (("F32",), (shape[0],))}
+    return {"weight": (("I8",), shape), SCB: (("F32",), (shape[0],)), ROW_FORMAT: (("U8",), ())}

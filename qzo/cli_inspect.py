@@ -18,6 +18,8 @@ ZERO_POINTS = "zero points are whole numbers and move with their scales"
 FOLLOWING = {
     "gptq": ZERO_POINTS,
     "awq": ZERO_POINTS,
+    "hqq": "zero points stay, and move weights with their scales",
+    "torchao": "offsets of int4 weights move with their scales",
     "bitsandbytes": "there are no zero points",
     "gguf": "minima move with their scales",
 }

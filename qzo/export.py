@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -16,16 +17,22 @@ from qzo.durable import sync
 from qzo.errors import QzoError
 from qzo.folder import download, headers_in, opened, read_json, weight_files
 from qzo.gguf_export import write_gguf
+from qzo.hqq_files import QMODEL, holds_hqq, hqq_tensors, write_qmodel
 from qzo.load import load, load_tokenizer
 from qzo.quantization import method_of, settings_of
 from qzo.replay import replay
+from qzo.torchao_files import torchao_tensors
 from qzo.training_learners import JOURNAL, LAST, live_tensors, put_adapters, read_tensors
 from qzo.training_run import BEST, RUN, dtype_of, read_run
 from qzo.training_settings import QUANTIZED, ZEROTH_ORDER
 
 TRAINED = "trained.safetensors"  # in a checkpoint of qzo.QZOTrainer
 STATES = ("best", "last")
-LAYOUTS = {"bitsandbytes": bnb_tensors}  # methods whose checkpoints keep scales under other names or in other numbers
+LAYOUTS = {
+    "bitsandbytes": bnb_tensors,
+    "hqq": hqq_tensors,
+    "torchao": torchao_tensors,
+}  # methods whose checkpoints keep scales under other names or in other numbers
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -128,6 +135,9 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
 
     Extra memory: the tensors of one file. Raises QzoError, and leaves nothing, where a tensor has no place.
     """
+    if (source / QMODEL).is_file():
+        whole_folder(out, functools.partial(_write_qmodel, source, tensors))
+        return len(tensors)
     weights = weight_files(source)
     headers = headers_in(weights)
     count, method = len(tensors), _method(source)
@@ -144,18 +154,30 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
     def write(folder: Path) -> None:
         for file in weights:
             _rewrite(file, tensors, folder / file.name)
-        for file in source.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-                shutil.copyfile(file, folder / file.name)
+        _copy_rest(source, folder)
 
     whole_folder(out, write)
     return count
 
 
+def _copy_rest(source: Path, folder: Path) -> None:
+    """Configuration, tokenizer and whatever else is no weights."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_qmodel(source: Path, tensors: dict[str, Tensor], folder: Path) -> None:
+    write_qmodel(source, tensors, folder)
+    _copy_rest(source, folder)
+
+
 def _method(folder: Path) -> str | None:
     """The quant_method of a checkpoint; None of an unquantized one."""
     settings = settings_of(folder, read_json(folder / "config.json"))
-    return None if settings is None else method_of(settings)
+    if settings is None:
+        return "hqq" if holds_hqq(folder) else None
+    return method_of(settings)
 
 
 def _rewrite(file: Path, tensors: dict[str, Tensor], target: Path) -> None:

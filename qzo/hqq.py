@@ -28,7 +28,15 @@ from qzo.groups import TRAINABLE
 from qzo.linear import Device
 
 CODE_BITS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}  # of a code in its word
-PACKING_OF = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1.58: "2bit_u8"}
+PACKING_OF: dict[float, str] = {
+    8: "8bit_u8",
+    6: "8bit_u8",
+    5: "8bit_u8",
+    4: "4bit_u8",
+    3: "3bit_32",
+    2: "2bit_u8",
+    1.58: "2bit_u8",
+}
 PACKING_OF[1] = "1bit_u8"
 
 
@@ -137,7 +145,8 @@ class HqqLinear(RebuiltLinear):
     as a whole with its scale: the paper's Δ ⊙ W_int. `bias` is a frozen parameter [N] or None.
 
     Rows are rebuilt with whole rows of the matrix of groups: up to 2 C weights too many, with axis 0 a share 2 / g of
-    the layer, with axis 1 two groups. Build with `empty` or `from_weight`.
+    the layer, with axis 1 two groups. `compute_dtype` is that of the inputs of the library's module. Build with `empty`
+    or `from_weight`.
     """
 
     codes: Tensor
@@ -158,6 +167,7 @@ class HqqLinear(RebuiltLinear):
         self.layout, self.n_bits, self.group_size = layout, layout.n_bits, layout.group_size
         self.in_features, self.out_features = layout.in_features, layout.out_features
         self._origin = (origin or HqqOrigin(),)  # in a tuple, so that its module is no child of this one
+        self.compute_dtype: torch.dtype = self.origin.meta.get("compute_dtype", scales.dtype)
         if codes.dtype != layout.word_dtype or tuple(codes.shape) != layout.words_shape:
             raise QzoError(
                 f"codes are {codes.dtype} {tuple(codes.shape)}, but {layout.n_bits} bits in groups of "

@@ -9,7 +9,7 @@ qmodel.pt      a dictionary path -> {W_q, scale, zero, bias, and settings as Pyt
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,13 @@ from qzo.errors import QzoError, named
 from qzo.folder import Header, headers_in, one_line, opened, read_tensors_of, weight_files
 from qzo.hqq import HqqLinear, HqqOrigin
 from qzo.hqq_library import from_meta, parts
-from qzo.packed import check_architecture
-from qzo.quantization import check_counts, method_of
-from qzo.stored import assemble, fill
+from qzo.quantization import method_of
+from qzo.stored import DTYPES, StoredModel, on_meta
 
 QMODEL = "qmodel.pt"
 WORDS = ".W_q"
 BUFFER_OF = {"W_q": "codes", "scale": "scales", "zero": "zero_points", "bias": "bias"}
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.int8: "I8"}
+State = dict[str, dict[str, Any]]
 DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES}
 FLAGS = ("quant_zero", "quant_scale", "view_as_float", "channel_wise", "optimize", "round_zero", "offload_meta")
 STRINGS = ("packing", "compute_dtype", "unpack_view_dtype")
@@ -37,54 +35,12 @@ MARKS = ("encoded_state_dict", "stores_quant_config")  # of the container
 MOST_CHARACTERS = 64  # of a setting
 
 
-@dataclass(frozen=True)
-class HqqSource:
-    """What a folder holds, by its headers and settings.
-
-    Args:
-        folder: of it.
-        headers: of all stored tensors, by their stored names.
-        layers: path -> layer; of safetensors on meta, of a qmodel.pt on mapped memory.
-        state: content of a qmodel.pt; None for safetensors.
-    """
-
-    folder: Path
-    headers: dict[str, Header]
-    layers: dict[str, HqqLinear]
-    state: dict[str, dict[str, Any]] | None
-
-    @property
-    def plain(self) -> dict[str, Header]:
-        """Of the tensors outside of quantized layers."""
-        return {name: h for name, h in self.headers.items() if name.rpartition(".")[0] not in self.layers}
-
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors by their names in the model, file by file."""
-        if self.state is not None:
-            owned = {path: layer.state_dict() for path, layer in self.layers.items()}
-            plain = {path: _tensors(about) for path, about in self.state.items() if path not in owned}
-            for path, tensors in (owned | plain).items():
-                yield {f"{path}.{name}": tensor for name, tensor in tensors.items()}
-            return
-        for file in dict.fromkeys(header.file for header in self.headers.values()):
-            yield dict(self._renamed(file))
-
-    def _renamed(self, file: Path) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in read_tensors_of(file):
-            path, _, last = name.rpartition(".")
-            if path not in self.layers:
-                yield name, tensor
-            elif last in BUFFER_OF:
-                words = self.layers[path].layout.word_dtype
-                yield f"{path}.{BUFFER_OF[last]}", tensor.view(words) if last == "W_q" else tensor
-
-
-def find_hqq(folder: Path, settings: dict[str, Any] | None) -> HqqSource | None:
+def find_hqq(folder: Path, settings: dict[str, Any] | None) -> StoredModel | None:
     """The HQQ checkpoint in a folder; None where it holds something else. Raises QzoError for a damaged one."""
-    if (folder / QMODEL).is_file():
-        return _from_pickle(folder)
     if settings is not None and method_of(settings) != "hqq":
         return None
+    if (folder / QMODEL).is_file():
+        return _from_pickle(folder)[0]
     headers = headers_in(weight_files(folder))
     if any(name.endswith(WORDS) for name in headers):
         return _from_safetensors(folder, headers)
@@ -93,28 +49,12 @@ def find_hqq(folder: Path, settings: dict[str, Any] | None) -> HqqSource | None:
     return None
 
 
-def check_hqq(source: HqqSource, config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The model on meta. Raises QzoError where config.json and tensors do not belong together."""
-    check_counts(source.folder, config, len(source.headers))
-    check_architecture(source.folder, config)
-    return assemble(source.folder, source.headers, source.plain, source.layers, dtype)
-
-
-def load_hqq(source: HqqSource, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """The model, its quantized layers on the words of the file. Memory: itself and, of safetensors, one file more."""
-    model = check_hqq(source, config, dtype)
-    for layer in source.layers.values():
-        layer.origin.meta["compute_dtype"] = dtype  # of all around it
-    return fill(model, source.batches(), dtype, device)
-
-
 def write_qmodel(source: Path, tensors: dict[str, Tensor], target: Path) -> None:
     """Write `target`/qmodel.pt with some tensors replaced, named as in the model, each in the dtype it has there.
 
     Raises QzoError where a tensor has no place.
     """
-    found = _from_pickle(source)
-    state = found.state or {}
+    found, state = _from_pickle(source)
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")
         layer, about = found.layers.get(path), state.get(path, {})
@@ -129,7 +69,8 @@ def write_qmodel(source: Path, tensors: dict[str, Tensor], target: Path) -> None
     torch.save(state, target / QMODEL)
 
 
-def _from_pickle(folder: Path) -> HqqSource:
+def _from_pickle(folder: Path) -> tuple[StoredModel, State]:
+    """What a qmodel.pt holds, and its content."""
     file = folder / QMODEL
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -144,21 +85,28 @@ def _from_pickle(folder: Path) -> HqqSource:
         if "W_q" in about:
             with named(f"{file}: {path}"):
                 layers[path] = _layer(about, about.get("meta", about))
-    return HqqSource(folder, headers, layers, state)
+    return StoredModel("hqq", folder, headers, layers, partial(_mapped, state, layers)), state
+
+
+def _mapped(state: State, layers: dict[str, HqqLinear]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each module by their names in the model."""
+    for path, about in state.items():
+        tensors = layers[path].state_dict() if path in layers else _tensors(about)
+        yield {f"{path}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _tensors(about: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in about.items() if isinstance(tensor, Tensor)}
 
 
-def _from_safetensors(folder: Path, headers: dict[str, Header]) -> HqqSource:
+def _from_safetensors(folder: Path, headers: dict[str, Header]) -> StoredModel:
     paths = {name.removesuffix(WORDS) for name in headers if name.endswith(WORDS)}
     about: dict[str, dict[str, Any]] = {path: {} for path in paths}
     settings: dict[Path, list[str]] = {}
     for name, header in headers.items():
         path, _, last = name.rpartition(".")
         if path in paths and last in BUFFER_OF:
-            about[path][last] = _on_meta(name, header)
+            about[path][last] = on_meta(name, header)
         elif path in paths and last in SETTINGS:
             settings.setdefault(header.file, []).append(name)
             if header.numel > MOST_CHARACTERS:
@@ -174,7 +122,39 @@ def _from_safetensors(folder: Path, headers: dict[str, Header]) -> HqqSource:
     for path, found in about.items():
         with named(f"{headers[path + WORDS].file}: {path}"):
             layers[path] = _layer(found, found)
-    return HqqSource(folder, headers, layers, None)
+    return StoredModel("hqq", folder, headers, layers, partial(_read, headers, layers))
+
+
+def _read(headers: dict[str, Header], layers: dict[str, HqqLinear]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each file by their names in the model."""
+    for file in dict.fromkeys(header.file for header in headers.values()):
+        tensors = {}
+        for name, tensor in read_tensors_of(file):
+            path, _, last = name.rpartition(".")
+            if path not in layers:
+                tensors[name] = tensor
+            elif last in BUFFER_OF:
+                words = layers[path].layout.word_dtype
+                tensors[f"{path}.{BUFFER_OF[last]}"] = tensor.view(words) if last == "W_q" else tensor
+        yield tensors
+
+
+def holds_hqq(folder: Path) -> bool:
+    """Whether a folder whose configuration names no quantizer holds codes of HQQ all the same, as the library saves."""
+    return (folder / QMODEL).is_file() or any(name.endswith(WORDS) for name in headers_in(weight_files(folder)))
+
+
+def hqq_tensors(source: Path, headers: dict[str, Header], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Name of a scale, as `qzo.scales` has it -> the tensor of a safetensors file that it becomes. Raises QzoError."""
+    found = {}
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        if last == "scales" and f"{path}{WORDS}" in headers:
+            stored = f"{path}.scale"
+            if stored not in headers or headers[stored].shape != tuple(tensor.shape):
+                raise QzoError(f"{source} has no place for {name} with shape {tuple(tensor.shape)}")
+            found[name] = {stored: tensor}
+    return found
 
 
 def _layer(about: dict[str, Any], meta: Any) -> HqqLinear:
@@ -183,13 +163,6 @@ def _layer(about: dict[str, Any], meta: Any) -> HqqLinear:
         raise QzoError("W_q, meta and bias are not a tensor, a dictionary and a tensor")
     kept = {key: value for key, value in meta.items() if key not in ("W_q", "bias", *MARKS)}
     return from_meta(words, kept, bias, HqqOrigin())
-
-
-def _on_meta(name: str, header: Header) -> Tensor:
-    dtype = next((dtype for dtype, word in DTYPES.items() if word == header.dtype), None)
-    if dtype is None:
-        raise QzoError(f"{header.file}: {name} is {header.dtype}, which is not known here")
-    return torch.empty(header.shape, dtype=dtype, device="meta")
 
 
 def _decoded(key: str, tensor: Tensor, place: str) -> Any:

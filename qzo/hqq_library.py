@@ -14,7 +14,7 @@ PATCHED = ("hqq.backends.", "gemlite")  # modules that hold the scales in the or
 TENSORS = ("scale", "zero", "scale_q", "zero_q", "meta_scale", "meta_zero")
 
 
-def adopt(module: nn.Module) -> HqqLinear | None:
+def adopt_hqq(module: nn.Module) -> HqqLinear | None:
     """The layer for an HQQLinear, on its tensors; None for any other module.
 
     Its forward is never called again, so that no backend keeps a copy of the scales. Scales and zero points that are
@@ -45,7 +45,8 @@ def from_meta(words: Tensor, meta: dict[str, Any], bias: Tensor | None, origin: 
     word_view = words.dtype if words.dtype != layout.word_dtype else None
     if word_view is not None:
         words = _viewed(words, layout)
-    found, nested = {}, {}
+    found: dict[str, Tensor] = {}
+    nested: dict[str, Any] = {}
     for name in ("scale", "zero"):
         tensor = meta.get(name)
         if meta.get(f"quant_{name}"):
@@ -64,10 +65,11 @@ def from_meta(words: Tensor, meta: dict[str, Any], bias: Tensor | None, origin: 
 def layout_of(meta: dict[str, Any]) -> HqqLayout:
     """The layout that the library's settings name. Raises QzoError for ones that are none."""
     shape, n_bits, group_size, axis = (meta.get(key) for key in ("shape", "nbits", "group_size", "axis"))
-    numbers = [*shape, group_size, axis] if isinstance(shape, tuple | list) and len(shape) == 2 else [None]
+    numbers: list[Any] = [*shape, group_size, axis] if isinstance(shape, tuple | list) and len(shape) == 2 else [None]
     if not all(type(number) is int for number in numbers) or type(n_bits) not in (int, float):
         raise QzoError(f"shape={shape}, nbits={n_bits}, group_size={group_size}, axis={axis} are no layout of HQQ")
-    layout = HqqLayout(numbers[1], numbers[0], round(n_bits, 2), group_size, axis)
+    exact = round(float(n_bits or 0), 2)  # 1.58 is an fp32 number in safetensors
+    layout = HqqLayout(numbers[1], numbers[0], int(exact) if exact.is_integer() else exact, *numbers[2:])
     if meta.get("packing") not in CODE_BITS or meta["packing"] != layout.packing:
         raise QzoError(f"packing={meta.get('packing')} does not hold codes of {n_bits} bits; need {layout.packing}")
     return layout
@@ -79,7 +81,7 @@ def give_back(layer: HqqLinear) -> nn.Module:
     module: Any = origin.module if origin.module is not None else _new(layer)
     words = layer.codes if origin.word_view is None else layer.codes.view(origin.word_view)
     module.W_q = nn.Parameter(words, requires_grad=False)
-    module.meta = {**origin.meta, **parts(layer, layer.scales)}
+    module.meta = {**origin.meta, "compute_dtype": layer.compute_dtype, **parts(layer, layer.scales)}
     module.bias = layer.bias
     module.device, module.ready = str(words.device), True
     return module
@@ -87,10 +89,11 @@ def give_back(layer: HqqLinear) -> nn.Module:
 
 def parts(layer: HqqLinear, scales: Tensor) -> dict[str, Any]:
     """The tensors in the library's dictionary, for some values of the scales."""
-    nested, found = layer.origin.nested, {}
+    nested = layer.origin.nested
+    found: dict[str, Any] = {}
     for name, tensor in (("scale", scales), ("zero", layer.zero_points)):
         if name not in nested:
-            found[name] = tensor.to(layer.origin.meta.get("compute_dtype", tensor.dtype))
+            found[name] = tensor.to(layer.compute_dtype)
             continue
         codes, own = nested[name] if name == "zero" else nest(tensor, *nested[name])  # zero points have not moved
         found[f"{name}_q"], found[f"meta_{name}"] = codes, own
@@ -122,8 +125,7 @@ def _viewed(words: Tensor, layout: HqqLayout) -> Tensor:
 def _new(layer: HqqLinear) -> Any:
     """A module of the library without tensors, for a layer that came from a file."""
     meta, layout = layer.origin.meta, layer.layout
-    dtype = meta.get("compute_dtype", layer.scales.dtype)
-    module = _library().HQQLinear(None, None, compute_dtype=dtype, initialize=False)
+    module = _library().HQQLinear(None, None, compute_dtype=layer.compute_dtype, initialize=False)
     weight = {"nbits": layout.n_bits, "group_size": layout.group_size, "axis": layout.axis}
     options = {"channel_wise": True, "optimize": True, "round_zero": False, "view_as_float": False}
     weight |= {key: meta.get(key, default) for key, default in options.items()}

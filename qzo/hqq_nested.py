@@ -21,7 +21,8 @@ LEAST_SCALE = 5e-5  # the library's too: below it, zero points leave the range o
 def unnest(codes: Any, meta: Any, shape: tuple[int, int]) -> Tensor:
     """The numbers, in the dtype that the library computes them in. Raises QzoError for other layouts than 8 bits."""
     settings = meta if isinstance(meta, dict) else {}
-    scale, zero = settings.get("scale"), settings.get("zero")
+    scale: Any = settings.get("scale")
+    zero: Any = settings.get("zero")
     dtype = settings.get("compute_dtype", torch.float16)
     tensors = [tensor for tensor in (codes, scale, zero) if isinstance(tensor, Tensor)]
     if len(tensors) < 3 or settings.get("packing") != "8bit_u8" or codes.dtype != torch.uint8 or codes.ndim != 2:

@@ -19,9 +19,11 @@ from qzo.folder import Header, headers_in, read_json, weight_files
 from qzo.gguf_blocks import BLOCK_TYPES, PLAIN_TYPES
 from qzo.gguf_header import GgufHeader, read_gguf_header
 from qzo.gguf_load import check_packed
+from qzo.hqq_files import find_hqq
 from qzo.load import dtype_of
 from qzo.packed import CODES, FLOATING, IMPLIED, check_architecture, empty_model, skeleton
 from qzo.quantization import METHODS, check_counts, either, method_of, settings_of, understood
+from qzo.torchao_files import find_torchao
 
 PARTS = {"scales": "scales", "qweight": "codes", "qzeros": "zero_points", "g_idx": "g_idx"}
 PARTS |= {"codes": "codes", "codebooks": "codebooks"}
@@ -78,6 +80,17 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
         raise QzoError(f"{source} is not a folder; give a folder with config.json, or a .gguf file")
     config = read_json(path / "config.json")
     settings = settings_of(path, config)
+    try:
+        stored = find_hqq(path, settings) or find_torchao(path, settings)
+    except QzoError as error:
+        if settings is None:
+            raise
+        reason = str(error).removeprefix(f"{path}: ")
+        return Inspection(str(source), method_of(settings), settings=settings, reason=reason)
+    if stored is not None:
+        from qzo.inspection_stored import inspect_stored
+
+        return inspect_stored(str(source), stored, config, settings or {})
     if settings is None:
         headers = headers_in(weight_files(path))
         counts, sizes = _parts(headers)

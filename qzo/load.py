@@ -12,9 +12,11 @@ from qzo.bnb_load import load_bnb
 from qzo.errors import QzoError
 from qzo.folder import download, headers_in, one_line, read_json, weight_files
 from qzo.groups import TRAINABLE
-from qzo.hqq_files import find_hqq, load_hqq
+from qzo.hqq_files import find_hqq
 from qzo.packed import check_architecture, load_packed, skeleton
 from qzo.quantization import check_counts, settings_of, understood
+from qzo.stored import load_stored
+from qzo.torchao_files import find_torchao
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,9 +33,11 @@ def load(
     A GPTQ checkpoint (2, 3, 4 or 8 bits, formats "gptq" and "gptq_v2", one file or shards, with or without act-order)
     becomes a model with QuantLinear layers, an AWQ checkpoint (4 bits, version "gemm") one with AwqLinear layers, an
     AQLM checkpoint (1x16, 2x8 and others) one with AqlmLinear layers, a bitsandbytes checkpoint (NF4, FP4 or int8) one
-    with BnbLinear4bit or BnbLinear8bit layers, and an HQQ checkpoint (1 to 8 bits, both axes, `qmodel.pt` or
-    safetensors) one with HqqLinear layers, ready for `qzo.scales` and `qzo.QZO`. Anything else comes unquantized, ready
-    for `qzo.quantize`. Only safetensors and GGUF files are read, and no code of a checkpoint is run.
+    with BnbLinear4bit or BnbLinear8bit layers, an HQQ checkpoint (1 to 8 bits, both axes, `qmodel.pt` or safetensors)
+    one with HqqLinear layers, and a torchao checkpoint (int8 and int4, weight-only) one with AoInt8Linear or
+    AoInt4Linear layers, ready for `qzo.scales` and `qzo.QZO`. Anything else comes unquantized, ready for
+    `qzo.quantize`. Only safetensors, GGUF files and the qmodel.pt of HQQ (tensors and settings alone) are read, and no
+    code of a checkpoint is run.
 
     Args:
         source: a folder with config.json, a .gguf file, or a hub id, which is downloaded.
@@ -65,9 +69,9 @@ def load(
     folder = path if path.is_dir() else download(str(source))
     config = read_json(folder / "config.json")
     settings = settings_of(folder, config)
-    hqq = find_hqq(folder, settings)
-    if hqq is not None:
-        return load_hqq(hqq, config, dtype or dtype_of(config), torch.device(device))
+    stored = find_hqq(folder, settings) or find_torchao(folder, settings)
+    if stored is not None:
+        return load_stored(stored, config, dtype or dtype_of(config), torch.device(device))
     quantization = None if settings is None else understood(folder, settings)
     headers = headers_in(weight_files(folder))
     check_counts(folder, config, len(headers))

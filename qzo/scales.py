@@ -12,9 +12,13 @@ from qzo.errors import QzoError
 from qzo.gguf_layers import GgufEmbedding, GgufLinear, GgufTensor
 from qzo.hqq import HqqLinear
 from qzo.linear import QuantLinear
+from qzo.torchao import AoInt4Linear, AoInt8Linear
 
 TABLES = (QuantEmbedding, GgufEmbedding)
-QUANTIZED = (QuantLinear, AwqLinear, AqlmLinear, BnbLinear4bit, BnbLinear8bit, HqqLinear, GgufLinear, *TABLES)
+QUANTIZED = (
+    *(QuantLinear, AwqLinear, AqlmLinear, BnbLinear4bit, BnbLinear8bit, HqqLinear, AoInt8Linear, AoInt4Linear),
+    *(GgufLinear, *TABLES),
+)
 COMPONENT = {"qweight": "codes", "qzeros": "zero_points", "blocks": "codes"}  # other buffers are called what they are
 COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 

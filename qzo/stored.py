@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +13,80 @@ from torch import Tensor, nn
 from qzo.chunked import RebuiltLinear
 from qzo.errors import QzoError
 from qzo.folder import Header
-from qzo.packed import FLOATING, IMPLIED, finish, skeleton
+from qzo.packed import FLOATING, IMPLIED, check_architecture, finish, skeleton
+from qzo.quantization import check_counts
 from qzo.walk import freeze, put
 
 PER_NUMBER = 32  # codes that a stored number may hold: of one bit, shown as fp32
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.int8: "I8"}
 OWN_DTYPE = ("codes", "scales", "zero_points", "offsets")  # buffers of quantized layers, not cast
 
 
-def assemble(
-    folder: Path,
-    headers: dict[str, Header],
-    plain: dict[str, Header],
-    layers: Mapping[str, RebuiltLinear],
-    dtype: torch.dtype,
-) -> Any:
-    """The model on meta, with quantized layers in the places of its linear layers; no data is read.
+@dataclass(frozen=True)
+class StoredModel:
+    """What a folder of HQQ or torchao holds, by headers and settings.
 
     Args:
+        format: "hqq" or "torchao".
         folder: of the checkpoint.
-        headers: of all that is stored, against a config.json that implies far more.
-        plain: of the unquantized tensors, by their names in the model.
-        layers: path -> layer, its tensors on any device.
-        dtype: of the unquantized tensors.
+        headers: of all stored tensors, by their stored names.
+        layers: path -> quantized layer, its tensors on meta or on mapped memory.
+        batches: () -> the tensors by their names in the model, file by file.
+    """
+
+    format: str
+    folder: Path
+    headers: dict[str, Header]
+    layers: dict[str, Any]
+    batches: Callable[[], Iterable[dict[str, Tensor]]]
+
+    @property
+    def plain(self) -> dict[str, Header]:
+        """Headers of the tensors outside of quantized layers."""
+        return {name: h for name, h in self.headers.items() if name.rpartition(".")[0] not in self.layers}
+
+
+def load_stored(stored: StoredModel, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """The model with quantized layers on the tensors of the files, everything frozen; the rest is cast to `dtype`.
+
+    Memory: itself and the tensors of one file. Raises QzoError for what does not belong together, before data is read.
+    """
+    model = empty_stored(stored, config, dtype)
+    for layer in stored.layers.values():
+        layer.compute_dtype = dtype  # of all around it
+    for tensors in stored.batches():
+        ready = {}
+        for name, tensor in tensors.items():
+            own = name.endswith(OWN_DTYPE) or not tensor.is_floating_point()
+            if not name.endswith(IMPLIED):
+                ready[name] = tensor.to(device, tensor.dtype if own else dtype, copy=True)
+        model.load_state_dict(ready, strict=False, assign=True)
+    finish(model, device)
+    return freeze(model).eval()
+
+
+def empty_stored(stored: StoredModel, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The model on meta, with quantized layers in the places of its linear layers; no data is read.
 
     Raises QzoError for layers and tensors that the model has no place for, and for tensors that are missing.
     """
-    model = skeleton(folder, headers, dtype, PER_NUMBER)
-    for path, layer in layers.items():
+    folder, plain = stored.folder, stored.plain
+    check_counts(folder, config, len(stored.headers))
+    check_architecture(folder, config)
+    model = skeleton(folder, stored.headers, dtype, PER_NUMBER)
+    for path, layer in stored.layers.items():
         _place(folder, model, path, layer)
     model.tie_weights()
     expected = model.state_dict(keep_vars=True)
     for name, header in plain.items():
         if not name.endswith(IMPLIED):
             _check(name, header, expected.get(name))
-    given = {id(t) for name, t in expected.items() if name in plain or name.rpartition(".")[0] in layers}
+    given = {id(t) for name, t in expected.items() if name in plain or name.rpartition(".")[0] in stored.layers}
     missing = [name for name, tensor in expected.items() if id(tensor) not in given]
     if missing:
         raise QzoError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     return model
-
-
-def fill(model: Any, batches: Iterable[dict[str, Tensor]], dtype: torch.dtype, device: torch.device) -> Any:
-    """Give an assembled model its tensors, batch by batch, each copied out of its file; everything frozen."""
-    for tensors in batches:
-        ready = {}
-        for name, tensor in tensors.items():
-            own = name.endswith(OWN_DTYPE) or not tensor.is_floating_point()
-            ready[name] = tensor.to(device, tensor.dtype if own else dtype, copy=True)
-        ready = {name: tensor for name, tensor in ready.items() if not name.endswith(IMPLIED)}
-        model.load_state_dict(ready, strict=False, assign=True)
-    finish(model, device)
-    return freeze(model).eval()
 
 
 def _place(folder: Path, model: Any, path: str, layer: RebuiltLinear) -> None:
@@ -89,3 +113,11 @@ def _check(name: str, header: Header, wanted: Tensor | None) -> None:
         raise QzoError(
             f"{header.file}: {name} is {header.dtype} {header.shape}, but config.json implies F32 {tuple(wanted.shape)}"
         )
+
+
+def on_meta(name: str, header: Header) -> Tensor:
+    """A tensor without data of what a header says. Raises QzoError for a dtype that no format here has."""
+    dtype = next((dtype for dtype, word in DTYPES.items() if word == header.dtype), None)
+    if dtype is None:
+        raise QzoError(f"{header.file}: {name} is {header.dtype}, which is not known here")
+    return torch.empty(header.shape, dtype=dtype, device="meta")

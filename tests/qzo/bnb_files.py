@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import standin
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,10 +20,18 @@ KINDS = {
 }
 
 
-def quantized(plain: Path, kind: str, **options: object) -> PreTrainedModel:
-    """A live model of the library, of an unquantized checkpoint; in train mode, in which no kernel rewrites scales."""
+def quantized(plain: Path, kind: str, dtype: torch.dtype = torch.float32, **options: object) -> PreTrainedModel:
+    """A live model of the library, of an unquantized checkpoint."""
     config = BitsAndBytesConfig(**KINDS[kind] | options)
-    return AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.float32).train()
+    return _plain_products(AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=dtype))
+
+
+def _plain_products(model: PreTrainedModel) -> PreTrainedModel:
+    """In train mode a CPU multiplies by dequantized weights, by int8 ones too, and no kernel rewrites scales."""
+    for module in model.eval().modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.train()
+    return model
 
 
 def write_bnb(plain: Path, out: Path, kind: str, **options: object) -> Path:
@@ -32,9 +42,21 @@ def write_bnb(plain: Path, out: Path, kind: str, **options: object) -> Path:
     return out
 
 
-def read_bnb(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The library's own model, in train mode: on a CPU it multiplies by dequantized weights, int8 too."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
+def writer(make_model: Callable[..., PreTrainedModel], place: Path) -> Callable[..., Path]:
+    """`write(kind, family, **options)`: a checkpoint of a tiny model, with a tokenizer."""
+
+    def write(kind: str = "nf4", family: str = "llama", **options: object) -> Path:
+        if not (place / family).exists():
+            make_model(family).save_pretrained(place / family)
+            standin.write_tokenizer(place / family)
+        return write_bnb(place / family, place / f"{family}-{kind}", kind, **options)
+
+    return write
+
+
+def read_bnb(folder: Path) -> PreTrainedModel:
+    """The library's own model, in the dtypes of the file."""
+    return _plain_products(AutoModelForCausalLM.from_pretrained(folder))
 
 
 def library_logits(folder: Path, input_ids: Tensor) -> Tensor:

@@ -148,7 +148,8 @@ DAMAGE = {
     "bits and group_size": lambda folder: reconfigure(folder, bits=None),
     "not divisible by group_size=48": lambda folder: reconfigure(folder, group_size=48),
     'checkpoint_format="marlin"': lambda folder: reconfigure(folder, checkpoint_format="marlin"),
-    'quant_method="hqq"': lambda folder: reconfigure(folder, quant_method="hqq"),
+    'quant_method="quanto"': lambda folder: reconfigure(folder, quant_method="quanto"),
+    "no tensor holds codes, and config.json says hqq": lambda folder: reconfigure(folder, quant_method="hqq"),
     "config.json cannot be read": lambda folder: (folder / "config.json").write_text("{"),
     "only safetensors": lambda folder: (folder / "model.safetensors").unlink(),
 }
