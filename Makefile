@@ -14,7 +14,7 @@ PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup bench report compare test test-gptqmodel lint format baselines paper gptq-report \
-	accuracy bench-step validation gpu clean
+	accuracy formats bench-step validation gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,10 @@ accuracy: $(READY) ## how well each method learns (hours): what reports/accuracy
 	test -f reports/accuracy/signal.json || \
 		$(RUN) -m bench.signal results/accuracy/models/4-bit-gptq-0 --out reports/accuracy/signal.json
 	$(RUN) -m reports.learning
+
+formats: $(READY) ## bytes, seconds and accuracy of every quantization format, into reports/formats.md (an hour)
+	$(RUN) -m bench.formats --out reports/formats.json $(ARGS)
+	$(RUN) -m reports.formats
 
 bench-step: $(READY) ## seconds and memory of a QZO step on this CPU, into reports/step.md
 	$(RUN) -m bench.step_seconds --out reports/step.json $(ARGS)
