@@ -35,13 +35,14 @@ def setting(record: Mapping[str, Any]) -> str:
     about = record["settings"]
     machines = {_machine(entry["environment"]) for entry in _measured(record)}
     lines = [
-        "Start: the weights of the model's GGUF, dequantized and quantized to the format layer by layer, head and "
-        'embedding apart; the line "gguf file" is the file itself, packed, its vocabulary in Q8_0.',
-        f"QZO: {about['steps']} steps of {about['directions']} directions on batches of {about['batch_size']}, the scales "
-        f"of layers {about['first_layer']} to {about['last_layer']}, relative amounts, lr {about['lr']:g} falling to 0, "
-        f"eps {about['eps']:g}, clip threshold {about['clip_threshold']:g}, fp32 arithmetic, seed {about['seed']}; the same "
-        "for all, found for GPTQ.",
-        f"Accuracy on {about['examples']} test examples: {_uncertainty(about['examples'])} points of standard error each.",
+        "Start: the weights of the model's GGUF, dequantized and quantized to the format layer by layer, embedding and "
+        'head apart; the line "gguf file" is the file itself, packed, its vocabulary in Q8_0.',
+        f"QZO: {about['steps']} steps of {about['directions']} directions on batches of {about['batch_size']}, the "
+        f"scales of layers {about['first_layer']} to {about['last_layer']}, relative amounts, lr {about['lr']:g} "
+        f"falling to 0, eps {about['eps']:g}, clip threshold {about['clip_threshold']:g}, fp32 arithmetic, seed "
+        f"{about['seed']}; the same for all, found for GPTQ.",
+        f"Accuracy on {about['examples']} test examples: {_uncertainty(about['examples'])} points of standard error "
+        "each.",
         *(f"Machine: {machine}; `python -m bench.formats --out reports/formats.json`." for machine in sorted(machines)),
     ]
     return "\n".join(f"- {line}" for line in lines)
@@ -53,8 +54,8 @@ def table(record: Mapping[str, Any]) -> Table:
     notes = [
         "bytes a weight: codes, scales, zero points, offsets, and tables of all quantized layers, by their weights; a "
         "codebook weighs more in a model of this size than in a large one",
-        "scales: of the whole model. s a step: median; peak: allocated bytes of a step, the fp32 parts of the model and the "
-        "fp32 master of each trained scale included",
+        "scales: of the whole model. s a step: median; peak: allocated bytes of a step, the fp32 parts of the model and "
+        "the fp32 master of each trained scale included",
     ]
     return Table("Formats", headers, [_row(entry) for entry in _measured(record)], notes)
 
