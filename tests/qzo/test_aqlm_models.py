@@ -93,7 +93,9 @@ def test_layers_left_unquantized_stay_so(make_model, tmp_path, input_ids):
     save(model, tmp_path / "again")
     settings = json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
     left = [f"model.layers.{number}.self_attn.o_proj" for number in range(2)]
-    assert settings["linear_weights_not_to_quantize"] == ["lm_head", *left]
+    names = settings["linear_weights_not_to_quantize"]
+    assert names == ["lm_head", *left, "lm_head.weight", *(f"{path}.weight" for path in left)]
+    torch.testing.assert_close(cases_aqlm.logits(tmp_path / "again", input_ids), model(input_ids).logits)
 
 
 def test_scales_and_codebooks_keep_their_dtype_whatever_the_rest_gets(make_folder):
