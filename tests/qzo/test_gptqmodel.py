@@ -161,6 +161,11 @@ def test_scales_made_in_inference_mode_are_copied():
     optimizer = QZO(scales(model), lr=1e-4)
     optimizer.step(lambda: model(x).float().square().mean())
     torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=0.2)
+    scales(model)["0.scales"].mul_(1.5)
+    trained = model(x)
+    release(model)
+    assert model[0] is module and not module.scales.is_inference()
+    torch.testing.assert_close(model(x), trained, rtol=1e-2, atol=5e-2)
 
 
 def test_layouts_that_are_not_known_are_refused():
