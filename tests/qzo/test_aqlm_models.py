@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_damaged import configure, mutate
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import qzo
 from qzo import QZO, adopt, export, load, release, scales, trainable
@@ -211,6 +212,24 @@ def test_modules_of_the_library_are_taken_over_and_given_back(library, layout, a
     assert torch.equal(model[0].codes, kept["0.codes"]) and model[0].codes.is_contiguous()
     assert torch.equal(model[0].scales, 1.5 * kept["0.scales"])
     torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [AqlmLayout(1, 8, 16), AqlmLayout(2, 8)], ids=lambda layout: layout.name)
+def test_a_model_that_transformers_loaded_is_taken_over_and_given_back(library, make_folder, input_ids, layout):
+    folder = make_folder(layout)
+    expected = cases_aqlm.logits(folder, input_ids)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    adopt(model)
+    torch.testing.assert_close(model(input_ids).logits, expected, rtol=0, atol=1e-5)
+    assert scales(model).keys() == scales(load(folder)).keys() and not any(p.requires_grad for p in model.parameters())
+    optimizer = QZO(scales(model), lr=1e-2, relative=True)
+    for _ in range(3):
+        optimizer.step(lambda: model(input_ids, labels=input_ids).loss)
+    trained = model(input_ids).logits
+    release(model)
+    assert sum(isinstance(module, library.QuantizedLinear) for module in model.modules()) == 14
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids[:1, :3]).logits, trained[:1, :3], rtol=0, atol=1e-4)
 
 
 def test_codes_that_do_not_fit_are_told_with_the_layers_name(library):
