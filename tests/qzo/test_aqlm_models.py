@@ -42,7 +42,7 @@ def make_folder(make_model, tmp_path):
 
 @pytest.fixture
 def library(monkeypatch):
-    """The `aqlm` library; its CPU kernel for 256 entries runs as plain Python where there is no numba."""
+    """The `aqlm` library; its CPU kernel for 256 entries, which it compiles with numba, runs as plain Python."""
     aqlm = pytest.importorskip("aqlm")
     plain = types.ModuleType("numba")
     plain.njit, plain.prange = (lambda **_: lambda function: function), range
