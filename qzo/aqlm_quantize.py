@@ -1,7 +1,10 @@
 """AQLM codes and codebooks for a weight, without data: k-means on its groups, codebook after codebook.
 
 The `aqlm` project finds codes by beam search against calibration inputs and fine-tunes codebooks through whole blocks,
-for hours on a GPU. This one sees the weights alone and takes seconds a layer: for tests, and for what a format costs.
+for hours on a GPU. This one sees the weights alone and takes about a second a layer of half a million weights: for
+tests, and for what a format costs. It does not save a small model at two bits: for SmolLM2-135M the loss of a sentence
+rises from 3.5 to 19 with 2x8 by eights, and to 4.5 with 2x8 by fours, four bits. 1x16 takes minutes a layer where there
+are more groups than entries.
 """
 
 from __future__ import annotations

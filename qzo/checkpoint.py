@@ -152,7 +152,9 @@ def _aqlm_settings(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
         if layer.layout != layout:
             raise QzoError(f"{path}: {layer.layout}, but another layer has {layout}; a checkpoint holds one")
     head = [path for path, module in model.named_modules() if module is output_head(model)]
-    return {"quant_method": AQLM, **asdict(layout), "linear_weights_not_to_quantize": [*head, *_left_plain(model)]}
+    plain = [*head, *_left_plain(model)]
+    both = [*plain, *(f"{path}.weight" for path in plain)]  # transformers 5 looks for layers, 4 for their weights
+    return {"quant_method": AQLM, **asdict(layout), "linear_weights_not_to_quantize": both}
 
 
 def _left_plain(model: nn.Module) -> list[str]:

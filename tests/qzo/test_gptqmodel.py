@@ -11,6 +11,7 @@ torch._dynamo.config.disable = True  # compiling takes seconds a layer
 
 import awq_files  # noqa: E402
 import standin  # noqa: E402
+from gptq_files import from_words, to_words  # noqa: E402
 from gptqmodel import BACKEND, GPTQModel  # noqa: E402
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear  # noqa: E402
 from gptqmodel.nn_modules.qlinear.torch_aten_kernel import TorchAtenLinear  # noqa: E402
@@ -26,6 +27,7 @@ from qzo.awq import AwqLinear, unpack  # noqa: E402
 from qzo.checkpoint import save  # noqa: E402
 from qzo.errors import QzoError  # noqa: E402
 from qzo.linear import QuantLinear  # noqa: E402
+from qzo.packing import unpack as unpack_words  # noqa: E402
 
 ROWS, COLUMNS, GROUP = 96, 64, 32
 CACHING = (TorchAtenLinear, TorchFusedLinear)
@@ -74,6 +76,9 @@ def test_both_pack_the_same_words_and_read_the_same_weights(n_bits, act_order, p
     for name in ("qweight", "qzeros", "scales", "g_idx"):
         assert torch.equal(getattr(module, name), getattr(layer, name)), name
     assert torch.equal(module.dequantize_weight().t(), layer.dequantize(torch.float16))
+    words = module.qweight.numpy()
+    assert (to_words(from_words(words, n_bits), n_bits) == words).all()  # what the cases of GPTQ are written with
+    assert torch.equal(torch.from_numpy(from_words(words, n_bits)).int(), unpack_words(layer.qweight, n_bits))
 
 
 def test_awq_words_are_those_of_the_library():
@@ -156,6 +161,11 @@ def test_scales_made_in_inference_mode_are_copied():
     optimizer = QZO(scales(model), lr=1e-4)
     optimizer.step(lambda: model(x).float().square().mean())
     torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=0.2)
+    scales(model)["0.scales"].mul_(1.5)
+    trained = model(x)
+    release(model)
+    assert model[0] is module and not module.scales.is_inference()
+    torch.testing.assert_close(model(x), trained, rtol=1e-2, atol=5e-2)
 
 
 def test_layouts_that_are_not_known_are_refused():
