@@ -244,6 +244,11 @@ class HqqLinear(RebuiltLinear):
         rows = numbers.view(-1)[begin : begin + (stop - start) * self.in_features]
         return rows.view(stop - start, self.in_features).to(dtype)
 
+    @property
+    def qweight(self) -> Tensor:
+        """`codes` under the name that peft knows, which asks it for its device."""
+        return self.codes
+
     def release(self) -> nn.Module:
         """The library's module, see `qzo.release`."""
         from qzo.hqq_library import give_back

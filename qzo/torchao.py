@@ -58,6 +58,11 @@ class _AoLinear(RebuiltLinear):
         """Where the layer came from."""
         return self._origin[0]
 
+    @property
+    def qweight(self) -> Tensor:
+        """`codes` under the name that peft knows, which asks it for its device."""
+        return self.codes
+
     def release(self) -> nn.Module:
         """An nn.Linear with the library's tensor, see `qzo.release`."""
         from qzo.torchao_library import give_back

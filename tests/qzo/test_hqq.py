@@ -55,6 +55,7 @@ def test_any_rows_of_any_layout_are_those_of_the_library(n_bits, axis, view_as_f
         assert len(chunk_bounds(64, 96)) > 5 and torch.equal(layer.dequantize(), expected)
         x = torch.randn(3, 96)
         torch.testing.assert_close(layer(x), library(x))
+        assert layer.release() is library and library.W_q.dtype == words.dtype
         assert torch.equal(library.W_q.view(torch.uint8), words.view(torch.uint8))
 
 
@@ -147,6 +148,7 @@ def test_nested_scales_are_unnested_and_nested_again(group_size):
     qzo.release(model)
     assert library.meta["quant_scale"] and "scale" not in library.meta
     assert torch.equal(library.meta["zero_q"], zeros)
+    assert library.meta["scale_q"].aminmax() == (0, 255)  # all of the eight bits are used
     torch.testing.assert_close(library.dequantize(), 1.5 * before, rtol=0.02, atol=2e-3)
 
 

@@ -115,6 +115,8 @@ def truncate(name):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-20000])
 
 
+BYTES = torch.ones(3, 1, dtype=torch.uint8)
+NESTED = {"packing": "8bit_u8", "scale": torch.tensor(1.0), "zero": torch.tensor(1.0), "compute_dtype": torch.float32}
 CASES = [
     ("pt", "qmodel.pt is damaged, or holds more than tensors", pickled),
     ("pt", "qmodel.pt is damaged, or holds more than tensors", pickled_in_archive),
@@ -130,6 +132,7 @@ CASES = [
     ("pt", "zero points are torch.float32 (1, 1)", set_about(zero=torch.ones(1, 1))),
     ("pt", "q_proj is quantized as (32, 128), but", set_about(shape=torch.Size((32, 128)))),
     ("pt", "quantized in a way that is not known", set_about(quant_zero=True, zero_q=torch.ones(3), meta_zero=3)),
+    ("pt", "are 3 quantized numbers, need (128, 1)", set_about(quant_zero=True, zero_q=BYTES, meta_zero=NESTED)),
     ("pt", "tensors are missing, the first is model.norm", change_state(lambda state: state.pop("model.norm"))),
     ("pt", "no linear layer strange", change_state(lambda state: state.update(strange=state[Q_PROJ]))),
     ("hqq", "is damaged", truncate("model.safetensors")),
