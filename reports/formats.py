@@ -54,8 +54,8 @@ def table(record: Mapping[str, Any]) -> Table:
     notes = [
         "bytes a weight: codes, scales, zero points, offsets, and tables of all quantized layers, by their weights; a "
         "codebook weighs more in a model of this size than in a large one",
-        "scales: of the whole model. s a step: median; peak: allocated bytes of a step, the fp32 parts of the model and "
-        "the fp32 master of each trained scale included",
+        "scales: of the whole model. s a step: median; peak: allocated bytes of a step, the fp32 parts of the model "
+        "and the fp32 master of each trained scale included",
     ]
     return Table("Formats", headers, [_row(entry) for entry in _measured(record)], notes)
 
