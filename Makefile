@@ -13,12 +13,12 @@ READY   := $(VENV)/.ready
 PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench report compare test lint format baselines paper gptq-report \
-	accuracy bench-step validation gpu clean
+.PHONY: help setup bench report compare test test-gptqmodel lint format baselines paper gptq-report \
+	accuracy formats bench-step validation gpu clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables:      MODEL=$(MODEL) METHODS=a,b DEVICE=auto|cuda|cpu|sim GPU=rtx-4090 BATCH=1 SEQ=128 OUT=DIR"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables:      MODEL=$(MODEL) METHODS=a,b DEVICE=auto|cuda|cpu|sim GPU=rtx-4090 BATCH=1 SEQ=128 OUT=DIR QUANTIZATION=nf4"
 
 setup: $(READY) ## make .venv with everything in it (once)
 
@@ -30,13 +30,22 @@ $(READY): pyproject.toml constraints.txt
 
 bench: $(READY) ## memory of every method on MODEL, as tables and a picture in OUT
 	$(RUN) -m bench run "$(MODEL)" --device $(DEVICE) --batch-size $(BATCH) --seq-len $(SEQ) --out "$(OUT)" \
-		$(if $(METHODS),--methods "$(METHODS)") $(if $(GPU),--gpu $(GPU)) $(ARGS)
+		$(if $(METHODS),--methods "$(METHODS)") $(if $(GPU),--gpu $(GPU)) $(if $(QUANTIZATION),--quantization $(QUANTIZATION)) $(ARGS)
 
 report: $(READY) ## tables, picture and page again from the records in OUT
 	$(RUN) -m reports "$(OUT)" --format md,csv,html,png
 
 compare: $(READY) ## fail if OUT needs more memory than the committed baseline of MODEL
 	$(RUN) -m bench compare "$(or $(BASELINE),reports/baselines/$(MODEL).json)" "$(or $(CURRENT),$(OUT))" --fail allocated:1%
+
+GPTQMODEL := .venv-gptqmodel
+test-gptqmodel: $(GPTQMODEL)/.ready ## live gptqmodel modules, in an environment of its own (6 GB: its torch is newer)
+	$(GPTQMODEL)/bin/python -m pytest -q tests/qzo/test_gptqmodel.py $(ARGS)
+
+$(GPTQMODEL)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(GPTQMODEL)
+	$(GPTQMODEL)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[gptq]'
+	@touch $@
 
 test: $(READY) ## all tests that need no GPU
 	$(RUN) -m pytest -q $(ARGS)
@@ -73,6 +82,10 @@ accuracy: $(READY) ## how well each method learns (hours): what reports/accuracy
 		$(RUN) -m bench.signal results/accuracy/models/4-bit-gptq-0 --out reports/accuracy/signal.json
 	$(RUN) -m reports.learning
 
+formats: $(READY) ## bytes, seconds and accuracy of every quantization format, into reports/formats.md (an hour)
+	$(RUN) -m bench.formats --out reports/formats.json $(ARGS)
+	$(RUN) -m reports.formats
+
 bench-step: $(READY) ## seconds and memory of a QZO step on this CPU, into reports/step.md
 	$(RUN) -m bench.step_seconds --out reports/step.json $(ARGS)
 	$(RUN) -m reports.step
@@ -89,5 +102,5 @@ gpu: ## on a machine with a GPU: tests marked cuda, then 0.1B to 13B measured in
 	$(PYTHON) -m pytest -q -m cuda
 	$(PYTHON) -m bench.measure $(ARGS)
 
-clean: ## remove .venv and results
-	rm -rf $(VENV) results
+clean: ## remove .venv, .venv-gptqmodel and results
+	rm -rf $(VENV) $(GPTQMODEL) results

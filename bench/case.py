@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bench.quantizations import FORMATS, check_group_size
 from bench.record import EXTRA_METHODS, METHODS
 from qzo.errors import QzoError
 
@@ -38,6 +39,7 @@ class BenchCase:
         gradient_checkpointing: recompute each layer in backward (non-reentrant); first-order methods only.
         group_size: weights that share a scale in `qzo` and `qzo-full`; None takes 128, or the largest of 64 and 32
             that divides every layer.
+        quantization: of `qzo` and `qzo-full`, one of `bench.quantizations.FORMATS`; None takes 4 bits in GPTQ's layout.
         steps: optimizer steps of a measured cell; the first two are watched by the ledger, the others timed.
         seed: of noise, batches and random codes.
         weights: folder that holds the model's weights unpacked once for all cells; None reads them where they are.
@@ -55,12 +57,16 @@ class BenchCase:
     steps: int = 5
     seed: int = 0
     weights: str | None = None
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         choose("method", self.method, METHODS + EXTRA_METHODS)
         choose("device", self.device, DEVICES)
         if self.attention is not None:
             choose("attention", self.attention, ATTENTIONS)
+        if self.quantization is not None:
+            choose("quantization", self.quantization, FORMATS)
+            check_group_size(self.quantization, self.group_size)
         for name, lowest in (("batch_size", 1), ("seq_len", 2), ("steps", 3)):
             value = getattr(self, name)
             if value < lowest:

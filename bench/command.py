@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
     case = BenchCase(
         options.model, methods[0], options.device, options.gpu, options.batch_size, options.seq_len,
         options.attention, options.gradient_checkpointing, options.group_size, options.steps,
+        quantization=options.quantization,
     )  # fmt: skip
     source, cases = plan.cells(case, methods)
     out = Path(options.out or Path("results") / source.name)

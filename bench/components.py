@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from bench.methods.nf4 import nf4_tensors
 from qzo.scales import quantized_tensors
 
-FLOOR = ("codes", "codebooks", "scales", "embeddings", "norms", "biases", "adapters", "linears", "buffers")
-QUANTIZATION = ("codes", "scales", "zero_points", "g_idx", "codebooks")
+FLOOR = ("codes", "codebooks", "scales", "quant_map", "offsets", "embeddings", "norms", "biases", "adapters", "linears",
+         "buffers")  # fmt: skip
+QUANTIZATION = ("codes", "scales", "zero_points", "g_idx", "codebooks", "quant_map", "offsets")
 
 
 def components(model: nn.Module) -> dict[str, list[Tensor]]:

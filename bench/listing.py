@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bench import catalog, gpus
+from bench.quantizations import FORMATS
 from bench.record import EXTRA_METHODS, METHODS
 
 GIB = 1 << 30
 
 
 def print_names(what: str) -> int:
-    """Print models with their parameters, methods with their summary, or GPUs with their memory."""
+    """Print models with parameters, methods with their summary, GPUs with memory, or quantizations with their bits."""
     if what == "models":
         for name in catalog.names():
             source = catalog.resolve(name)
@@ -20,6 +21,11 @@ def print_names(what: str) -> int:
             gpu = gpus.get(name)
             major, minor = gpu.compute_capability
             print(f"{name:<12} {gpu.memory_bytes / GIB:6.1f} GiB  compute capability {major}.{minor}")
+    elif what == "quantizations":
+        for name, known in FORMATS.items():
+            groups = "groups of 128, 64 or 32" if known.group_size == 0 else f"groups of {known.group_size}"
+            groups = "one scale a row" if known.group_size is None else groups
+            print(f"{name:<13} {known.bits} bits, {groups}")
     else:
         from bench.methods import METHODS as functions
 

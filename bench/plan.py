@@ -13,6 +13,7 @@ from bench import gpus, weights
 from bench.attention import attention_of
 from bench.case import EXTRA_METHODS, METHODS, BenchCase, choose
 from bench.catalog import ModelSource, build_empty, linear_widths, resolve
+from bench.quantizations import QUANTIZABLE
 from bench.record import Record
 from qzo.errors import QzoError
 
@@ -34,6 +35,10 @@ def parse_methods(text: str | None) -> tuple[str, ...]:
 
 def cells(case: BenchCase, methods: Sequence[str]) -> tuple[ModelSource, list[BenchCase]]:
     """The source and one checked case for each method, `auto` resolved to sim, cpu, or (for later) cuda."""
+    if case.quantization is not None and not set(QUANTIZABLE) & set(methods):
+        raise QzoError(
+            f"quantization={case.quantization!r} is for {' and '.join(QUANTIZABLE)}; add one of them to --methods"
+        )
     source = resolve(case.model)
     device = automatic(source) if case.device == "auto" else case.device
     gpu = case.gpu or gpus.DEFAULT_GPU
@@ -45,7 +50,8 @@ def cells(case: BenchCase, methods: Sequence[str]) -> tuple[ModelSource, list[Be
     if device != "sim":
         weights.check(source)
     case = replace(case, device=device, gpu=gpu if device == "sim" else None)
-    return source, [replace(case, method=method) for method in methods]
+    quantizations = dict.fromkeys(QUANTIZABLE, case.quantization)
+    return source, [replace(case, method=method, quantization=quantizations.get(method)) for method in methods]
 
 
 def automatic(source: ModelSource) -> str:

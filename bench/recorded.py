@@ -7,6 +7,7 @@ from typing import Any
 
 from bench import gpus
 from bench.case import BenchCase
+from bench.quantizations import FORMATS, QUANTIZABLE, named
 from bench.record import Record
 from qzo.errors import QzoError
 
@@ -40,12 +41,15 @@ def simulated_case(record: Record) -> BenchCase:
     if record["status"] != "ok" or record["world"] == "simulated":
         raise QzoError(f"a record that is {record['world']} and {record['status']} is no measurement")
     case, quantization = record["case"], record["case"]["quantization"] or {}
+    name = named(quantization) if case["method"] in QUANTIZABLE else None
+    chosen = name is not None and FORMATS[name].any_group_size
     measured_on_gpu = record["world"] == "measured-cuda"
     return BenchCase(
         case["model"], case["method"], device="sim", batch_size=case["batch_size"], seq_len=case["seq_len"],
         gpu=gpus.find(case["gpu"]).name if measured_on_gpu else gpus.CPU, attention=case["attention"],
         gradient_checkpointing=case["gradient_checkpointing"],
-        group_size=quantization["group_size"] if quantization.get("format") in SCALED else None,
+        group_size=quantization["group_size"] if chosen or quantization.get("format") in SCALED else None,
+        quantization=name,
     )  # fmt: skip
 
 

@@ -13,14 +13,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
 from bench import gpus, weights
-from bench.case import BenchCase
+from bench.case import BenchCase, choose
 from bench.catalog import resolve
 from bench.command import make_folder
 from bench.plan import parse_methods
+from bench.quantizations import FORMATS, QUANTIZABLE, named
 from bench.record import Record
 from bench.runner import Progress, run_cells
 from qzo.errors import QzoError
@@ -38,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="reports/validation_cpu.md", help="file for the table")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
     parser.add_argument("--methods", help="comma-separated; default all")
+    parser.add_argument("--quantizations", help="comma-separated, for qzo (`bench list quantizations`)")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     options = parser.parse_args(arguments)
     try:
         methods = parse_methods(options.methods)
+        formats = [choose("quantization", name, FORMATS) for name in (options.quantizations or "").split(",") if name]
         make_folder(Path(options.out).parent)
         pairs = []
         for model in options.models.split(","):
@@ -51,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 model, methods[0], batch_size=options.batch_size, seq_len=options.seq_len, steps=STEPS,
                 gradient_checkpointing=options.gradient_checkpointing,
             )  # fmt: skip
-            pairs += compare(case, methods)
+            if options.methods or not formats:
+                pairs += compare(case, methods)
+            for name in formats:
+                pairs += compare(replace(case, method="qzo", quantization=name), ["qzo"])
     except QzoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,11 +132,17 @@ def table(pairs: Sequence[Pair]) -> str:
         case, error = pair[1]["case"], error_percent(pair)
         peaks = [record["peak"]["allocated"] for record in pair]
         if error is None:
-            rows.append([case["model"], case["method"], *peaks, pair[0]["message"] or pair[1]["message"]])
+            rows.append([case["model"], titled(case), *peaks, pair[0]["message"] or pair[1]["message"]])
         else:
-            rows.append([case["model"], case["method"], *(f"{nbytes:,}" for nbytes in peaks), f"{error:+.4f}"])
+            rows.append([case["model"], titled(case), *(f"{nbytes:,}" for nbytes in peaks), f"{error:+.4f}"])
     headers = ["model", "method", "predicted, bytes", "measured, bytes", "error, %"]
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=("left", "left", *["right"] * 3))
+
+
+def titled(case: dict[str, Any]) -> str:
+    """The method, with the format where it is not that of a default run."""
+    name = named(case["quantization"] or {}) if case["method"] in QUANTIZABLE else None
+    return str(case["method"]) if name is None else f"{case['method']} ({name})"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from qzo import aqlm, gptq_live
 from qzo.bnb_live import adopt_bnb
 from qzo.errors import QzoError, named
 from qzo.hqq_library import adopt_hqq
@@ -13,7 +14,7 @@ from qzo.torchao_library import adopt_torchao
 from qzo.walk import freeze, put
 
 Adapter = Callable[[nn.Module], nn.Module | None]
-ADAPTERS: tuple[Adapter, ...] = (adopt_bnb, adopt_hqq, adopt_torchao)
+ADAPTERS: tuple[Adapter, ...] = (adopt_bnb, adopt_hqq, adopt_torchao, aqlm.adopt, gptq_live.adopt)
 
 
 def adopt(model: nn.Module) -> nn.Module:

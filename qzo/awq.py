@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qzo.chunked import RebuiltLinear
 from qzo.layout import check_layout
 from qzo.linear import Device, columns, scale_dtype
+from qzo.rtn import round_to_nearest
 
 PER_WORD = 8
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of columns 8w ... 8w + 7
@@ -26,7 +27,7 @@ class AwqLinear(RebuiltLinear):
 
     Buffers are the checkpoint's own tensors (above), so that what is written back are the very codes that were read.
     `bias` is a frozen parameter [N] or None. `scales` is what QZO trains: the next forward sees a change of it. W is
-    never whole: forward and backward rebuild `CHUNK_ELEMENTS` of it at a time. Build with `empty`, then load tensors.
+    never whole: forward and backward rebuild `CHUNK_ELEMENTS` of it at a time. Build with `empty` or `from_weight`.
     """
 
     qweight: Tensor
@@ -61,6 +62,22 @@ class AwqLinear(RebuiltLinear):
         layer.bias = None if bias_data is None else nn.Parameter(bias_data, requires_grad=False)
         return layer
 
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group_size: int = 128) -> AwqLinear:
+        """Round `weight` [N, K] to nearest, with zero points, as AWQ does when it has scaled the channels.
+
+        A weight on `meta` gives `empty`. The bias is not copied. Extra memory: 5 bytes a weight. Raises QzoError.
+        """
+        rows, columns = weight.shape
+        layer = cls.empty(columns, rows, group_size, bias is not None, weight.dtype, weight.device)
+        if weight.is_meta:
+            return layer
+        codes, scales, zeros = round_to_nearest(weight, 4, group_size, False, layer.scales.dtype)
+        layer.qweight, layer.qzeros = pack(codes.t()), pack(zeros.t())
+        layer.scales.copy_(scales.t())
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
     def zero_points(self) -> Tensor:
         """Zero points as int32 [K/g, N]."""
         return unpack(self.qzeros)
@@ -81,6 +98,14 @@ class AwqLinear(RebuiltLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"group_size={self.group_size}, bias={self.bias is not None}"
         )
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes [R, 8 W] below 16 -> int32 words [R, W]. Extra memory: 4 bytes a code."""
+    words = codes.new_zeros(len(codes), codes.shape[1] // PER_WORD, dtype=torch.int32)
+    for column, shift in enumerate(SHIFTS):
+        words.bitwise_or_(codes[:, column::PER_WORD].to(torch.int32) << shift)
+    return words
 
 
 def unpack(words: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
-"""Checkpoints in the layouts of GPTQ and AWQ, written and read with safetensors alone."""
+"""Checkpoints in the layouts of GPTQ, AWQ and AQLM, written and read with safetensors alone."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from qzo.aqlm import AqlmLinear
 from qzo.awq import AwqLinear
 from qzo.embedding import QuantEmbedding
 from qzo.errors import QzoError, named
@@ -19,8 +21,9 @@ from qzo.packing import zeros_to_v1
 from qzo.quantization import FORMATS, QUANTIZE_CONFIG, either, method_of, settings_of
 from qzo.walk import output_head
 
-AWQ = "awq"
-Packed = QuantLinear | AwqLinear
+AWQ, AQLM = "awq", "aqlm"
+Packed = QuantLinear | AwqLinear | AqlmLinear
+KINDS: dict[str, type[Packed]] = {**dict.fromkeys(FORMATS, QuantLinear), AWQ: AwqLinear, AQLM: AqlmLinear}
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: str | None = None) -> None:
@@ -32,10 +35,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: st
 
     Args:
         model: a transformers model with QuantLinear layers, or with AwqLinear layers, all of one `n_bits` and
-            `group_size`.
+            `group_size`, or with AqlmLinear layers of one layout.
         folder: must not exist, or be empty.
         checkpoint_format: of QuantLinear layers; "gptq" stores zero points minus 1 (what most readers expect),
-            "gptq_v2" as they are. AwqLinear layers have one format, "awq". None takes "gptq" or "awq".
+            "gptq_v2" as they are. AwqLinear layers have one format, "awq", and AqlmLinear layers "aqlm". None takes
+            "gptq", "awq" or "aqlm", whichever fits.
 
     Extra memory: one copy of the packed zero points.
 
@@ -43,12 +47,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: st
         QzoError: a folder with something in it, a model that the layout cannot hold.
     """
     target = Path(folder)
-    if checkpoint_format not in (*FORMATS, AWQ, None):
+    if checkpoint_format not in (*KINDS, None):
         raise QzoError(f'checkpoint_format="{checkpoint_format}" is not known; choose "gptq" or "gptq_v2"')
     check_target(target)
     layers = _layers(model)
-    is_awq = all(isinstance(layer, AwqLinear) for layer in layers.values())
-    checkpoint_format = checkpoint_format or (AWQ if is_awq else "gptq")
+    first = next(iter(layers.values()))
+    checkpoint_format = checkpoint_format or next(name for name, kind in KINDS.items() if isinstance(first, kind))
     _check_kinds(layers, checkpoint_format)
     config = _config(model, layers, checkpoint_format)
     tensors = _tensors(model, checkpoint_format)
@@ -58,7 +62,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], checkpoint_format: st
     try:
         from safetensors.torch import save_file
 
-        contents = {"config.json": config, **({} if is_awq else {QUANTIZE_CONFIG: config["quantization_config"]})}
+        contents = {"config.json": config}
+        if checkpoint_format in FORMATS:
+            contents[QUANTIZE_CONFIG] = config["quantization_config"]
         for name, content in contents.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
@@ -75,7 +81,8 @@ def format_of(source: str | os.PathLike[str]) -> str | None:
     settings = settings_of(Path(source), read_json(config)) if config.is_file() else None
     if settings is None:
         return None
-    return AWQ if method_of(settings) == AWQ else str(either(settings, "checkpoint_format", "format") or "gptq")
+    method = method_of(settings)
+    return method if method in (AWQ, AQLM) else str(either(settings, "checkpoint_format", "format") or "gptq")
 
 
 def check_target(folder: Path) -> None:
@@ -95,7 +102,7 @@ def _layers(model: nn.Module) -> dict[str, Packed]:
 
 
 def _check_kinds(layers: dict[str, Packed], checkpoint_format: str) -> None:
-    kind = AwqLinear if checkpoint_format == AWQ else QuantLinear
+    kind = KINDS[checkpoint_format]
     for path, layer in layers.items():
         if not isinstance(layer, kind):
             raise QzoError(
@@ -106,23 +113,29 @@ def _check_kinds(layers: dict[str, Packed], checkpoint_format: str) -> None:
 
 def _config(model: nn.Module, layers: dict[str, Packed], checkpoint_format: str) -> dict[str, Any]:
     """The model's config.json with a `quantization_config`."""
+    is_aqlm = checkpoint_format == AQLM
+    settings = _aqlm_settings(model, layers) if is_aqlm else _settings(model, layers, checkpoint_format)
+    if not hasattr(model, "config"):
+        raise QzoError(f"{type(model).__name__} has no config; a checkpoint needs a transformers model")
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))  # type: ignore[union-attr,operator]
+    config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    config["quantization_config"] = settings
+    return config
+
+
+def _settings(model: nn.Module, layers: dict[str, Any], checkpoint_format: str) -> dict[str, Any]:
     all_layers = list(layers.values())
     n_bits = all_layers[0].n_bits
     group_size = min((layer.group_size for layer in all_layers if layer.group_size != layer.in_features), default=-1)
     for path, layer in layers.items():
         with named(path):
             _check_alike(layer, n_bits, group_size)
-    if not hasattr(model, "config"):
-        raise QzoError(f"{type(model).__name__} has no config; a checkpoint needs a transformers model")
-    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))  # type: ignore[union-attr,operator]
-    config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     method = AWQ if checkpoint_format == AWQ else "gptq"
     own = _awq_settings(model) if method == AWQ else _gptq_settings(all_layers, n_bits, checkpoint_format)
-    config["quantization_config"] = {"quant_method": method, "bits": n_bits, "group_size": group_size, **own}
-    return config
+    return {"quant_method": method, "bits": n_bits, "group_size": group_size, **own}
 
 
-def _gptq_settings(layers: list[Packed], n_bits: int, checkpoint_format: str) -> dict[str, Any]:
+def _gptq_settings(layers: list[Any], n_bits: int, checkpoint_format: str) -> dict[str, Any]:
     return {
         "sym": all(bool((layer.zero_points() == 2 ** (n_bits - 1)).all()) for layer in layers),
         "desc_act": any(isinstance(layer, QuantLinear) and layer.act_order for layer in layers),
@@ -133,13 +146,29 @@ def _gptq_settings(layers: list[Packed], n_bits: int, checkpoint_format: str) ->
     }
 
 
-def _awq_settings(model: nn.Module) -> dict[str, Any]:
+def _aqlm_settings(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+    layout = next(iter(layers.values())).layout
+    for path, layer in layers.items():
+        if layer.layout != layout:
+            raise QzoError(f"{path}: {layer.layout}, but another layer has {layout}; a checkpoint holds one")
+    head = [path for path, module in model.named_modules() if module is output_head(model)]
+    plain = [*head, *_left_plain(model)]
+    both = [*plain, *(f"{path}.weight" for path in plain)]  # transformers 5 looks for layers, 4 for their weights
+    return {"quant_method": AQLM, **asdict(layout), "linear_weights_not_to_quantize": both}
+
+
+def _left_plain(model: nn.Module) -> list[str]:
+    """Paths of the linear layers without codes, but for the output head."""
     head = output_head(model)
-    plain = [path for path, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    return [path for path, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+
+
+def _awq_settings(model: nn.Module) -> dict[str, Any]:
+    plain = _left_plain(model)
     return {"zero_point": True, "version": "gemm", "modules_to_not_convert": plain or None}
 
 
-def _check_alike(layer: Packed, n_bits: int, group_size: int) -> None:
+def _check_alike(layer: Any, n_bits: int, group_size: int) -> None:
     """A checkpoint holds one n_bits and one group size; a layer whose row is one group fits where K divides so."""
     if (layer.n_bits, layer.group_size) != (n_bits, layer.in_features if group_size == -1 else group_size):
         raise QzoError(

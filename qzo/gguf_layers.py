@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qzo.chunked import chunk_bounds, chunked_linear
+from qzo.errors import QzoError
 from qzo.gguf_blocks import BlockType, half_at
+from qzo.linear import Device
 
 
 class GgufTensor(nn.Module):
@@ -71,6 +73,43 @@ class GgufLinear(GgufTensor):
         super().__init__(blocks, kind)
         self.out_features, self.in_features = self.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        kind: BlockType,
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        device: Device = None,
+    ) -> GgufLinear:
+        """A layer with uninitialized blocks on any device, `meta` included; `dtype` is that of bias and inputs.
+
+        Raises QzoError where K is no whole number of blocks.
+        """
+        if in_features % kind.n_weights:
+            raise QzoError(f"in_features={in_features} is not a multiple of {kind.n_weights}, the block of {kind.name}")
+        shape = out_features, in_features // kind.n_weights, kind.n_bytes
+        blocks = torch.empty(shape, dtype=torch.uint8, device=device)
+        return cls(blocks, kind, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None, kind: BlockType) -> GgufLinear:
+        """Quantize `weight` [N, K] by the package gguf; a weight on `meta` gives `empty`. The bias is not copied.
+
+        For the types that have scales of plain numbers. Extra memory: several fp32 copies of the weight.
+        """
+        rows, columns = weight.shape
+        layer = cls.empty(columns, rows, kind, bias is not None, weight.dtype, weight.device)
+        if weight.is_meta:
+            return layer
+        import gguf
+
+        blocks = gguf.quantize(weight.detach().float().cpu().numpy(), gguf.GGMLQuantizationType[kind.name])
+        layer.blocks.copy_(torch.from_numpy(blocks).view_as(layer.blocks))
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
 
     @property
     def qweight(self) -> Tensor:

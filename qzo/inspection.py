@@ -21,11 +21,12 @@ from qzo.gguf_header import GgufHeader, read_gguf_header
 from qzo.gguf_load import check_packed
 from qzo.hqq_files import find_hqq
 from qzo.load import dtype_of
-from qzo.packed import FLOATING, IMPLIED, check_architecture, empty_model, skeleton
+from qzo.packed import CODES, FLOATING, IMPLIED, check_architecture, empty_model, skeleton
 from qzo.quantization import METHODS, check_counts, either, method_of, settings_of, understood
 from qzo.torchao_files import find_torchao
 
 PARTS = {"scales": "scales", "qweight": "codes", "qzeros": "zero_points", "g_idx": "g_idx"}
+PARTS |= {"codes": "codes", "codebooks": "codebooks"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Inspection:
         n_bits, group_size: as the configuration says.
         settings: all that it says of the quantizer.
         layers: with codes.
-        counts, sizes: numbers and bytes of "scales", "codes", "zero_points", "g_idx", "offsets", "tables" (of codes and
-            of double quantization) and "unquantized"; empty for a foreign format. Where `reason` is one, packed words
-            are counted.
+        counts, sizes: numbers and bytes of "scales", "codes", "zero_points", "g_idx", "codebooks", "offsets", "tables"
+            (of codes and of double quantization) and "unquantized"; empty for a foreign format. Where `reason` is one,
+            packed words are counted.
         trainable: set of `qzo.trainable` -> how many numbers it trains; empty for foreign formats.
         reason: why QZO cannot train it here; None where it can.
     """
@@ -68,9 +69,9 @@ class Inspection:
 def inspect(source: str | os.PathLike[str]) -> Inspection:
     """Look at a folder with config.json, or a .gguf file.
 
-    GPTQ, AWQ and bitsandbytes: the model is built without data, and every header compared with it, so that `reason` is
-    None just where `qzo.load` needs no more than sound data. Other quantizers: what the configuration says. Raises
-    QzoError for what is neither, and for files that cannot be read.
+    GPTQ, AWQ, AQLM and bitsandbytes: the model is built without data, and every header compared with it, so that
+    `reason` is None just where `qzo.load` needs no more than sound data. Other quantizers: what the configuration says.
+    Raises QzoError for what is neither, and for files that cannot be read.
     """
     path = Path(source)
     if path.suffix == ".gguf":
@@ -107,11 +108,15 @@ def _inspect_packed(source: str, path: Path, config: dict[str, Any], settings: d
     headers = headers_in(weight_files(path))
     version = either(settings, "checkpoint_format", "format", "version")
     n_bits, group_size = either(settings, "bits", "w_bit"), either(settings, "group_size", "q_group_size")
+    if method_of(settings) == "aqlm":
+        version = "x".join(str(settings.get(name)) for name in ("num_codebooks", "nbits_per_codebook"))
+        n_bits, group_size = settings.get("nbits_per_codebook"), settings.get("in_group_size")
     reason = _obstacle(path, config, headers, settings)
     counts, sizes = _parts(headers)
-    if reason is None:  # then n_bits is a number that there is a layout for
+    if reason is None and method_of(settings) != "aqlm":  # then n_bits is a number that there is a layout for
         counts |= {part: counts[part] * 32 // int(n_bits) for part in ("codes", "zero_points")}
     scales, unquantized = counts["scales"], counts["unquantized"]
+    own = "scales+codebooks" if method_of(settings) == "aqlm" else "scales+offsets"
     return Inspection(
         source,
         method_of(settings),
@@ -119,10 +124,10 @@ def _inspect_packed(source: str, path: Path, config: dict[str, Any], settings: d
         n_bits,
         group_size,
         settings,
-        sum(name.endswith(".qweight") for name in headers),
+        sum(name.endswith(f".{CODES[method_of(settings)]}") for name in headers),
         counts,
         sizes,
-        {"scales": scales, "scales+offsets": scales, "scales+unquantized": scales + unquantized},
+        {"scales": scales, own: scales + counts["codebooks"], "scales+unquantized": scales + unquantized},
         reason,
     )
 
@@ -156,7 +161,8 @@ def _obstacle(
         if quantization is None:
             skeleton(path, headers, dtype_of(config))
         else:
-            if not (any(name.endswith(".qweight") for name in headers) or quantized_paths(headers)):
+            ending = CODES.get(quantization.method)
+            if not any(name.endswith(f".{ending}") for name in headers) and not quantized_paths(headers):
                 raise QzoError(f"no tensor holds codes, and config.json says {quantization.method}")
             build = empty_bnb if quantization.method == "bitsandbytes" else empty_model
             build(path, quantization, headers, dtype_of(config))
@@ -169,7 +175,7 @@ def _parts(headers: dict[str, Header]) -> tuple[dict[str, int], dict[str, int]]:
     """Numbers (words, where they are packed) and bytes of each part; of "unquantized" only floating numbers count."""
     counts = dict.fromkeys((*PARTS.values(), "unquantized"), 0)
     sizes = dict.fromkeys(counts, 0)
-    packed = {name.rpartition(".")[0] for name in headers if name.endswith(".qweight")}
+    packed = {name.rpartition(".")[0] for name in headers if name.endswith((".qweight", ".codes"))}
     for name, header in headers.items():
         path, _, last = name.rpartition(".")
         part = PARTS.get(last, "unquantized") if path in packed else "unquantized"

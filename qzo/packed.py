@@ -1,4 +1,4 @@
-"""Reading GPTQ and AWQ checkpoints: layers with the packed tensors in the places of the model's linear layers."""
+"""Reading GPTQ, AWQ and AQLM checkpoints: layers with the packed tensors in the places of the model's linear layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qzo.aqlm import AqlmLinear
 from qzo.awq import AwqLinear
 from qzo.errors import QzoError
 from qzo.folder import Header, one_line, read_tensors_of
@@ -17,10 +18,14 @@ from qzo.packing import zeros_from_v1
 from qzo.quantization import Quantization
 from qzo.walk import Site, find_sites, freeze, replace_sites
 
-PACKED = (QuantLinear, AwqLinear)
+PACKED = (QuantLinear, AwqLinear, AqlmLinear)
+CODES = {"gptq": "qweight", "awq": "qweight", "aqlm": "codes"}  # the tensor that tells a quantized layer
+AS_STORED = (".scales", ".codebooks")  # whatever the dtype of the rest
 IMPLIED = "rotary_emb.inv_freq"  # old checkpoints store what the config implies
 PER_WORD = 16  # codes of two bits, the most that a number can hold
-FLOATING, WHOLE = ("F16", "BF16", "F32", "F64"), ("I32", "I64")
+FLOATING: tuple[str, ...] = ("F16", "BF16", "F32", "F64")
+WHOLE = ("I32", "I64")
+NAMED = {torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
 
 
 def load_packed(
@@ -47,7 +52,9 @@ def load_packed(
 
 def empty_model(folder: Path, quantization: Quantization, headers: dict[str, Header], dtype: torch.dtype) -> Any:
     """The model on meta with quantized layers, which expects just the tensors that are there. Raises QzoError."""
-    model = skeleton(folder, headers, dtype, PER_WORD)
+    layout = quantization.aqlm
+    per_number = PER_WORD if layout is None else layout.in_group_size * layout.out_group_size
+    model = skeleton(folder, headers, dtype, max(PER_WORD, per_number))
     _insert_layers(model, headers, quantization)
     check_tensors(folder, model, headers)
     return model
@@ -113,16 +120,18 @@ def _insert_layers(model: nn.Module, names: Container[str], quantization: Quanti
 
     So layers that the quantizer was told to leave alone (`modules_to_not_convert`) stay as they are.
     """
-    group_size = quantization.group_size
+    group_size, codes = quantization.group_size, CODES[quantization.method]
 
     def stored(site: Site) -> bool:
         path = site.paths[0]
-        return f"{path}.qweight" in names or f"{path}.gate_up_proj.0.qweight" in names
+        return f"{path}.{codes}" in names or f"{path}.gate_up_proj.0.{codes}" in names
 
     def build(_: int, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if quantization.method == "gptq":
             return QuantLinear.from_weight(weight, bias, quantization.n_bits, group_size)
         rows, columns = weight.shape
+        if quantization.aqlm is not None:
+            return AqlmLinear.empty(columns, rows, quantization.aqlm, bias is not None, weight.dtype, weight.device)
         return AwqLinear.empty(columns, rows, group_size, bias is not None, weight.dtype, weight.device)
 
     replace_sites(model, [site for site in find_sites(model) if stored(site)], build)
@@ -137,7 +146,9 @@ def _check_fits(name: str, header: Header, wanted: Tensor | None) -> None:
     file = header.file
     if wanted is None:
         raise QzoError(f"{file}: the model has no tensor {name}; config.json and weights do not belong together")
-    dtypes = FLOATING if wanted.is_floating_point() else WHOLE if name.endswith(".g_idx") else WHOLE[:1]
+    dtypes = (NAMED[wanted.dtype],) if wanted.dtype in NAMED else FLOATING
+    if name.endswith(".g_idx"):
+        dtypes = WHOLE
     if header.shape != wanted.shape or header.dtype not in dtypes:
         raise QzoError(
             f"{file}: {name} is {header.dtype} {header.shape}, but config.json implies {dtypes[0]} "
@@ -157,7 +168,7 @@ def _assign(model: nn.Module, file: Path, quantization: Quantization, dtype: tor
         elif name.endswith(".g_idx"):
             scales = expected[f"{name.removesuffix('g_idx')}scales"]
             tensor = _checked_groups(file, name, tensor, groups=len(scales))
-        elif tensor.is_floating_point() and not name.endswith(".scales"):
+        elif tensor.is_floating_point() and not name.endswith(AS_STORED):
             tensor = tensor.to(dtype)
         tensors[name] = tensor
     model.load_state_dict(tensors, strict=False, assign=True)

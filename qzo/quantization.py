@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qzo.errors import QzoError
+from qzo.aqlm import AqlmLayout
+from qzo.errors import QzoError, named
 from qzo.folder import read_json
 
 FORMATS = ("gptq", "gptq_v2")
 QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ and gptqmodel look first
 AWQ_CONFIG = "quant_config.json"  # the same of AutoAWQ
-METHODS = ("gptq", "awq", "bitsandbytes")
+METHODS = ("gptq", "awq", "aqlm", "bitsandbytes")
 COUNTS = re.compile(r"n(um)?_?(hidden_|decoder_|encoder_)?layers?")
 
 
@@ -22,17 +23,20 @@ class Quantization:
     """The layout of a checkpoint that can be trained.
 
     Args:
-        method: "gptq", "awq" or "bitsandbytes".
+        method: "gptq", "awq", "aqlm" or "bitsandbytes".
         n_bits: of a code.
-        group_size: weights along K that share a scale, -1 for the whole row; of bitsandbytes, what is usual: each layer
-            has a block size of its own.
-        version: "gptq" (zero points are stored minus 1) or "gptq_v2"; "gemm" for AWQ; "nf4", "fp4" or "int8".
+        group_size: weights along K that share a scale, -1 for the whole row; in AQLM those that share a code; of
+            bitsandbytes, what is usual: each layer has a block size of its own.
+        version: "gptq" (zero points are stored minus 1) or "gptq_v2"; "gemm" for AWQ; "1x16" or the like for AQLM;
+            "nf4", "fp4" or "int8".
+        aqlm: all sizes of an AQLM layout.
     """
 
     method: str
     n_bits: int
     group_size: int
     version: str
+    aqlm: AqlmLayout | None = None
 
 
 def settings_of(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -59,11 +63,16 @@ def understood(folder: Path, settings: dict[str, Any]) -> Quantization:
     method = method_of(settings)
     if method not in METHODS:
         raise QzoError(
-            f'{folder}: quant_method="{method}" is not supported; give a checkpoint of GPTQ, AWQ or bitsandbytes, '
-            "or an unquantized one"
+            f'{folder}: quant_method="{method}" is not supported; give a checkpoint of GPTQ, AWQ, AQLM or '
+            "bitsandbytes, or an unquantized one"
         )
     if method == "bitsandbytes":
         return _bitsandbytes(folder, settings)
+    if method == "aqlm":
+        with named(str(folder)):
+            names = [field.name for field in fields(AqlmLayout) if field.name in settings]
+            sizes = AqlmLayout(**{name: settings[name] for name in names})
+        return Quantization(method, sizes.nbits_per_codebook, sizes.in_group_size, sizes.name, sizes)
     n_bits, group_size = (
         _whole_number(folder, settings, *names) for names in (("bits", "w_bit"), ("group_size", "q_group_size"))
     )

@@ -60,7 +60,7 @@ def quantize(
     _check_sites(sites, n_bits, group_size)
     batches = [] if calibration is None else read_batches(model, calibration)
     if embeddings is not None:
-        _quantize_embeddings(model, embeddings, group_size)
+        quantize_embeddings(model, embeddings, group_size)
 
     if options is not None:
         del sites  # they would keep the old layers alive
@@ -106,8 +106,11 @@ def _check_finite(module: nn.Module) -> None:
             raise QzoError(f"{name} has values that are not finite")
 
 
-def _quantize_embeddings(model: nn.Module, n_bits: int, group_size: int) -> None:
-    """Input embedding -> QuantEmbedding, head -> TiedQuantHead; both are checked before either is replaced."""
+def quantize_embeddings(model: nn.Module, n_bits: int, group_size: int) -> None:
+    """Input embedding -> QuantEmbedding, head -> TiedQuantHead, in place; both are checked before either is replaced.
+
+    `n_bits` and `group_size` as in `quantize`. Raises QzoError, with the module's name.
+    """
     getter = getattr(model, "get_input_embeddings", None)
     embedding, head = None if getter is None else getter(), output_head(model)
     if type(embedding) is not nn.Embedding:

@@ -48,12 +48,13 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None) -> dict[str,
 
 
 def has_signed_scales(model: nn.Module) -> bool:
-    """Whether scales may be negative, as in GGUF Q4_0 and Q5_0, or are, after double quantization in bitsandbytes.
+    """Whether scales may be negative, as in GGUF Q4_0 and Q5_0, or are, in AQLM and after double quantization.
 
     QZO then needs `nonnegative=False`.
     """
     return any(
-        (isinstance(module, GgufTensor) and module.kind.signed) or (isinstance(module, BnbLinear4bit) and module.signed)
+        (isinstance(module, GgufTensor) and module.kind.signed)
+        or (isinstance(module, (AqlmLinear, BnbLinear4bit)) and module.signed)
         for module in model.modules()
     )
 

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qzo.aqlm import AqlmLinear
 from qzo.errors import QzoError
 from qzo.gguf_layers import GgufTensor
 from qzo.groups import TRAINABLE
 from qzo.scales import QUANTIZED, has_signed_scales, scales
 
-PARTS = ("scales", "offsets", "unquantized")
+PARTS = ("scales", "offsets", "codebooks", "unquantized")
+CALLED = {"codebooks": "codebook", "unquantized": "unquantized parameter"}
 
 
 def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
@@ -23,30 +25,45 @@ def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
                                paper's Δ ⊙ W_int, see `qzo.offsets`. With "scales" alone such an offset stays where it
                                is, which is another perturbation. Integer zero points always move with their scale, so
                                for GPTQ layers, symmetric or not, both sets are the same.
+        "scales+codebooks"     also the codebooks of AQLM layers by plain SPSA, without max(., 0): 65,536 entries of 8
+                               numbers a layer for 1x16. The codes stay.
         "scales+unquantized"   also every other floating-point parameter (norms, biases, embeddings, head) by plain
-                               SPSA, their z after those of the scales from the same stream, without max(., 0)
+                               SPSA, their z after those of the scales from the same stream, without max(., 0). For
+                               AQLM models the paper trains this set.
 
-    Models with Q4_0 or Q5_0 blocks of GGUF files, whose scales may be negative, get `nonnegative=False` for all scales.
+    Models with Q4_0 or Q5_0 blocks of GGUF files, whose scales may be negative, get `nonnegative=False` for all scales,
+    and so do AQLM models with a negative scale.
 
-    All three may be joined. The second group, that of the unquantized parameters, takes options of its own before it
-    is given to QZO: `groups[1]["lr"] = 1e-7`. QZO keeps fp32 masters of all it trains: 4 bytes a number, for an
-    embedding table too. Adapters are left out.
+    All of them may be joined. Groups are in the order scales, codebooks, unquantized, and take options of their own
+    before they are given to QZO: `groups[-1]["lr"] = 1e-7`. QZO keeps fp32 masters of all it trains: 4 bytes a number,
+    for an embedding table too. Adapters are left out.
 
     Raises QzoError for an unknown set and for a model without quantized layers.
     """
     parts = what.split("+")
     if "scales" not in parts or not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
-        raise QzoError(f'what="{what}" is not known; choose "scales", "scales+offsets" or "scales+unquantized"')
+        sets = ", ".join(f'"scales+{part}"' for part in PARTS[1:])
+        raise QzoError(f'what="{what}" is not known; choose "scales", {sets}')
     groups: list[dict[str, Any]] = [{"params": scales(model)}]
     if has_signed_scales(model):
         groups[0]["nonnegative"] = False
     if "offsets" in parts:
         groups[0]["offsets"] = offsets(model)
-    if "unquantized" in parts:
-        groups.append({"params": _unquantized(model), "nonnegative": False})
-        if not groups[1]["params"]:
-            raise QzoError(f'{type(model).__name__} has no unquantized parameter; choose "scales"')
+    for part, find in (("codebooks", codebooks), ("unquantized", _unquantized)):
+        if part in parts:
+            groups.append({"params": find(model), "nonnegative": False})
+            if not groups[-1]["params"]:
+                raise QzoError(f'{type(model).__name__} has no {CALLED[part]}; choose "scales"')
     return groups
+
+
+def codebooks(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> live codebooks [C, 2^b, og, ig] of every AQLM layer; empty where there is none."""
+    return {
+        f"{path}.codebooks" if path else "codebooks": module.codebooks
+        for path, module in model.named_modules()
+        if isinstance(module, AqlmLinear)
+    }
 
 
 def offsets(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from reports.records import CPU, ROLES, RSS_NOTE, Record, is_ok, method_of
+from reports.records import CPU, ROLES, RSS_NOTE, Record, is_ok, label_of
 from reports.sizes import NOT_KNOWN, unit_for
 from reports.table import Table
 
@@ -21,7 +21,7 @@ def roles_table(records: Sequence[Record]) -> Table:
         sizes = [record["at_peak"][role] for role in ROLES] if is_ok(record) else [None] * len(ROLES)
         reason = "" if is_ok(record) else textwrap.shorten(record["message"] or "no reason given", REASON_WIDTH)
         cells = [unit.show(nbytes) for nbytes in (*sizes, record["peak"]["allocated"])]
-        rows.append([method_of(record), record["status"], *cells, *([reason] if failed else [])])
+        rows.append([label_of(record), record["status"], *cells, *([reason] if failed else [])])
     return Table(
         f"Breakdown at the peak, {unit.name}",
         ["method", "status", *ROLES, "allocated", *(["reason"] if failed else [])],
@@ -40,7 +40,7 @@ def totals_table(records: Sequence[Record]) -> Table:
         above = f"{peak['allocated'] / floor:.2f}" if peak["allocated"] is not None and floor else NOT_KNOWN
         sizes = [unit.show(nbytes) for nbytes in (peak["allocated"], peak["reserved"], peak["process"], floor)]
         step = NOT_KNOWN if seconds is None else f"{seconds:.3f}"
-        rows.append([method_of(record), record["status"], record["world"], *sizes, above, step])
+        rows.append([label_of(record), record["status"], record["world"], *sizes, above, step])
     notes = [
         "Allocated: what tensors take. Reserved: what the caching allocator holds. Process: what the driver shows for "
         "the process. Floor: codes, scales and unquantized weights.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reports.records import CPU, Record, is_ok, method_of, needed_bytes
+from reports.records import CPU, Record, is_ok, label_of, needed_bytes
 from reports.sizes import GIB, GIBI, NOT_KNOWN
 from reports.table import Table
 
@@ -29,12 +29,12 @@ def cards_table(records: Sequence[Record]) -> Table:
     for record in records:
         nbytes, kind = needed_bytes(record)
         if nbytes is None:
-            rows.append([method_of(record), *[NOT_KNOWN] * (2 + len(CARDS_GIB))])
+            rows.append([label_of(record), *[NOT_KNOWN] * (2 + len(CARDS_GIB))])
             continue
         card = smallest_card(nbytes)
         needs = GIBI.show(nbytes) + (DAGGER if kind == "allocated" else "")
         smallest = f"{card} GiB" if card else f"over {CARDS_GIB[-1]} GiB"
-        rows.append([method_of(record), needs, smallest, *(verdict(nbytes, card) for card in CARDS_GIB)])
+        rows.append([label_of(record), needs, smallest, *(verdict(nbytes, card) for card in CARDS_GIB)])
     headers = ["method", "needs, GiB", "smallest card", *(f"{card} GiB" for card in CARDS_GIB)]
     return Table("What fits", headers, rows, _notes(records))
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from reports.records import CPU, ROLES, Record, is_ok, method_of
+from reports.records import CPU, ROLES, Record, is_ok, label_of, method_of
 from reports.sizes import GIB, Unit, unit_for
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness.
@@ -92,7 +92,7 @@ def _draw(axis: Axes, records: Sequence[Record], unit: Unit) -> None:
             axis.text(card, -0.66, f"{card * unit.nbytes / GIB:.0f} GiB card", ha="center", fontsize=8, color=QUIET)
     axis.set_xlim(0, right)
     axis.set_ylim(len(records) - 0.4, -0.6)
-    axis.set_yticks(range(len(records)), [method_of(record) for record in records])
+    axis.set_yticks(range(len(records)), [label_of(record) for record in records])
     axis.xaxis.set_major_formatter("{x:,g}")
     axis.tick_params(length=0, colors=INK, labelsize=10)
     axis.spines[["top", "right", "left"]].set_visible(False)

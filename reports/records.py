@@ -13,6 +13,7 @@ Record = dict[str, Any]
 
 ROLES = ("weights", "quantization", "gradients", "optimizer", "activations", "noise", "temporaries", "unattributed")
 METHODS = ("ft-bf16", "ft-mixed", "ft-amp", "ft-sgd", "lora", "qlora", "mezo", "qzo", "qzo-full", "qzo-2bit")
+QUANTIZABLE = ("qzo", "qzo-full")  # methods whose format is a choice
 BASELINES = ("ft-bf16", "ft-mixed", "ft-amp")
 SAME_CASE = ("model", "batch_size", "seq_len", "gpu")  # what two methods must share for their ratio to mean anything
 CPU = "measured-cpu"
@@ -81,6 +82,15 @@ def _check(record: Any) -> None:
 def method_of(record: Record) -> str:
     """Name of the method."""
     return str(record["case"]["method"])
+
+
+def label_of(record: Record) -> str:
+    """Name of the method, with the format of `--quantization` where it is not the 4-bit GPTQ of a default run."""
+    about, method = record["case"]["quantization"], method_of(record)
+    if method not in QUANTIZABLE or not about or (about["format"], about["bits"]) == ("gptq", 4):
+        return method
+    name = str(about["format"])
+    return f"{method} ({name}-{about['bits']})" if name in ("gptq", "hqq") else f"{method} ({name})"
 
 
 def is_ok(record: Record) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reports.records import BASELINES, CPU, RSS_NOTE, Record, find, method_of, ratio
+from reports.records import BASELINES, CPU, RSS_NOTE, Record, find, label_of, ratio
 from reports.sizes import NOT_KNOWN
 from reports.table import Table
 
@@ -21,7 +21,7 @@ def reduction_table(records: Sequence[Record]) -> Table:
     rows = []
     for record in records:
         ratios = [ratio(find(records, baseline), record, kind) for kind in KINDS for baseline in BASELINES]
-        rows.append([method_of(record), *map(times, ratios)])
+        rows.append([label_of(record), *map(times, ratios)])
     cases = dict.fromkeys((record["case"]["batch_size"], record["case"]["seq_len"]) for record in records)
     shapes = "; ".join(f"batch {batch_size}, {seq_len} tokens a sequence" for batch_size, seq_len in cases)
     notes = [CONVENTIONS, f"At {shapes}."]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 import qzo
 from bench.case import BenchCase
 from bench.catalog import default_group_size
 from bench.methods.prepared import Enter, Prepared
+from bench.quantizations import FORMATS, quantize_as
 from bench.text import Batch
 from bench.worlds import World
 from qzo import aqlm
+from qzo.scales import has_signed_scales
 
 EPS = 1e-3
 LABELS_AT_END = 1  # a batch asks for the last token of each sequence
@@ -48,10 +51,25 @@ def qzo_2bit(case: BenchCase, world: World) -> Prepared:
 
 def _quantized(case: BenchCase, world: World, embeddings: int | None) -> Prepared:
     model = world.model(torch.bfloat16)
+    if case.quantization is not None:
+        return _quantized_as(case, world, model, case.quantization, embeddings is not None)
     group_size = case.group_size or default_group_size(model)
     qzo.quantize(model, n_bits=4, group_size=group_size, embeddings=embeddings)
     prepared = _trained_scales(world.place(model), case)
     prepared.quantization = {"format": "gptq", "bits": 4, "group_size": group_size}
+    return prepared
+
+
+def _quantized_as(case: BenchCase, world: World, model: PreTrainedModel, name: str, embeddings: bool) -> Prepared:
+    """In a format of `bench.quantizations`. What a scale is differs, so all are moved by relative amounts."""
+    about = quantize_as(model, name, case.group_size, case.seed, embeddings)
+    signed = has_signed_scales(model)  # before there may be fake tensors, which tell nothing
+    placed = world.place(model).eval()
+    optimizer = qzo.QZO(qzo.scales(placed), lr=1e-7, eps=EPS, seed=case.seed, relative=True, nonnegative=not signed)
+    prepared = _prepared(placed, optimizer, "qzo")
+    prepared.quantization = about
+    note = FORMATS[name].note
+    prepared.notes += [note] if note else []
     return prepared
 
 

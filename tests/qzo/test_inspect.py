@@ -131,7 +131,7 @@ def test_tensors_that_are_missing_or_strange_are_the_reason(make_folder, no_data
     assert inspect(folder).reason == "no tensor holds codes, and config.json says gptq"
 
 
-@pytest.mark.parametrize("method", ["aqlm", "quanto"])
+@pytest.mark.parametrize("method", ["quanto"])
 def test_foreign_formats_show_what_their_configuration_says(make_folder, no_data, capsys, method, tmp_path):
     folder = make_folder("plain")
     (folder / "model.safetensors").rename(folder / "qmodel.pt")
