@@ -8,14 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qzo.awq import AwqLinear
-from qzo.bnb import BnbLinear4bit, BnbLinear8bit
 from qzo.errors import QzoError
-from qzo.gguf_layers import GgufLinear
-from qzo.hqq import HqqLinear
-from qzo.linear import QuantLinear
-from qzo.scales import scales
-from qzo.torchao import AoInt4Linear, AoInt8Linear
+from qzo.scales import QUANTIZED, TABLES, scales
 
 
 def add_adapters(
@@ -33,16 +27,7 @@ def add_adapters(
     from peft.tuners.lora.layer import Linear
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)
-    quantized = (
-        QuantLinear,
-        AwqLinear,
-        BnbLinear4bit,
-        BnbLinear8bit,
-        GgufLinear,
-        HqqLinear,
-        AoInt8Linear,
-        AoInt4Linear,
-    )
+    quantized = [kind for kind in QUANTIZED if kind not in TABLES]
     config._register_custom_module(dict.fromkeys(quantized, Linear))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # it has in_features and out_features

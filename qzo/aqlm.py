@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.chunked import RebuiltLinear
+from qzo.chunked import RebuiltLinear, frozen
 from qzo.errors import QzoError
 from qzo.linear import Device
 from qzo.noise import mix_seed
@@ -93,7 +93,7 @@ class AqlmLinear(RebuiltLinear):
         self.out_features, self.in_features = codes.shape[0] * out_group_size, codes.shape[1] * in_group_size
         for name, tensor in (("codes", codes), ("codebooks", codebooks), ("scales", scales)):
             self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = frozen(bias)
 
     @classmethod
     def empty(
@@ -131,7 +131,7 @@ class AqlmLinear(RebuiltLinear):
     ) -> AqlmLinear:
         """A 1x16 layer whose W has standard deviation `std`: uniform codes, normal codebook; global RNG untouched."""
         layer = cls.empty(in_features, out_features, None, False, dtype, device)
-        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        layer.bias = frozen(bias)
         layer.scales.fill_(std)
         if not layer.codes.is_meta:
             generator = torch.Generator(device=layer.codes.device).manual_seed(mix_seed(seed))
@@ -166,6 +166,11 @@ class AqlmLinear(RebuiltLinear):
         begin = first * out_group_size
         whole: Tensor = rows.reshape(-1, self.in_features)
         return whole[start - begin : stop - begin].to(dtype)
+
+    @property
+    def qweight(self) -> Tensor:
+        """`codes` under the name that peft knows, which asks it for its device."""
+        return self.codes
 
     def release(self) -> nn.Module:
         """A module of the `aqlm` library on the same tensors, in the checkpoint's order, its kernel not chosen yet.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo.aqlm import AqlmLayout, AqlmLinear
+from qzo.chunked import frozen
 from qzo.noise import mix_seed
 from qzo.walk import LinearShape, find_sites, freeze, replace_sites
 
@@ -53,7 +54,7 @@ def from_weight(
     rows, columns = weight.shape
     layout.check(LinearShape(columns, rows))
     layer = AqlmLinear.empty(columns, rows, layout, False, weight.dtype, weight.device)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    layer.bias = frozen(bias)
     if weight.is_meta:
         return layer
     grouped = _groups(weight.float(), layout)  # [N/og, K/ig, og ig]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qzo.chunked import RebuiltLinear
+from qzo.chunked import RebuiltLinear, frozen
 from qzo.layout import check_layout
 from qzo.linear import Device, columns, scale_dtype
 from qzo.rtn import round_to_nearest
@@ -75,7 +75,7 @@ class AwqLinear(RebuiltLinear):
         codes, scales, zeros = round_to_nearest(weight, 4, group_size, False, layer.scales.dtype)
         layer.qweight, layer.qzeros = pack(codes.t()), pack(zeros.t())
         layer.scales.copy_(scales.t())
-        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        layer.bias = frozen(bias)
         return layer
 
     def zero_points(self) -> Tensor:

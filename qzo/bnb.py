@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.chunked import RebuiltLinear
+from qzo.chunked import RebuiltLinear, frozen
 from qzo.errors import QzoError
 from qzo.linear import Device
 
@@ -101,7 +101,7 @@ class BnbLinear4bit(RebuiltLinear):
         """Take tensors of these shapes as they are; returns the layer."""
         for name, tensor in (("qweight", qweight), ("scales", scales), ("quant_map", quant_map)):
             self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = frozen(bias)
         self.signed = not scales.is_meta and bool((scales < 0).any())
         return self
 
@@ -164,7 +164,7 @@ class BnbLinear8bit(RebuiltLinear):
         self.out_features, self.in_features = qweight.shape
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = frozen(bias)
         self.options: dict[str, Any] = {}
 
     @classmethod

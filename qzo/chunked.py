@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,12 @@ def chunk_bounds(n_rows: int, n_columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
-class RebuiltLinear(nn.Module):
+def frozen(bias: Tensor | None) -> nn.Parameter | None:
+    """A bias as a parameter that is not trained; its data is not copied."""
+    return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+
+class RebuiltLinear(nn.Module, ABC):
     """y = x Wᵀ + bias for a W [N, K] that a child rebuilds from codes and `scales`, a few rows at a time.
 
     `bias` is a frozen parameter [N] or None. `scales` is what QZO trains: the next forward sees a change of it.
@@ -56,9 +62,9 @@ class RebuiltLinear(nn.Module):
         bounds = chunk_bounds(self.out_features, self.in_features)
         return torch.cat([self._rows(start, stop, dtype, self.scales) for start, stop in bounds])
 
+    @abstractmethod
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], differentiable in `scales`."""
-        raise NotImplementedError
 
 
 class _ChunkedLinear(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qzo.chunked import chunked_linear
+from qzo.chunked import chunked_linear, frozen
 from qzo.errors import QzoError
 from qzo.gguf_layers import GgufEmbedding
 from qzo.layout import check_bits, resolve_group_size
@@ -94,7 +94,7 @@ class TiedQuantHead(nn.Module):
         """Use `table` as it is; `bias` [V] is frozen."""
         super().__init__()
         self.table = table
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = frozen(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., V] in x's dtype; differentiable in x and, where it requires a gradient, in the scales."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qzo.chunked import chunk_bounds, chunked_linear
+from qzo.chunked import chunk_bounds, chunked_linear, frozen
 from qzo.errors import QzoError
 from qzo.gguf_blocks import BlockType, half_at
 from qzo.linear import Device
@@ -72,7 +72,7 @@ class GgufLinear(GgufTensor):
         """Take the tensors as they are."""
         super().__init__(blocks, kind)
         self.out_features, self.in_features = self.shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = frozen(bias)
 
     @classmethod
     def empty(
@@ -108,7 +108,7 @@ class GgufLinear(GgufTensor):
 
         blocks = gguf.quantize(weight.detach().float().cpu().numpy(), gguf.GGMLQuantizationType[kind.name])
         layer.blocks.copy_(torch.from_numpy(blocks).view_as(layer.blocks))
-        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        layer.bias = frozen(bias)
         return layer
 
     @property

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.chunked import RebuiltLinear
+from qzo.chunked import RebuiltLinear, frozen
 from qzo.errors import QzoError
 from qzo.groups import TRAINABLE
 from qzo.linear import Device
@@ -184,7 +184,7 @@ class HqqLinear(RebuiltLinear):
         self.register_buffer("codes", codes.detach())
         self.register_buffer("scales", scales.detach())
         self.register_buffer("zero_points", zero_points.detach())
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = frozen(bias)
 
     @classmethod
     def empty(

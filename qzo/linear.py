@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qzo.chunked import RebuiltLinear
+from qzo.chunked import RebuiltLinear, frozen
 from qzo.layout import block_of, check_layout
 from qzo.packing import pack, pack_zeros, unpack, unpack_zeros
 from qzo.rtn import round_to_nearest
@@ -112,7 +112,7 @@ class QuantLinear(RebuiltLinear):
         for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales)):
             self.register_buffer(name, tensor)
         self.register_buffer("g_idx", self._group_of_each(qweight.device))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = frozen(bias)
         return self
 
     def _group_of_each(self, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qzo.chunked import RebuiltLinear
 from qzo.errors import QzoError
 from qzo.folder import Header
-from qzo.packed import FLOATING, IMPLIED, check_architecture, finish, skeleton
+from qzo.packed import IMPLIED, check_architecture, check_tensors, finish, skeleton
 from qzo.quantization import check_counts
 from qzo.walk import freeze, put
 
@@ -71,21 +71,14 @@ def empty_stored(stored: StoredModel, config: dict[str, Any], dtype: torch.dtype
 
     Raises QzoError for layers and tensors that the model has no place for, and for tensors that are missing.
     """
-    folder, plain = stored.folder, stored.plain
+    folder = stored.folder
     check_counts(folder, config, len(stored.headers))
     check_architecture(folder, config)
     model = skeleton(folder, stored.headers, dtype, PER_NUMBER)
     for path, layer in stored.layers.items():
         _place(folder, model, path, layer)
-    model.tie_weights()
-    expected = model.state_dict(keep_vars=True)
-    for name, header in plain.items():
-        if not name.endswith(IMPLIED):
-            _check(name, header, expected.get(name))
-    given = {id(t) for name, t in expected.items() if name in plain or name.rpartition(".")[0] in stored.layers}
-    missing = [name for name, tensor in expected.items() if id(tensor) not in given]
-    if missing:
-        raise QzoError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    own = {f"{path}.{name}" for path, layer in stored.layers.items() for name in layer.state_dict()}
+    check_tensors(folder, model, stored.plain, own)
     return model
 
 
@@ -104,15 +97,6 @@ def _place(folder: Path, model: Any, path: str, layer: RebuiltLinear) -> None:
     if old.bias is not None and layer.bias is None:
         raise QzoError(f"{folder}: {path}.bias is missing")
     put(model, (path,), layer)
-
-
-def _check(name: str, header: Header, wanted: Tensor | None) -> None:
-    if wanted is None:
-        raise QzoError(f"{header.file}: the model has no tensor {name}; config.json and weights do not belong together")
-    if header.shape != tuple(wanted.shape) or header.dtype not in FLOATING:
-        raise QzoError(
-            f"{header.file}: {name} is {header.dtype} {header.shape}, but config.json implies F32 {tuple(wanted.shape)}"
-        )
 
 
 def on_meta(name: str, header: Header) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.chunked import RebuiltLinear
+from qzo.chunked import RebuiltLinear, frozen
 from qzo.errors import QzoError
 from qzo.groups import TRAINABLE
 from qzo.linear import Device
@@ -51,7 +51,7 @@ class _AoLinear(RebuiltLinear):
             raise QzoError(f"the bias has shape {tuple(bias.shape)}, need {shape[:1]}")
         self.register_buffer("codes", codes.detach())
         self.register_buffer("scales", scales.detach())
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = frozen(bias)
 
     @property
     def origin(self) -> AoOrigin:
@@ -223,7 +223,7 @@ class AoInt4Linear(_AoLinear):
         layer.codes.copy_((codes[:, ::2] & 15) | (codes[:, 1::2] << 4))
         layer.scales.copy_(scale[..., 0].t())
         layer.offsets.copy_((low + 8 * scale)[..., 0].t())
-        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        layer.bias = frozen(bias)
         return layer
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:

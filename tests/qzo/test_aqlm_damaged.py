@@ -1,12 +1,12 @@
 """AQLM folders that are damaged or contradict themselves: one line, nothing run, nothing large allocated."""
 
 import random
-import resource
 
 import pytest
 import torch
+from mutations import mutate, refused_of
 from safetensors.torch import load_file, save_file
-from test_damaged import configure, mutate
+from test_damaged import configure
 
 from qzo import load
 from qzo.aqlm_quantize import quantize_aqlm
@@ -69,18 +69,4 @@ def test_damage_is_told_in_one_line(make_folder, message, damage):
 
 def test_mutations_of_header_and_configuration_never_crash(make_folder):
     folder, dice = make_folder(), random.Random("aqlm")
-    original = {file: file.read_bytes() for file in folder.iterdir()}
-    load(folder)  # what is imported now is not counted
-    before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
-    for _ in range(200):
-        mutate(folder, dice)
-        for read in (load, inspect):
-            try:
-                read(folder)
-            except QzoError as error:
-                refused += read is load
-                assert "\n" not in str(error)
-        for file, data in original.items():
-            file.write_bytes(data)
-    assert 100 < refused < 200
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+    assert 100 < refused_of(folder, 200, lambda _: mutate(folder, dice), load, inspect) < 200

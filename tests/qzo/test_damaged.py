@@ -2,13 +2,12 @@
 
 import json
 import random
-import resource
-import struct
 import sys
 
 import pytest
 import torch
 from awq_files import write_awq
+from mutations import mutate, refused_of
 from safetensors.torch import load_file, save_file
 
 from qzo import QzoError, load, quantize
@@ -178,71 +177,7 @@ def test_a_billion_experts_are_refused_before_they_are_built(make_model, tmp_pat
         load(tmp_path / "model")
 
 
-VALUES = [None, True, -1, 0, 1, 3, 7, 2**31, 2**63, 1e308, float("nan"), "", "x", [], [1, 2], {}, {"a": 1}]
-
-
-def mutated_json(value, dice):
-    """A copy of a JSON value with one part of it replaced, removed or added."""
-    if isinstance(value, dict) and value and dice.random() < 0.9:
-        copy, key = dict(value), dice.choice(sorted(value))
-        kind = dice.random()
-        if kind < 0.1:
-            del copy[key]
-        elif kind < 0.2:
-            copy[key + "x"] = copy.pop(key)
-        else:
-            copy[key] = mutated_json(copy[key], dice)
-        return copy
-    if isinstance(value, list) and value and dice.random() < 0.7:
-        place = dice.randrange(len(value))
-        return [*value[:place], mutated_json(value[place], dice), *value[place + 1 :]]
-    if isinstance(value, int) and dice.random() < 0.5:
-        return value * dice.choice([-1, 2, 1000, 2**20]) + dice.choice([-1, 0, 1])
-    return dice.choice(VALUES)
-
-
-def mutated_bytes(data, dice):
-    """A header with some of its bytes changed, or cut."""
-    changed = bytearray(data)
-    for _ in range(dice.randint(1, 4)):
-        changed[dice.randrange(len(changed))] = dice.randrange(256)
-    return bytes(changed[: dice.randrange(len(changed))] if dice.random() < 0.1 else changed)
-
-
-def mutate(folder, dice):
-    """One mutation of a checkpoint's configuration or of its safetensors header, kept well formed or not."""
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    data = weights.read_bytes()
-    size = struct.unpack("<Q", data[:8])[0]
-    header, rest = data[8 : 8 + size], data[8 + size :]
-    kind = dice.randrange(5)
-    if kind < 2:
-        config.write_text(json.dumps(mutated_json(json.loads(config.read_text()), dice)))
-    elif kind == 2:
-        config.write_bytes(mutated_bytes(config.read_bytes(), dice))
-    elif kind == 3:
-        new = json.dumps(mutated_json(json.loads(header), dice)).encode()
-        weights.write_bytes(struct.pack("<Q", len(new)) + new + rest)
-    else:
-        length = size if dice.random() < 0.7 else dice.choice([0, 7, size - 1, size + 1, 2**40, 2**63])
-        weights.write_bytes(struct.pack("<Q", length) + mutated_bytes(header, dice) + rest)
-
-
 @pytest.mark.parametrize("kind", ["gptq", "awq"])
 def test_mutations_of_header_and_configuration_never_crash(make_folder, input_ids, kind):
     folder, dice = make_folder(kind), random.Random(kind)
-    original = {file: file.read_bytes() for file in folder.iterdir()}
-    load(folder)  # what is imported now is not counted
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused = 0
-    for _ in range(200):
-        mutate(folder, dice)
-        try:
-            load(folder)
-        except QzoError as error:
-            refused += 1
-            assert "\n" not in str(error)
-        for file, data in original.items():
-            file.write_bytes(data)
-    assert 100 < refused < 200
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+    assert 100 < refused_of(folder, 200, lambda _: mutate(folder, dice), load) < 200

@@ -206,6 +206,15 @@ def test_gradients_of_the_scales_are_those_of_the_dense_model(made):
         assert float((of_scale * way).sum()) == pytest.approx(expected, rel=0.01, abs=1e-5), path
 
 
+def test_adapters_on_the_layers_are_qlora(made):
+    model = made.model()
+    expected = logits(model)
+    wrapped = qzo.add_adapters(model)
+    torch.testing.assert_close(logits(wrapped), expected)
+    wrapped(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
+    assert all(tensor.grad is not None for name, tensor in qzo.adapters(wrapped).items() if "lora_B" in name)
+
+
 def test_fifty_steps_lower_the_loss_of_a_batch(made):
     _, losses = tuned(made)
     assert losses[-1] < losses[0] - 0.05
