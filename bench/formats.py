@@ -51,21 +51,23 @@ class Settings:
     """What every format is trained with; see reports/accuracy/settings.md for how they were found.
 
     Args:
-        steps, directions, batch_size: of QZO; forward passes are twice steps times directions.
+        steps, directions, batch_size: of QZO, one-sided: a step takes one forward pass more than it has directions.
+        centering: of the label words, see `qzo.tasks.loss`.
         lr, eps, clip_threshold: relative amounts; lr falls to 0 in a straight line.
         first_layer, last_layer: decoder layers whose scales are trained.
         examples: of the test set, for both accuracies.
         seed: of splits, data order and noise.
     """
 
-    steps: int = 40
-    directions: int = 2
+    steps: int = 20
+    directions: int = 8
     batch_size: int = 16
-    lr: float = 0.08
+    centering: float = 0.5
+    lr: float = 0.25
     eps: float = 1e-2
-    clip_threshold: float = 10.0
-    first_layer: int = 14
-    last_layer: int = 24
+    clip_threshold: float = 1.0
+    first_layer: int = 15
+    last_layer: int = 21
     examples: int = 200
     seed: int = 0
 
@@ -160,10 +162,10 @@ def train(model: Any, encoder: Any, examples: Sequence[Any], settings: Settings)
     scales = qzo.scales(model, (settings.first_layer, settings.last_layer))
     optimizer = qzo.QZO(
         scales, settings.lr, settings.eps, settings.clip_threshold, settings.seed, relative=True,
-        nonnegative=not has_signed_scales(model), directions=settings.directions,
+        nonnegative=not has_signed_scales(model), directions=settings.directions, estimator="one-sided",
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
-    loss = SharedPrefix(model, lambda batch: tasks.loss(model, batch), settings.first_layer)
+    loss = SharedPrefix(model, lambda batch: tasks.loss(model, batch, settings.centering), settings.first_layer)
     known = [encoder.length(example) for example in examples], [example.label for example in examples]
     losses, seconds, peak = [], [], 0
     for step in range(settings.steps):

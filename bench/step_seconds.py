@@ -26,6 +26,7 @@ from bench.catalog import default_group_size, resolve
 from bench.environment import environment
 from bench.methods.reference import OutOfPlace, full_loss
 from bench.worlds import cpu
+from bench.worlds.cpu_gemm import fast_bf16
 from qzo.errors import QzoError
 
 MODEL, BATCH_SIZE, SEQ_LEN = "smollm2-135m", 16, 40
@@ -110,7 +111,7 @@ def memory() -> dict[str, int]:
     """Bytes of a QZO step in bf16 by PyTorch's allocation events, and of what it cannot do without.
 
     "floor": codes, scales, unquantized weights. "layer": the largest linear layer in bf16. "activations": how far one
-    forward pass of the unquantized model rises above what was there.
+    forward pass of the unquantized model, with the same bf16 products, rises above what was there.
     """
     record = cpu.run(BenchCase(MODEL, "qzo", "cpu", batch_size=BATCH_SIZE, seq_len=SEQ_LEN, steps=3))
     source = resolve(MODEL)
@@ -118,7 +119,7 @@ def memory() -> dict[str, int]:
     batch = text.batch(source, BATCH_SIZE, SEQ_LEN, seed=0, step=0)
     head = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, fast_bf16():
         qzo.label_loss(model, batch.input_ids, batch.labels, keep=1)
     return {
         "peak": record["peak"]["allocated"],

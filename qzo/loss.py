@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
@@ -45,6 +49,27 @@ def label_loss(
         keep = length - 1 - int(columns[0]) if len(columns) else 0
     if not 1 <= keep < length:
         raise QzoError(f"keep={keep} label columns of {length}; need at least 1 label, after the first column")
-    output = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep + 1, use_cache=False)
+    with head_in_one_product(model):
+        output = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep + 1, use_cache=False)
     logits = output.logits[:, -keep - 1 : -1].float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, -keep:].flatten(), ignore_index=IGNORED)
+
+
+@contextmanager
+def head_in_one_product(model: nn.Module) -> Iterator[None]:
+    """Within, the head of a transformers model gets the columns it computes logits for as one contiguous tensor.
+
+    The model cuts them out of [B, T, H]. PyTorch multiplies what is cut out sequence by sequence with a frozen weight,
+    which reads the largest weight there is B times in place of once (16 sequences of SmolLM2-135M on one core: 0.20 s
+    in place of 0.03 s). Logits may differ in their last bits.
+    """
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.loss import IGNORED
+from qzo.loss import IGNORED, head_in_one_product
 from qzo.tasks.encoding import Batch
 
 
@@ -51,13 +51,14 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
 
 def forward(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     """Logits of the last `keep` columns, [R, keep, V]; positions count from the first token that is no padding."""
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        logits_to_keep=keep,
-        use_cache=False,
-        **position_options(model, batch.attention_mask, batch.input_ids.shape[1]),
-    )
+    with head_in_one_product(model):
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            logits_to_keep=keep,
+            use_cache=False,
+            **position_options(model, batch.attention_mask, batch.input_ids.shape[1]),
+        )
     return output.logits
 
 

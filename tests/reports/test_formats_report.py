@@ -6,8 +6,8 @@ from pathlib import Path
 from reports import formats
 
 SETTINGS = {
-    "steps": 40, "directions": 2, "batch_size": 16, "lr": 0.08, "eps": 0.01, "clip_threshold": 10.0,
-    "first_layer": 14, "last_layer": 24, "examples": 200, "seed": 0,
+    "steps": 20, "directions": 8, "batch_size": 16, "centering": 0.5, "lr": 0.25, "eps": 0.01, "clip_threshold": 1.0,
+    "first_layer": 15, "last_layer": 21, "examples": 200, "seed": 0,
 }  # fmt: skip
 MACHINE = {"platform": "Linux", "torch": "2.13", "transformers": "5.23", "python": "3.11", "threads": 1}
 
@@ -40,7 +40,7 @@ def test_a_line_tells_bytes_a_weight_scales_seconds_peak_and_both_accuracies():
 
 def test_steps_examples_and_machine_are_told():
     text = formats.render(RECORD)
-    assert "QZO: 40 steps of 2 directions on batches of 16, the scales of layers 14 to 24" in text
+    assert "QZO: 20 steps of 8 one-sided directions on batches of 16, the scales of layers 15 to 21" in text
     assert "Accuracy on 200 test examples: about 3.1 points of standard error each" in text
     assert "Machine: Linux, 1 thread, torch 2.13, transformers 5.23, python 3.11" in text
 
