@@ -13,6 +13,7 @@ import json
 import logging
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -35,9 +36,11 @@ from qzo import tasks
 from qzo.batches import batch_numbers
 from qzo.durable import replace_file
 from qzo.errors import QzoError
+from qzo.export import write_tuned
 from qzo.load import load, load_tokenizer
 from qzo.prefix import SharedPrefix
 from qzo.scales import QUANTIZED, has_signed_scales, quantized_bytes
+from qzo.trainable import offsets
 
 MODEL, TASK = "smollm2-135m", "rotten-tomatoes"
 STRAIGHT = "gguf file"  # the model's own file: Q4_1 layers and a Q8_0 vocabulary
@@ -124,8 +127,9 @@ def measure(name: str, settings: Settings, model_name: str = MODEL, task_name: s
     examples = splits["test"][: settings.examples]
     before = tasks.evaluate(model, encoder, examples)
     learned = train(model, encoder, splits["train"], settings)
-    after = tasks.evaluate(model, encoder, examples)
-    scores = {"before": _shown(before), "after": _shown(after)}
+    scores = {"before": _shown(before), "after": _shown(tasks.evaluate(model, encoder, examples))}
+    if name == STRAIGHT:
+        scores["read back"] = _shown(tasks.evaluate(exported(model, str(source.weights)), encoder, examples))
     machine = {**environment(), "threads": torch.get_num_threads()}
     return {**entry, **learned, **scores, "seconds": round(time.monotonic() - started, 1), "environment": machine}
 
@@ -155,14 +159,15 @@ def _weights(layer: Any) -> int:
 
 
 def train(model: Any, encoder: Any, examples: Sequence[Any], settings: Settings) -> dict[str, Any]:
-    """Take the steps as `qzo train` does: what lies below the trained layers is computed once a batch.
+    """Take the steps as `qzo train` does: offsets follow their scales, and what lies below is computed once a batch.
 
     Returns losses, median seconds of a step, and the allocated peak in bytes of the second one, which is not timed.
     """
     scales = qzo.scales(model, (settings.first_layer, settings.last_layer))
+    following = {name: offset for name, offset in offsets(model).items() if name in scales}
     optimizer = qzo.QZO(
-        scales, settings.lr, settings.eps, settings.clip_threshold, settings.seed, relative=True,
-        nonnegative=not has_signed_scales(model), directions=settings.directions, estimator="one-sided",
+        [{"params": scales, "offsets": following}], settings.lr, settings.eps, settings.clip_threshold, settings.seed,
+        relative=True, nonnegative=not has_signed_scales(model), directions=settings.directions, estimator="one-sided",
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
     loss = SharedPrefix(model, lambda batch: tasks.loss(model, batch, settings.centering), settings.first_layer)
@@ -181,6 +186,15 @@ def train(model: Any, encoder: Any, examples: Sequence[Any], settings: Settings)
         schedule.step()
     found = {"step_seconds": round(statistics.median(seconds), 4), "peak_allocated_bytes": peak}
     return {**found, "trained_scales": sum(scale.numel() for scale in scales.values()), "losses": losses}
+
+
+def exported(model: Any, file: str) -> Any:
+    """What transformers reads, dequantized to fp32, from the trained model's GGUF file."""
+    tuned = {f"{name.removesuffix('scales')}offsets": offset for name, offset in offsets(model).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "tuned"
+        write_tuned(file, {**qzo.scales(model), **tuned}, target)
+        return load(target / Path(file).name, torch.float32).eval()
 
 
 def watched(model: nn.Module, optimizer: torch.optim.Optimizer, closure: Any) -> tuple[float, int]:
