@@ -48,7 +48,7 @@ $(GPTQMODEL)/.ready: pyproject.toml
 	@touch $@
 
 test: $(READY) ## all tests that need no GPU
-	$(RUN) -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .

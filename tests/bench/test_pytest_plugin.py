@@ -18,7 +18,9 @@ NAME = "qzo-memory" if entry_points(group="pytest11", name="qzo-memory") else "b
 
 
 @pytest.fixture
-def run(pytester: pytest.Pytester):
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark writes nothing in a worker
+
     def run(test: str, *options: str) -> pytest.RunResult:
         pytester.makepyfile("import pytest, torch\n\n" + test)
         return pytester.runpytest_inprocess("-p", NAME, "--strict-markers", *options)
