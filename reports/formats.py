@@ -24,6 +24,7 @@ def render(record: Mapping[str, Any]) -> str:
         f"# {record['model']} on {record['task']}: every quantization format",
         setting(record),
         table(record).to_markdown(),
+        *(_read_back(entry) for entry in _measured(record) if "read back" in entry),
     ]
     if lost:
         parts.append("\n".join(f"- not run: {entry['format']}, {entry['missing']}" for entry in lost))
@@ -70,6 +71,16 @@ def _row(entry: Entry) -> list[str]:
         f"{entry['peak_allocated_bytes'] / MEBI:.1f}",
         *(f"{100 * entry[when]['accuracy']:.1f}" for when in ("before", "after")),
     ]
+
+
+def _read_back(entry: Entry) -> str:
+    """What the trained file says of itself to another reader."""
+    trained, found = (entry[when] for when in ("after", "read back"))
+    return (
+        f"- {entry['format']}, written with the trained scales and read by transformers, which dequantizes it: "
+        f"{100 * found['accuracy']:.1f} % with loss {found['loss']:.4f}; packed, as it was trained: "
+        f"{100 * trained['accuracy']:.1f} % with loss {trained['loss']:.4f}"
+    )
 
 
 def renewed(readme: str, record: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qzo.errors import QzoError
-from qzo.loss import label_loss
+from qzo.loss import head_in_one_product, label_loss
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
@@ -56,3 +56,14 @@ def test_labels_that_cannot_count_are_refused(make_model, input_ids):
         label_loss(model, input_ids, input_ids, keep=12)
     with pytest.raises(QzoError, match="must be"):
         label_loss(model, input_ids, labels[:, 1:])
+
+
+def test_the_head_multiplies_one_contiguous_block(make_model, input_ids):
+    model = make_model().requires_grad_(False)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    label_loss(model, input_ids, input_ids, keep=2)
+    assert seen[0].shape[:2] == (len(input_ids), 3) and seen[0].is_contiguous()
+    with pytest.raises(ZeroDivisionError), head_in_one_product(model):
+        1 / 0  # noqa: B018
+    assert not model.lm_head._forward_pre_hooks

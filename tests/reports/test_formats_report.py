@@ -23,6 +23,7 @@ RECORD = {
     "task": "rotten-tomatoes",
     "settings": SETTINGS,
     "entries": [
+        {**entry("gguf file", 700, 0.5, 0.7), "read back": {"accuracy": 0.695, "loss": 0.501}},
         entry("nf4", 562, 0.5, 0.755),
         entry("hqq-2", 312, 0.48, 0.5),
         {"format": "torchao-int8", "missing": "this needs the library torchao"},
@@ -36,6 +37,11 @@ def test_a_line_tells_bytes_a_weight_scales_seconds_peak_and_both_accuracies():
     assert cells == ["nf4", "0.562", "12,345", "4.12", "3.0", "50.0", "75.5"]
     assert sum(line.startswith("| torchao") for line in lines) == 0
     assert "- not run: torchao-int8, this needs the library torchao" in lines
+
+
+def test_a_file_that_was_read_back_tells_both_accuracies():
+    lines = [line for line in formats.render(RECORD).splitlines() if "dequantizes it" in line]
+    assert len(lines) == 1 and "69.5 % with loss 0.5010; packed, as it was trained: 70.0 % with loss 0.5000" in lines[0]
 
 
 def test_steps_examples_and_machine_are_told():
