@@ -1,5 +1,7 @@
 """The step report: ratios within a turn, and what the committed record must show."""
 
+import json
+
 from reports import step
 
 
@@ -23,3 +25,15 @@ def test_ratios_are_medians_within_a_turn():
     assert step.ratio(taken, "two forward passes") == 0.9 and step.ratio(taken, "mezo-reference") == 0.25
     text = step.render(record())
     assert "0.90" in text and "1.050 times the sum of the other three" in text and "lacks instructions" in text
+
+
+def test_the_committed_report_is_that_of_the_committed_record():
+    committed = json.loads((step.HERE / "step.json").read_text())
+    assert (step.HERE / "step.md").read_text() == step.render(committed)
+
+
+def test_the_committed_measurement_keeps_the_limits():
+    committed = json.loads((step.HERE / "step.json").read_text())
+    for reference, limit in step.LIMITS.items():
+        assert step.ratio(committed["seconds"][step.LIMITED], reference) <= limit
+    assert step.memory_ratio(committed["memory"]) <= step.MEMORY_LIMIT
