@@ -40,9 +40,8 @@ def setting(record: Mapping[str, Any]) -> str:
         'head apart; the line "gguf file" is the file itself, packed, its vocabulary in Q8_0.',
         f"QZO: {about['steps']} steps of {about['directions']} one-sided directions on batches of "
         f"{about['batch_size']}, the scales of layers {about['first_layer']} to {about['last_layer']} (what lies below "
-        f"is computed once a step), relative amounts, lr {about['lr']:g} falling to 0, eps {about['eps']:g}, clip "
-        f"threshold {about['clip_threshold']:g}, centering {about['centering']:g}, fp32 arithmetic, seed "
-        f"{about['seed']}; the same for all, found for GPTQ.",
+        f"is computed once a step), relative amounts, lr {about['lr']:g}, eps {about['eps']:g}, clip threshold "
+        f"{about['clip_threshold']:g}, fp32 arithmetic, seed {about['seed']}; the same for all, found for GPTQ.",
         f"Accuracy on {about['examples']} test examples: {_uncertainty(about['examples'])} points of standard error "
         "each.",
         *(f"Machine: {machine}; `python -m bench.formats --out reports/formats.json`." for machine in sorted(machines)),

@@ -6,7 +6,7 @@ from pathlib import Path
 from reports import formats
 
 SETTINGS = {
-    "steps": 20, "directions": 8, "batch_size": 16, "centering": 0.5, "lr": 0.25, "eps": 0.01, "clip_threshold": 1.0,
+    "steps": 24, "directions": 8, "batch_size": 16, "lr": 0.15, "eps": 0.01, "clip_threshold": 1.0,
     "first_layer": 15, "last_layer": 21, "examples": 200, "seed": 0,
 }  # fmt: skip
 MACHINE = {"platform": "Linux", "torch": "2.13", "transformers": "5.23", "python": "3.11", "threads": 1}
@@ -46,7 +46,7 @@ def test_a_file_that_was_read_back_tells_both_accuracies():
 
 def test_steps_examples_and_machine_are_told():
     text = formats.render(RECORD)
-    assert "QZO: 20 steps of 8 one-sided directions on batches of 16, the scales of layers 15 to 21" in text
+    assert "QZO: 24 steps of 8 one-sided directions on batches of 16, the scales of layers 15 to 21" in text
     assert "Accuracy on 200 test examples: about 3.1 points of standard error each" in text
     assert "Machine: Linux, 1 thread, torch 2.13, transformers 5.23, python 3.11" in text
 
