@@ -54,9 +54,11 @@ def table(record: Mapping[str, Any]) -> Table:
     headers = ["format", "bytes a weight", "scales", "s a step", "peak, MiB", "accuracy before, %", "after, %"]
     notes = [
         "bytes a weight: codes, scales, zero points, offsets, and tables of all quantized layers, by their weights; a "
-        "codebook weighs more in a model of this size than in a large one",
-        "scales: of the whole model. s a step: median; peak: allocated bytes of a step, the fp32 parts of the model "
-        "and the fp32 master of each trained scale included",
+        "codebook weighs more in a model of this size than in a large one; nf4-double is un-nested for training",
+        "scales: of the whole model. s a step: median, longer on a busy machine, so to be compared within the table; "
+        "peak: allocated bytes of a step, fp32 parts of the model and the fp32 master of each trained scale included",
+        "2 bits and less, rounded to the nearest or to small codebooks, leave little of a model of this size; "
+        "aqlm-1x16 is left out, for nothing here finds its codes",
     ]
     return Table("Formats", headers, [_row(entry) for entry in _measured(record)], notes)
 
