@@ -39,8 +39,8 @@ from qzo.errors import QzoError
 from qzo.export import write_tuned
 from qzo.load import load, load_tokenizer
 from qzo.prefix import SharedPrefix
-from qzo.scales import QUANTIZED, has_signed_scales, quantized_bytes
-from qzo.trainable import offsets
+from qzo.scales import QUANTIZED, quantized_bytes
+from qzo.trainable import offsets, scale_group
 
 MODEL, TASK = "smollm2-135m", "rotten-tomatoes"
 STRAIGHT = "gguf file"  # the model's own file: Q4_1 layers and a Q8_0 vocabulary
@@ -162,10 +162,9 @@ def train(model: Any, encoder: Any, examples: Sequence[Any], settings: Settings)
     Returns losses, median seconds of a step, and the allocated peak in bytes of the second one, which is not timed.
     """
     scales = qzo.scales(model, (settings.first_layer, settings.last_layer))
-    following = {name: offset for name, offset in offsets(model).items() if name in scales}
     optimizer = qzo.QZO(
-        [{"params": scales, "offsets": following}], settings.lr, settings.eps, settings.clip_threshold, settings.seed,
-        relative=True, nonnegative=not has_signed_scales(model), directions=settings.directions, estimator="one-sided",
+        [scale_group(model, scales)], settings.lr, settings.eps, settings.clip_threshold, settings.seed,
+        relative=True, directions=settings.directions, estimator="one-sided",
     )  # fmt: skip
     loss = SharedPrefix(model, lambda batch: tasks.loss(model, batch), settings.first_layer)
     known = [encoder.length(example) for example in examples], [example.label for example in examples]

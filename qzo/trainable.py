@@ -44,17 +44,26 @@ def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
     if "scales" not in parts or not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
         sets = ", ".join(f'"scales+{part}"' for part in PARTS[1:])
         raise QzoError(f'what="{what}" is not known; choose "scales", {sets}')
-    groups: list[dict[str, Any]] = [{"params": scales(model)}]
-    if has_signed_scales(model):
-        groups[0]["nonnegative"] = False
-    if "offsets" in parts:
-        groups[0]["offsets"] = offsets(model)
+    groups = [scale_group(model, scales(model), follow="offsets" in parts)]
     for part, find in (("codebooks", codebooks), ("unquantized", _unquantized)):
         if part in parts:
             groups.append({"params": find(model), "nonnegative": False})
             if not groups[-1]["params"]:
                 raise QzoError(f'{type(model).__name__} has no {CALLED[part]}; choose "scales"')
     return groups
+
+
+def scale_group(model: nn.Module, named: dict[str, Tensor], follow: bool = True) -> dict[str, Any]:
+    """Parameter group of some of a model's scales: name -> live scale, as from `qzo.scales`.
+
+    With `follow`, the offsets beside these scales move with them, as in "scales+offsets" of `trainable`.
+    """
+    group: dict[str, Any] = {"params": named}
+    if has_signed_scales(model):
+        group["nonnegative"] = False
+    if follow:
+        group["offsets"] = {name: offset for name, offset in offsets(model).items() if name in named}
+    return group
 
 
 def codebooks(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,9 @@ from qzo.errors import QzoError
 from qzo.journal import Journal
 from qzo.mezo import MeZO
 from qzo.optim import QZO
-from qzo.scales import QUANTIZED, TABLES, has_signed_scales, in_layers, scales
+from qzo.scales import QUANTIZED, TABLES, in_layers, scales
 from qzo.spsa import SpsaOptimizer
-from qzo.trainable import offsets
+from qzo.trainable import scale_group
 from qzo.training_settings import QUANTIZED as NEED_QUANTIZED
 from qzo.training_settings import ZEROTH_ORDER, TrainSettings
 from qzo.walk import freeze
@@ -199,9 +198,7 @@ def _zeroth_order(model: nn.Module, settings: TrainSettings) -> SpsaOptimizer:
     named, options = _trained(model, settings), settings.optimizer_options()
     if settings.method == "mezo":
         return MeZO(named, **options)
-    following = {name: offset for name, offset in offsets(model).items() if name in named}
-    params: Any = [{"params": named, "offsets": following}] if following else named
-    return QZO(params, nonnegative=not has_signed_scales(model), **options)
+    return QZO([scale_group(model, named)], **options)
 
 
 def _trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:

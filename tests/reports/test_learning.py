@@ -63,7 +63,7 @@ def test_each_claim_is_judged_by_the_mean_of_the_seeds(record):
 def test_rows_are_compared_on_the_seeds_of_both(record):
     record["entries"] = [e for e in record["entries"] if not (e["row"].startswith("MeZO") and e["seed"])]
     text = learning.render(record, SIGNAL)
-    assert "MeZO 16-bit: -5.0 points, seeds 0 (at most 2 below" in text
+    assert "MeZO 16-bit: -5.0 points, seed 0 (at most 2 below" in text
     assert "zero-shot GPTQ: +25.0 points (at least" in text
 
 
