@@ -82,7 +82,7 @@ ROWS = (
     Row("QZO round-to-nearest", RTN, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.25}),
     Row("full fine-tuning", SIXTEEN, "ft", options={"lr": 2e-5}),
     Row("LoRA", SIXTEEN, "lora", options={"lr": 1e-3}),
-    Row("QZO GPTQ, Adam", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.01, "update": "adam"}),
+    Row("QZO GPTQ, Adam", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.03, "update": "adam"}),
     Row("QZO GPTQ, every layer", GPTQ, "qzo", options={**RELATIVE, **MEASURED, "lr": 0.05}),
 )
 
