@@ -78,7 +78,6 @@ ROWS = (
     Row("zero-shot GPTQ", GPTQ),
     Row("zero-shot GPTQ, calibrated", GPTQ, calibrated=True),
     Row("QZO GPTQ", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.25}),
-    Row("QZO GPTQ, absolute", GPTQ, "qzo", options={**LAYERS, "eps": 6e-4, "clip_threshold": 16.0, "lr": 1e-3}),
     Row("MeZO 16-bit", SIXTEEN, "mezo", options={**LAYERS, "lr": 4e-3, "clip_threshold": 8.0}),
     Row("QZO round-to-nearest", RTN, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.25}),
     Row("full fine-tuning", SIXTEEN, "ft", options={"lr": 2e-5}),
