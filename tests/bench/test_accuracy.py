@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qzo
 from bench import accuracy
-from bench.accuracy import GPTQ, RTN, SIXTEEN, Models, Row
+from bench.accuracy import GGUF, GPTQ, RTN, SIXTEEN, Models, Row
+from bench.catalog import ModelSource
 from qzo.calibration import reviews
 
 HEADS = {"num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
@@ -85,6 +86,16 @@ def test_the_models_are_those_that_the_rows_name(work):
     assert layers[RTN].group_size == layers[GPTQ].group_size == 32
     assert not torch.equal(layers[RTN].qweight, layers[GPTQ].qweight)
     assert models.path(RTN) == Models(work, 2).path(RTN) and models.path(GPTQ) != Models(work, 2).work / "models/gptq"
+
+
+def test_the_gguf_row_trains_the_models_own_file(work, monkeypatch, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    monkeypatch.setattr(accuracy, "resolve", lambda _: ModelSource("m", LlamaConfig(**HEADS), weights=file))
+    assert Models(work, 1).path(GGUF) == file
+    monkeypatch.setattr(accuracy, "resolve", lambda _: ModelSource("m", LlamaConfig(**HEADS)))
+    with pytest.raises(qzo.QzoError, match="needs its GGUF"):
+        Models(work, 1).path(GGUF)
 
 
 @pytest.mark.parametrize(
