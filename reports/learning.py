@@ -19,7 +19,13 @@ RECORD, SIGNAL, REPORT, CURVES, SETTINGS = "record.json", "signal.json", "learni
 BAND = 5  # decoder layers in one line of the table of signals
 BATCH_SIZE = 16
 SIXTEEN, QUANTIZED, CALIBRATED = "zero-shot 16-bit", "zero-shot GPTQ", "zero-shot GPTQ, calibrated"
-MEZO, QZO = "MeZO 16-bit", "QZO GPTQ"
+MEZO, QZO, QZO_GGUF = "MeZO 16-bit", "QZO GPTQ", "QZO GGUF"
+CLAIMS = (  # a row, the row beside it, what was asked, and from how many points on that is reached
+    (QZO, QUANTIZED, "at least 25 above", 25.0),
+    (QZO, CALIBRATED, "above", 0.0),
+    (QZO, MEZO, "at most 2 below, at equal forward passes", -2.0),
+    (QZO_GGUF, MEZO, "the same, from the very weights that MeZO has", -2.0),
+)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 Entry = Mapping[str, Any]
 
@@ -50,16 +56,15 @@ def by_row(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
 def verdict(rows: Mapping[str, Sequence[Entry]]) -> str:
     """How far QZO gets, beside what its users would compare it with, in points of accuracy on the seeds of both."""
     lines = []
-    for name, asked, least in ((QUANTIZED, "at least 25 above", 25.0), (CALIBRATED, "above", 0.0), (MEZO, "", -2.0)):
-        seeds = {entry["seed"] for entry in rows.get(QZO, ())} & {entry["seed"] for entry in rows.get(name, ())}
+    for own, other, asked, least in CLAIMS:
+        seeds = {entry["seed"] for entry in rows.get(own, ())} & {entry["seed"] for entry in rows.get(other, ())}
         if not seeds:
             continue
-        own, other = ([entry for entry in rows[row] if entry["seed"] in seeds] for row in (QZO, name))
-        gap = round(accuracy(own) - accuracy(other), 6)
-        wanted = asked or "at most 2 below, at equal forward passes"
-        reached = "reached" if gap >= least else "not reached"
+        ours, theirs = ([entry for entry in rows[row] if entry["seed"] in seeds] for row in (own, other))
+        gap = round(accuracy(ours) - accuracy(theirs), 6)
         of = f", {seeds_in(seeds)}" if len(seeds) < len(rows[QZO]) else ""
-        lines.append(f"- {QZO} against {name}: {gap:+.1f} points{of} ({wanted}: {reached})")
+        judged = f"{asked}: {'' if gap >= least else 'not '}reached"
+        lines.append(f"- {own} against {other}: {gap:+.1f} points{of} ({judged})")
     return "\n".join(lines)
 
 
