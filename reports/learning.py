@@ -18,7 +18,7 @@ HERE = Path(__file__).parent / "accuracy"
 RECORD, SIGNAL, REPORT, CURVES, SETTINGS = "record.json", "signal.json", "learning.md", "curves.png", "settings.md"
 BAND = 5  # decoder layers in one line of the table of signals
 BATCH_SIZE = 16
-SIXTEEN, QUANTIZED, CALIBRATED = "zero-shot 16-bit", "zero-shot GPTQ", "zero-shot GPTQ, calibrated"
+QUANTIZED, CALIBRATED = "zero-shot GPTQ", "zero-shot GPTQ, calibrated"
 MEZO, QZO, QZO_GGUF = "MeZO 16-bit", "QZO GPTQ", "QZO GGUF"
 CLAIMS = (  # a row, the row beside it, what was asked, and from how many points on that is reached
     (QZO, QUANTIZED, "at least 25 above", 25.0),
@@ -62,7 +62,7 @@ def verdict(rows: Mapping[str, Sequence[Entry]]) -> str:
             continue
         ours, theirs = ([entry for entry in rows[row] if entry["seed"] in seeds] for row in (own, other))
         gap = round(accuracy(ours) - accuracy(theirs), 6)
-        of = f", {seeds_in(seeds)}" if len(seeds) < len(rows[QZO]) else ""
+        of = f", {seeds_in(seeds)}" if len(seeds) < max(len(rows[own]), len(rows[other])) else ""
         judged = f"{asked}: {'' if gap >= least else 'not '}reached"
         lines.append(f"- {own} against {other}: {gap:+.1f} points{of} ({judged})")
     return "\n".join(lines)

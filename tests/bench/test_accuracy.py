@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qzo
-from bench import accuracy
+from bench import accuracy, weights
 from bench.accuracy import GGUF, GPTQ, RTN, SIXTEEN, Models, Row
 from bench.catalog import ModelSource
 from qzo.calibration import reviews
@@ -91,9 +91,9 @@ def test_the_models_are_those_that_the_rows_name(work):
 def test_the_gguf_row_trains_the_models_own_file(work, monkeypatch, tmp_path):
     file = tmp_path / "model.gguf"
     file.touch()
-    monkeypatch.setattr(accuracy, "resolve", lambda _: ModelSource("m", LlamaConfig(**HEADS), weights=file))
+    monkeypatch.setattr(weights, "resolve", lambda _: ModelSource("m", LlamaConfig(**HEADS), weights=file))
     assert Models(work, 1).path(GGUF) == file
-    monkeypatch.setattr(accuracy, "resolve", lambda _: ModelSource("m", LlamaConfig(**HEADS)))
+    monkeypatch.setattr(weights, "resolve", lambda _: ModelSource("m", LlamaConfig(**HEADS)))
     with pytest.raises(qzo.QzoError, match="needs its GGUF"):
         Models(work, 1).path(GGUF)
 
