@@ -47,6 +47,19 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None) -> dict[str,
     return found if layers is None else in_layers(found, *layers)
 
 
+def linear_scales(model: nn.Module) -> dict[str, Tensor]:
+    """Those of `scales(model)` that `qzo train` and `QZOTrainer` train: of linear layers, not of the vocabulary.
+
+    The scales of an 8-bit vocabulary are so much smaller than those of 4-bit layers that no one eps suits both. Raises
+    QzoError where `scales` does, and where the vocabulary alone has scales.
+    """
+    tables = {f"{path}.scales" for path, module in model.named_modules() if isinstance(module, TABLES)}
+    found = {name: tensor for name, tensor in scales(model).items() if name not in tables}
+    if not found:
+        raise QzoError("only the vocabulary has scales that can be trained; take a Q4_0, Q4_1 or Q8_0 file")
+    return found
+
+
 def has_signed_scales(model: nn.Module) -> bool:
     """Whether scales may be negative, as in GGUF Q4_0 and Q5_0, or are, in AQLM and after double quantization.
 

@@ -19,7 +19,7 @@ from qzo.gguf_layers import GgufTensor
 from qzo.journal import Journal
 from qzo.live import check_live
 from qzo.optim import QZO
-from qzo.scales import scales
+from qzo.scales import linear_scales, scales
 from qzo.spsa import Closure, SpsaOptimizer
 from qzo.trainable import live_named, scale_group
 from qzo.training_learners import live_tensors, read_tensors
@@ -64,8 +64,9 @@ class QZOTrainer(Trainer):
 
     Callbacks, schedulers, evaluation, logging, early stopping and checkpoints are Trainer's. What differs:
 
-    - The optimizer is QZO on `qzo.scales(model)`, offsets with them, with the arguments' `learning_rate` and `seed`, or
-      the QZO or MeZO given as `optimizers=(optimizer, None)`. Other optimizers of the arguments are not used.
+    - The optimizer is QZO on the scales of linear layers (not of an 8-bit vocabulary), offsets with them, as in
+      `qzo train`, with the arguments' `learning_rate` and `seed`, or the QZO or MeZO given as
+      `optimizers=(optimizer, None)`. Other optimizers of the arguments are not used.
     - A step is taken when the last of its micro-batches is there; all of them are evaluated with one z. So Trainer's
       on_pre_optimizer_step and on_optimizer_step both come after it.
     - Before the first step `qzo.check_live` proves, on its first micro-batch, that the scales are live (QZO).
@@ -106,7 +107,7 @@ class QZOTrainer(Trainer):
             raise QzoError("fp16=True scales gradients, and there are none; leave it out and load a float16 model")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """QZO on scales and offsets unless an optimizer was given. Raises QzoError for one that needs gradients."""
+        """QZO on linear layers unless an optimizer was given. Raises QzoError for one that needs gradients."""
         if self.zeroth_order is not None and self.optimizer is not None:
             if self.journal is not None:
                 raise QzoError("the journal was closed when train() ended; make a new QZOTrainer to go on")
@@ -115,7 +116,7 @@ class QZOTrainer(Trainer):
         made = self.optimizer
         if made is None:
             options: dict[str, Any] = {"lr": self.args.learning_rate, "seed": self.args.seed}
-            made = QZO([scale_group(target, scales(target))], **{**options, **self.qzo_options})
+            made = QZO([scale_group(target, linear_scales(target))], **{**options, **self.qzo_options})
         if not isinstance(made, SpsaOptimizer):
             raise QzoError(f"a {type(made).__name__} needs gradients; give a qzo.QZO or qzo.MeZO, or no optimizer")
         places = {tensor.device.type for _, _, _, tensor in made._tensors()}

@@ -17,7 +17,7 @@ from qzo.errors import QzoError
 from qzo.journal import Journal
 from qzo.mezo import MeZO
 from qzo.optim import QZO
-from qzo.scales import QUANTIZED, TABLES, in_layers, scales
+from qzo.scales import QUANTIZED, in_layers, linear_scales
 from qzo.spsa import SpsaOptimizer
 from qzo.trainable import scale_group
 from qzo.training_settings import QUANTIZED as NEED_QUANTIZED
@@ -202,16 +202,8 @@ def _zeroth_order(model: nn.Module, settings: TrainSettings) -> SpsaOptimizer:
 
 
 def _trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:
-    """Name -> live tensor, of what a zeroth-order method trains: for QZO, the scales of linear layers.
-
-    The scales of an 8-bit vocabulary are so much smaller than those of 4-bit layers that no one eps suits both.
-    """
-    named: dict[str, Tensor] = {**dict(model.named_parameters())}
-    if settings.method == "qzo":
-        tables = {f"{path}.scales" for path, module in model.named_modules() if isinstance(module, TABLES)}
-        named = {name: tensor for name, tensor in scales(model).items() if name not in tables}
-        if not named:
-            raise QzoError("only the vocabulary has scales that can be trained; take a Q4_0, Q4_1 or Q8_0 file")
+    """Name -> live tensor, of what a zeroth-order method trains: for QZO, the scales of linear layers."""
+    named: dict[str, Tensor] = linear_scales(model) if settings.method == "qzo" else {**dict(model.named_parameters())}
     return named if settings.layer_range is None else in_layers(named, *settings.layer_range)
 
 

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from qzo import QZO, Journal, QzoError, QZOTrainer, label_loss, load, replay, scales, trainable
 from qzo.gguf_blocks import half_at
-from qzo.gguf_layers import GgufTensor
+from qzo.gguf_layers import GgufEmbedding, GgufTensor
 from qzo.trainable import live_named
 from qzo.training_learners import check_model
 from qzo.training_settings import TrainSettings
@@ -135,7 +135,7 @@ def test_a_journal_rebuilds_the_blocks_to_the_bit(tmp_path, kind, what):
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
 def test_trainer_trains_and_resumes_packed_models(tmp_path, kind):
-    """Scales, and where there are offsets, these by the same relative amount."""
+    """Scales of linear layers, and where there are offsets, these by the same relative amount."""
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(5, 96, (8, 12))]
 
     def trainer(folder, steps):
@@ -150,7 +150,9 @@ def test_trainer_trains_and_resumes_packed_models(tmp_path, kind):
     one, other = blocks_of(whole.model), blocks_of(resumed.model)
     assert all(torch.equal(one[path], other[path]) for path in one)
     for path, module in packed(tmp_path, kind).named_modules():
-        if isinstance(module, GgufTensor) and module.offsets is not None:
+        if isinstance(module, GgufEmbedding):
+            assert torch.equal(whole.model.get_submodule(path).blocks, module.blocks)
+        elif isinstance(module, GgufTensor) and module.offsets is not None:
             trained = whole.model.get_submodule(path)
             scale, offset = trained.scales / module.scales, trained.offsets / module.offsets
             assert (scale - 1).abs().max() > 0.01 and torch.allclose(offset, scale, rtol=2e-3, equal_nan=True)
