@@ -1,7 +1,8 @@
 """How well each method learns: `python -m bench.accuracy --out FILE` trains them all on one task, seed by seed.
 
-A row of the report is a model (16-bit, or 4-bit by round-to-nearest or GPTQ) and a way to train it. Every row and seed
-is a run of `qzo train` in a folder of its own under --work: stopped at any moment, the command goes on where it was.
+A row of the report is a model (16-bit, or 4-bit by round-to-nearest, by GPTQ or as its GGUF has it) and a way to train
+it. Every row and seed is a run of `qzo train` in a folder of its own under --work: stopped at any moment, the command
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -69,14 +70,16 @@ class Row:
         return f"{self.name.lower().replace(' ', '-').replace(',', '')}-{seed}"
 
 
-MEASURED = {"directions": 8, "estimator": "one-sided", "centering": 0.5}  # see reports/accuracy/settings.md
-LAYERS = {"layers": "15-21", **MEASURED}
+# found as reports/accuracy/settings.md tells
+LAYERS = {"layers": "15-21", "directions": 8, "estimator": "one-sided", "centering": 0.5}
 RELATIVE = {"relative": True, "eps": 1e-2, "clip_threshold": 1.0}
 ROWS = (
     Row("zero-shot 16-bit", SIXTEEN),
     Row("zero-shot round-to-nearest", RTN),
     Row("zero-shot GPTQ", GPTQ),
     Row("zero-shot GPTQ, calibrated", GPTQ, calibrated=True),
+    Row("zero-shot GGUF", GGUF),
+    Row("zero-shot GGUF, calibrated", GGUF, calibrated=True),
     Row("QZO GPTQ", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.25}),
     Row("QZO GGUF", GGUF, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.25}),
     Row("MeZO 16-bit", SIXTEEN, "mezo", options={**LAYERS, "lr": 4e-3, "clip_threshold": 8.0}),
@@ -84,7 +87,6 @@ ROWS = (
     Row("full fine-tuning", SIXTEEN, "ft", options={"lr": 2e-5}),
     Row("LoRA", SIXTEEN, "lora", options={"lr": 1e-3}),
     Row("QZO GPTQ, Adam", GPTQ, "qzo", options={**LAYERS, **RELATIVE, "lr": 0.03, "update": "adam"}),
-    Row("QZO GPTQ, every layer", GPTQ, "qzo", options={**RELATIVE, **MEASURED, "lr": 0.05}),
 )
 
 
@@ -137,7 +139,7 @@ def zero_shot(source: str, seed: int, calibrated: bool) -> dict[str, Any]:
     """The model as it is, on the test examples of a seed; calibrated: by the label words' prior on training texts."""
     task = tasks.get(TASK)
     splits, encoder = task.splits(seed=seed), tasks.Encoder(task, load_tokenizer(source))
-    model: Any = load(source, torch.float32).eval()
+    model: Any = load(source, torch.float32, dequantize=False).eval()  # a GGUF's blocks as they are
     prior = tasks.label_prior(model, encoder, splits["train"]) if calibrated else None
     return tasks.evaluate(model, encoder, splits["test"], prior=prior)
 

