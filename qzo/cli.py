@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BESIDE_WEIGHTS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "generation_config.json", "*.jinja")
+TALKATIVE = ("torchao", "torch.utils._pytree")  # transformers imports torchao, which then tells of kernels it lacks
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,6 +29,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 an error, told in one line on stderr."""
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         options = _parser().parse_args(arguments)
         options.run(options)
@@ -100,8 +104,6 @@ def _calibration(options: argparse.Namespace) -> list[Tensor] | None:
         if options.calibration is not None:
             raise QzoError("--calibration needs --method gptq")
         return None
-    import logging
-
     from qzo.calibration import REVIEWS, calibration_text, token_batches
     from qzo.load import load_tokenizer
 

@@ -101,6 +101,14 @@ def test_module_runs_like_the_command():
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def test_torchao_that_transformers_imports_says_nothing_before_the_error(plain, tmp_path):
+    command = [sys.executable, "-m", "qzo", "quantize", str(plain), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    told = [line for line in done.stderr.splitlines() if line and "Loading weights" not in line]
+    assert len(told) == 1 and told[0].startswith("error: ")
+
+
 def test_importing_qzo_does_not_import_transformers():
     code = (
         "import sys, qzo, qzo.cli; sys.exit(any(name in sys.modules for name in ('transformers', 'bench', 'reports')))"
