@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         if options.turns < 1:
             raise QzoError(f"--turns {options.turns} is not a positive number")
+        qzo.keep_freed_memory()  # of what follows none takes memory from the system that it had before
         record = {
             "model": MODEL, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "threads": torch.get_num_threads(),
             "bf16_instructions": has_bf16(), "environment": environment(),

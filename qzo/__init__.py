@@ -12,6 +12,7 @@ from qzo.adapters import adapters, add_adapters
 from qzo.adopt import adopt, release
 from qzo.errors import QzoError
 from qzo.export import export
+from qzo.heap import keep_freed_memory
 from qzo.journal import Journal
 from qzo.linear import QuantLinear
 from qzo.live import check_live
@@ -42,6 +43,7 @@ __all__ = [
     "adopt",
     "check_live",
     "export",
+    "keep_freed_memory",
     "label_loss",
     "load",
     "quantize",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo.chunked import RebuiltLinear, frozen
+from qzo.constants import constant
 from qzo.layout import check_layout
 from qzo.linear import Device, columns, scale_dtype
 from qzo.rtn import round_to_nearest
@@ -88,8 +89,8 @@ class AwqLinear(RebuiltLinear):
         Whole words are read, and the columns before `start` and after `stop` left out at the end.
         """
         first, last = start // PER_WORD, -(-stop // PER_WORD)
-        codes, zeros = unpack(self.qweight[:, first:last]), unpack(self.qzeros[:, first:last]).float()
-        whole = columns(codes, zeros, scales[:, first * PER_WORD : last * PER_WORD].float())
+        codes, zeros = unpack(self.qweight[:, first:last]), unpack(self.qzeros[:, first:last])
+        whole = columns(codes, zeros, scales[:, first * PER_WORD : last * PER_WORD])
         return whole[:, start - first * PER_WORD : stop - first * PER_WORD].to(dtype).t()
 
     def extra_repr(self) -> str:
@@ -110,5 +111,4 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(words: Tensor) -> Tensor:
     """int32 words [R, W] -> int32 codes [R, 8 W] in the order of the columns. No other memory than the result."""
-    shifts = torch.tensor(SHIFTS, dtype=torch.int32, device=words.device)
-    return torch.bitwise_right_shift(words[:, :, None], shifts).bitwise_and_(15).view(len(words), -1)
+    return torch.bitwise_right_shift(words[:, :, None], constant(SHIFTS, words)).bitwise_and_(15).view(len(words), -1)

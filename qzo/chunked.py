@@ -26,7 +26,27 @@ def chunked_linear(x: Tensor, rebuild: Rebuild, shape: tuple[int, int], *tensors
     Returns:
         [..., N] in x's dtype. Backward rebuilds the chunks and keeps none of them either.
     """
-    y: Tensor = _ChunkedLinear.apply(x, rebuild, shape, *tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+        y: Tensor = _ChunkedLinear.apply(x, rebuild, shape, *tensors)
+        return y
+    return _product(x, rebuild, shape, *tensors)  # autograd's bookkeeping takes as long as a small layer
+
+
+def _product(x: Tensor, rebuild: Rebuild, shape: tuple[int, int], *tensors: Tensor) -> Tensor:
+    dtype, bounds = _product_dtype(x), chunk_bounds(*shape)
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    if len(bounds) == 1:
+        weight = rebuild(*bounds[0], dtype, *tensors)
+        return torch.mm(flat, weight.t()).to(x.dtype).view(*x.shape[:-1], shape[0])
+    y = x.new_empty(*x.shape[:-1], shape[0])
+    columns = y.view(-1, shape[0])
+    for start, stop in bounds:
+        weight = rebuild(start, stop, dtype, *tensors)
+        if dtype == x.dtype:
+            torch.mm(flat, weight.t(), out=columns[:, start:stop])
+        else:
+            columns[:, start:stop].copy_(flat @ weight.t())
+        del weight  # before the next chunk is born
     return y
 
 
@@ -72,18 +92,7 @@ class _ChunkedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rebuild: Rebuild, shape: tuple[int, int], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.rebuild, ctx.shape = rebuild, shape
-        dtype = _product_dtype(x)
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        y = x.new_empty(*x.shape[:-1], shape[0])
-        columns = y.view(-1, shape[0])
-        for start, stop in chunk_bounds(*shape):
-            weight = rebuild(start, stop, dtype, *tensors)
-            if dtype == x.dtype:
-                torch.mm(flat, weight.t(), out=columns[:, start:stop])
-            else:
-                columns[:, start:stop].copy_(flat @ weight.t())
-            del weight  # before the next chunk is born
-        return y
+        return _product(x, rebuild, shape, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qzo import cli_eval, cli_inspect
 from qzo.errors import QzoError
+from qzo.heap import keep_freed_memory
 from qzo.layout import BITS
 from qzo.training_cli import add_commands
 
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 an error, told in one line on stderr."""
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    keep_freed_memory()
     try:
         options = _parser().parse_args(arguments)
         options.run(options)

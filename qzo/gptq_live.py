@@ -98,7 +98,7 @@ def _take_tensors(layer: Any, live: Any, kernel: str) -> None:
     if layer.bias is not None:
         layer.bias = nn.Parameter(live.bias.detach(), requires_grad=False)
     if isinstance(layer, QuantLinear):
-        layer.detect_act_order()
+        layer.read_layout()
     layer.__dict__["origin"] = live  # not a submodule: its tensors are the layer's
 
 

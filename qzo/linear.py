@@ -29,8 +29,9 @@ class QuantLinear(RebuiltLinear):
     trains: the next forward sees a change of it.
 
     W is never whole: forward and backward rebuild `CHUNK_ELEMENTS` of it at a time (16 MiB of int32, then of fp32, and
-    the chunk in the dtype of x). `act_order` says whether g_idx is other than k // g; it is a plain bool, so that
-    forward reads no data. Build with `empty` or `from_weight`.
+    the chunk in the dtype of x). `act_order` says whether g_idx is other than k // g, `zero` is the zero point where
+    all are the same (symmetric layers), else None: plain values, so that forward neither reads data nor unpacks what
+    it knows. Whoever writes g_idx or qzeros calls `read_layout`. Build with `empty` or `from_weight`.
     """
 
     qweight: Tensor
@@ -44,6 +45,7 @@ class QuantLinear(RebuiltLinear):
         self.group_size = check_layout(in_features, out_features, n_bits, group_size)
         self.in_features, self.out_features, self.n_bits = in_features, out_features, n_bits
         self.act_order = False
+        self.zero: int | None = None
 
     @classmethod
     def empty(
@@ -80,7 +82,9 @@ class QuantLinear(RebuiltLinear):
         """
         rows, columns = weight.shape
         if weight.is_meta:
-            return cls.empty(columns, rows, n_bits, group_size, bias is not None, weight.dtype, weight.device)
+            layer = cls.empty(columns, rows, n_bits, group_size, bias is not None, weight.dtype, weight.device)
+            layer.zero = 2 ** (n_bits - 1) if symmetric else None
+            return layer
         check_layout(columns, rows, n_bits, group_size)
         quantized = round_to_nearest(weight, n_bits, group_size, symmetric, scale_dtype(weight.dtype))
         return cls.from_codes(*quantized, bias=bias, n_bits=n_bits)
@@ -105,7 +109,7 @@ class QuantLinear(RebuiltLinear):
         layer._register(pack(codes.t(), n_bits), qzeros, scales.t().contiguous(), bias)
         if g_idx is not None:
             layer.g_idx.copy_(g_idx)
-            layer.detect_act_order()
+        layer.read_layout()
         return layer
 
     def _register(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None) -> QuantLinear:
@@ -125,9 +129,11 @@ class QuantLinear(RebuiltLinear):
         Everything runs along the columns of the packed tensors, so nothing is transposed.
         """
         codes = unpack(self.qweight[:, start:stop], self.n_bits)  # [K, n]
-        zeros, scale = self.zero_points(start, stop).float(), scales[:, start:stop].float()  # [K/g, n]
+        zeros = self.zero_points(start, stop) if self.zero is None else self.zero
+        scale = scales[:, start:stop]  # [K/g, n]
         if self.act_order:
-            zeros, scale = zeros.index_select(0, self.g_idx), scale.index_select(0, self.g_idx)  # [K, n]
+            scale = scale.index_select(0, self.g_idx)  # [K, n]
+            zeros = zeros.index_select(0, self.g_idx) if isinstance(zeros, Tensor) else zeros
         return columns(codes, zeros, scale).to(dtype).t()
 
     def zero_points(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -140,12 +146,15 @@ class QuantLinear(RebuiltLinear):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.detect_act_order()
+        self.read_layout()
 
-    def detect_act_order(self) -> None:
-        """Set `act_order` from g_idx; called after a state dict is loaded."""
+    def read_layout(self) -> None:
+        """Set `act_order` from g_idx and `zero` from qzeros; called after a state dict is loaded."""
         if not self.g_idx.is_meta:
             self.act_order = not torch.equal(self.g_idx, self._group_of_each(self.g_idx.device))
+        if not self.qzeros.is_meta:
+            low, high = (int(zero) for zero in self.zero_points().aminmax())
+            self.zero = low if low == high else None
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
@@ -155,7 +164,7 @@ class QuantLinear(RebuiltLinear):
         )
 
 
-def columns(codes: Tensor, zeros: Tensor, scale: Tensor) -> Tensor:
+def columns(codes: Tensor, zeros: Tensor | int, scale: Tensor) -> Tensor:
     """Wᵀ = (codes - zeros) * scale, fp32 [K, n], in the memory of `codes`; with a `scale` to be trained, beside it.
 
     Codes become fp32 where they are: an integer c < 2**23 in the mantissa of 2**23 is the number 2**23 + c, and taking
@@ -163,10 +172,14 @@ def columns(codes: Tensor, zeros: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         codes: int32 [K, n], overwritten.
-        zeros: fp32 [G, n], overwritten; K // G rows of codes in turn share a row.
-        scale: fp32 [G, n].
+        zeros: int32 [G, n], overwritten, or the one zero point of all.
+        scale: [G, n], fp32 or less; K // G rows of codes in turn share a row of it.
     """
-    numbers = codes.bitwise_or_(BITS_OF_2_POW_23).view(torch.float32)
-    grouped = numbers.view(len(zeros), -1, codes.shape[1]).sub_(zeros.add_(2.0**23)[:, None])
+    grouped = _plus_2_pow_23(codes).view(len(scale), -1, codes.shape[1])
+    grouped.sub_(_plus_2_pow_23(zeros)[:, None] if isinstance(zeros, Tensor) else 2.0**23 + zeros)
     grouped = grouped * scale[:, None] if scale.requires_grad else grouped.mul_(scale[:, None])
     return grouped.view(codes.shape)
+
+
+def _plus_2_pow_23(integers: Tensor) -> Tensor:
+    return integers.bitwise_or_(BITS_OF_2_POW_23).view(torch.float32)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qzo.constants import constant
 from qzo.errors import QzoError
 from qzo.layout import block_of
 
@@ -44,9 +45,9 @@ def unpack(words: Tensor, n_bits: int) -> Tensor:
     """Undo `pack`: int32 [P, M] -> int32 [P * 32 / n_bits, M]. No other memory than the result."""
     if 32 % n_bits:
         return _unpack_across_words(words, n_bits)
-    shifts = torch.arange(0, 32, n_bits, dtype=torch.int32, device=words.device)
+    shifts = constant(tuple(range(0, 32, n_bits)), words)
     codes = torch.bitwise_right_shift(words[:, None, :], shifts[:, None]).bitwise_and_(2**n_bits - 1)
-    return codes.reshape(-1, words.shape[1])
+    return codes.view(-1, words.shape[1])
 
 
 def _unpack_across_words(words: Tensor, n_bits: int) -> Tensor:
@@ -74,7 +75,7 @@ def unpack_zeros(qzeros: Tensor, n_bits: int) -> Tensor:
     """Undo `pack_zeros`: int32 [K // g, N * n_bits // 32] -> int32 [K // g, N]."""
     if 32 % n_bits:
         return _unpack_across_words(qzeros.t(), n_bits).t().contiguous()
-    shifts = torch.arange(0, 32, n_bits, dtype=torch.int32, device=qzeros.device)
+    shifts = constant(tuple(range(0, 32, n_bits)), qzeros)
     zeros = torch.bitwise_right_shift(qzeros[:, :, None], shifts).bitwise_and_(2**n_bits - 1)
     return zeros.reshape(qzeros.shape[0], -1)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.loss import IGNORED, head_in_one_product
+from qzo.loss import IGNORED, last_columns_only
 from qzo.tasks.encoding import Batch
 
 
@@ -51,7 +51,7 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
 
 def forward(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     """Logits of the last `keep` columns, [R, keep, V]; positions count from the first token that is no padding."""
-    with head_in_one_product(model):
+    with last_columns_only(model, keep):
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

@@ -83,7 +83,7 @@ def test_forward_and_gradient_equal_the_dense_product(monkeypatch, act_order, sy
     assert ((layer.dequantize() - weight).abs() <= layer.scales.repeat_interleave(32, 0).t() * 0.51).all()
     if act_order:
         layer.g_idx.copy_(layer.g_idx[torch.randperm(96)])
-        layer.detect_act_order()
+        layer.read_layout()
     dense = slow_weight({f"x.{name}": buffer for name, buffer in layer.named_buffers()}, "x", "gptq_v2")
     assert torch.equal(layer.dequantize(), dense)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, dense, layer.bias), rtol=1e-5, atol=1e-4)

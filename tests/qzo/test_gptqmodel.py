@@ -39,7 +39,7 @@ def ours(n_bits, act_order=False, symmetric=False):
     layer.scales = layer.scales.half()  # the library's dtype
     if act_order:
         layer.g_idx.copy_(layer.g_idx[torch.randperm(COLUMNS)])
-        layer.detect_act_order()
+        layer.read_layout()
     linear = nn.Linear(COLUMNS, ROWS)
     linear.weight.data, linear.bias.data = layer.dequantize(), layer.bias.data.float()
     return layer, linear

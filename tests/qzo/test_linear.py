@@ -32,7 +32,7 @@ class LargestTensor(TorchDispatchMode):
 def shuffled(layer):
     """The layer with an act-order g_idx, as `desc_act` checkpoints have."""
     layer.g_idx.copy_(layer.g_idx[torch.randperm(layer.in_features)])
-    layer.detect_act_order()
+    layer.read_layout()
     return layer
 
 
@@ -159,3 +159,26 @@ def test_sizes_that_do_not_fill_words_are_refused(shape, n_bits):
     with pytest.raises(QzoError, match="is not a multiple of"):
         QuantLinear.from_weight(torch.randn(shape), n_bits=n_bits, group_size=-1)
     QuantLinear.from_weight(torch.randn(64, 64), n_bits=n_bits, group_size=-1)
+
+
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_one_zero_point_for_all_is_a_number_and_gives_the_same_weights(n_bits, act_order):
+    layer = QuantLinear.from_weight(torch.randn(64, 96).bfloat16(), n_bits=n_bits, group_size=32)
+    if act_order:
+        shuffled(layer)
+    assert layer.zero == 2 ** (n_bits - 1)
+    as_number = layer.dequantize(torch.bfloat16)
+    layer.zero = None  # so that the packed zero points are read
+    assert torch.equal(layer.dequantize(torch.bfloat16), as_number)
+
+
+def test_the_zero_point_is_read_from_whatever_is_loaded():
+    symmetric = QuantLinear.from_weight(torch.randn(32, 64), group_size=16)
+    other = QuantLinear.from_weight(torch.randn(32, 64), group_size=16, symmetric=False)
+    assert other.zero is None
+    layer = QuantLinear.from_weight(torch.empty(32, 64, device="meta"), group_size=16)
+    assert layer.zero == 8
+    for source in (other, symmetric):
+        layer.load_state_dict(source.state_dict(), assign=True)
+        assert layer.zero == source.zero and torch.equal(layer.dequantize(), source.dequantize())

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from qzo.errors import QzoError
-from qzo.loss import head_in_one_product, label_loss
+from qzo.loss import label_loss, last_columns_only
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "mixtral"])
 @pytest.mark.parametrize("labelled", [1, 3, 11, 12])
 @pytest.mark.parametrize("padded", [False, True])
 def test_loss_equals_the_models_own(make_model, input_ids, family, labelled, padded):
@@ -64,6 +64,34 @@ def test_the_head_multiplies_one_contiguous_block(make_model, input_ids):
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     label_loss(model, input_ids, input_ids, keep=2)
     assert seen[0].shape[:2] == (len(input_ids), 3) and seen[0].is_contiguous()
-    with pytest.raises(ZeroDivisionError), head_in_one_product(model):
+    with pytest.raises(ZeroDivisionError), last_columns_only(model, 3):
         1 / 0  # noqa: B018
     assert not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_last_mlp_computes_only_what_the_head_reads(make_model, input_ids, family):
+    model = make_model(family)
+    shapes = {}
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda _, inputs, n=number: shapes.update({n: tuple(inputs[0].shape)}))
+    label_loss(model, input_ids, input_ids, keep=2)
+    assert shapes == {0: (2, 12, 64), 1: (2, 12, 64)}  # hooks from before see what the layer hands on
+    seen = []
+    inner = model.model.layers[-1].mlp
+    forward = inner.forward
+    inner.forward = lambda hidden: (seen.append(tuple(hidden.shape)), forward(hidden))[1]
+    label_loss(model, input_ids, input_ids, keep=2)
+    assert seen == [(2, 3, 64)]
+    model(input_ids=input_ids)
+    assert seen[1:] == [(2, 12, 64)]  # and afterwards all columns again
+
+
+def test_gradients_are_those_of_the_models_own_loss(make_model, input_ids):
+    model = make_model()
+    labels = input_ids.clone()
+    labels[:, :9] = -100
+    own = torch.autograd.grad(model(input_ids=input_ids, labels=labels).loss, list(model.parameters()))
+    ours = torch.autograd.grad(label_loss(model, input_ids, labels), list(model.parameters()))
+    for a, b in zip(ours, own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
