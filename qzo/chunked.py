@@ -33,14 +33,11 @@ def chunked_linear(x: Tensor, rebuild: Rebuild, shape: tuple[int, int], *tensors
 
 
 def _product(x: Tensor, rebuild: Rebuild, shape: tuple[int, int], *tensors: Tensor) -> Tensor:
-    dtype, bounds = _product_dtype(x), chunk_bounds(*shape)
+    dtype = _product_dtype(x)
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    if len(bounds) == 1:
-        weight = rebuild(*bounds[0], dtype, *tensors)
-        return torch.mm(flat, weight.t()).to(x.dtype).view(*x.shape[:-1], shape[0])
     y = x.new_empty(*x.shape[:-1], shape[0])
     columns = y.view(-1, shape[0])
-    for start, stop in bounds:
+    for start, stop in chunk_bounds(*shape):
         weight = rebuild(start, stop, dtype, *tensors)
         if dtype == x.dtype:
             torch.mm(flat, weight.t(), out=columns[:, start:stop])
