@@ -1,7 +1,8 @@
 """What CPU kernels allocate inside themselves, unseen by ledger and fake kernels: one small rule for each fact.
 
 Left out are a few KiB that depend on no tensor's size: the blocks in which `copy_` transposes and the partial sums of
-LayerNorm's backward. What oneDNN allocates does not pass PyTorch's allocator, so it is in no measurement either.
+LayerNorm's backward. What oneDNN allocates does not pass PyTorch's allocator, but for bf16 products on CPUs that have
+instructions for them; there the kernel is asked (bench/cpu_scratch.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.cpu_scratch import inside, takes_scratch
 from bench.kernels import IN_PLACE, OUT, grouped_product, route_evenly, write
 from bench.ledger import Ledger, Rule
 
@@ -34,7 +36,9 @@ def rules(experts: int = 1) -> dict[Any, Rule]:
         aten._grouped_mm.default: grouped_product,
         aten._safe_softmax.default: safe_softmax,
         aten._scaled_dot_product_flash_attention_for_cpu.default: flash_attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: flash_attention_backward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: partial(
+            scratch_of, flash_attention_backward
+        ),
     }
     for name in IN_PLACE + OUT:
         packet, overload = name.split(".")
@@ -42,9 +46,23 @@ def rules(experts: int = 1) -> dict[Any, Rule]:
     for name in ARITHMETIC:
         for packet in (getattr(aten, name), getattr(aten, f"{name}_")):
             table[packet.Tensor] = mixed_arithmetic
+    for product in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mm.out):
+        table[product] = partial(scratch_of, table.get(product, run))
     if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # there once the package is imported
-        table[torch.ops.bitsandbytes.gemm_4bit.default] = nf4_product
+        table[torch.ops.bitsandbytes.gemm_4bit.default] = partial(scratch_of, nf4_product)
     return table
+
+
+def run(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any:
+    """What a rule does where there is nothing to add."""
+    return func(*args, **kwargs)
+
+
+def scratch_of(otherwise: Rule, ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any:
+    """A product for which the kernel itself tells what it takes, see bench/cpu_scratch.py; any other by `otherwise`."""
+    if not takes_scratch(*(item for item in args if isinstance(item, Tensor))):
+        return otherwise(ledger, func, args, kwargs)
+    return with_temporaries(ledger, func, args, kwargs, [inside(func, args, kwargs)])
 
 
 def read_scalar(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> bool | float | int:

@@ -1,7 +1,8 @@
 """What a QZO step costs in time and memory on this CPU: `python -m bench.step_seconds --out FILE`.
 
 Steps and forward passes take turns, so that whatever else the machine does falls on all of them alike; what is compared
-are medians of the ratios within a turn.
+are medians of the ratios within a turn. FILE holds a record of a CPU with instructions for bf16 products and one of a
+CPU without; a new one takes the place of that of its kind.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from qzo.errors import QzoError
 
 MODEL, BATCH_SIZE, SEQ_LEN = "smollm2-135m", 16, 40
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FORWARDS, QZO, MEZO, RELEASED = "two forward passes", "qzo", "mezo", "mezo-reference"
+FORWARDS, BODIES = "two forward passes", "two forward passes without the head"
+QZO, MEZO, RELEASED = "qzo", "mezo", "mezo-reference"
 log = logging.getLogger(__name__)
 Action = Callable[[], object]
 
@@ -53,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "bf16_instructions": has_bf16(), "environment": environment(),
             "seconds": {name: seconds(dtype, options.turns) for name, dtype in DTYPES.items()}, "memory": memory(),
         }  # fmt: skip
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
+        kept = [other for other in kept if other["bf16_instructions"] != record["bf16_instructions"]]
+        records = sorted([*kept, record], key=lambda one: not one["bf16_instructions"])
+        options.out.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     except (QzoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -80,11 +85,11 @@ def _forwards(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, A
     model: Any = weights.load(source, dtype).eval()
 
     @torch.no_grad()
-    def twice() -> None:
+    def twice(module: nn.Module) -> None:
         for _ in range(2):
-            model(input_ids=batch.input_ids, use_cache=False)
+            module(input_ids=batch.input_ids, use_cache=False)
 
-    return {FORWARDS: twice}
+    return {FORWARDS: lambda: twice(model), BODIES: lambda: twice(model.get_decoder())}
 
 
 def _steps(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, Action]:

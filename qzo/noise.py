@@ -25,11 +25,8 @@ def mix_seed(*words: int) -> int:
 
 
 def chunk_elements(numel: int) -> int:
-    """Elements of z that exist at a time: a quarter of the tensor, within 2**14 ... 2**22 (64 KiB ... 16 MiB).
-
-    Smaller chunks would take longer to start than to draw.
-    """
-    return min(max(numel // 4, 2**14), 2**22)
+    """Elements of z that exist at a time: a quarter of the tensor, within 2**8 ... 2**22 (1 KiB ... 16 MiB)."""
+    return min(max(numel // 4, 2**8), 2**22)
 
 
 def noise_chunks(

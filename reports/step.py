@@ -18,39 +18,43 @@ LIMITED, LIMITS = "bfloat16", {FORWARDS: 0.95, RELEASED: 0.25}
 MEMORY_LIMIT = 1.10
 MEANING = {
     FORWARDS: "two full-logits forward passes of the unquantized model",
+    "two forward passes without the head": "the same without the head",
     QZO: "QZO step: 4 bits, group size 64, logits only at the labels",
     "mezo": "MeZO step of this package: in place, exact undo, logits only at the labels",
     RELEASED: "MeZO step as released: out of place, noise for every weight, full logits",
 }
 SLOW = (
     "without them PyTorch's bf16 products are several times slower than fp32 ones; a QZO step rebuilds its weights in "
-    "fp32 there and does not pay for that. A CPU that has them is nearer to the fp32 table, where no limit is asked"
+    "fp32 there and does not pay for that"
 )
 Seconds = Mapping[str, Sequence[float]]
+Record = Mapping[str, Any]
 
 
-def render(record: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
-    environment = record["environment"]
-    commit = f", commit {environment['commit'][:12]}" if environment["commit"] else ""
-    instructions = "has" if record["bf16_instructions"] else "lacks"
-    parts = [
-        f"# {record['model']}: what a QZO step costs on a CPU",
-        "\n".join(
-            [
-                f"- {record['batch_size']} sequences of {record['seq_len']} tokens, {record['threads']} threads; "
-                f"this CPU {instructions} instructions for bf16 products",
-                f"- torch {environment['torch']}, transformers {environment['transformers']}, Python "
-                f"{environment['python']}, {environment['platform']}{commit}; measured-cpu",
-                *([] if record["bf16_instructions"] else [f"- {SLOW}"]),
-                "- actions take turns; medians over the turns, and medians of the ratios within a turn",
-                "- made by `make bench-step`",
-            ]
-        ),
-        *(_times(dtype, taken).to_markdown() for dtype, taken in record["seconds"].items()),
-        _memory(record["memory"]).to_markdown(),
+def render(records: Sequence[Record]) -> str:
+    """The report as Markdown, of one record for each kind of CPU."""
+    first = records[0]
+    head = [
+        f"# {first['model']}: what a QZO step costs on a CPU",
+        f"- {first['batch_size']} sequences of {first['seq_len']} tokens, {first['threads']} threads; measured-cpu\n"
+        "- actions take turns; medians over the turns, and medians of the ratios within a turn\n"
+        "- made by `make bench-step`",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*head, *(part for record in records for part in _of(record))]) + "\n"
+
+
+def _of(record: Record) -> list[str]:
+    """Heading, setting and tables of one CPU."""
+    environment, has = record["environment"], record["bf16_instructions"]
+    commit = f", commit {environment['commit'][:12]}" if environment["commit"] else ""
+    setting = [
+        f"- torch {environment['torch']}, transformers {environment['transformers']}, Python {environment['python']}, "
+        f"{environment['platform']}{commit}; {len(next(iter(record['seconds'].values()))[QZO])} turns",
+        *([] if has else [f"- {SLOW}"]),
+    ]
+    tables = [_times(dtype, taken) for dtype, taken in record["seconds"].items()] + [_memory(record["memory"])]
+    heading = f"## A CPU {'with' if has else 'without'} instructions for bf16 products"
+    return [heading, "\n".join(setting), *(f"#{table.to_markdown()}" for table in tables)]
 
 
 def ratio(taken: Seconds, reference: str) -> float:
@@ -66,6 +70,8 @@ def memory_ratio(memory: Mapping[str, int]) -> float:
 def _times(dtype: str, taken: Seconds) -> Table:
     rows = []
     for name, meaning in MEANING.items():
+        if name not in taken:
+            continue
         to = f"{ratio(taken, name):.2f}" if name != QZO else ""
         limit = f"{LIMITS[name]:.2f}" if dtype == LIMITED and name in LIMITS else ""
         rows.append([meaning, f"{statistics.median(taken[name]):.3f}", to, limit])
@@ -86,8 +92,8 @@ def _memory(memory: Mapping[str, int]) -> Table:
 
 def main() -> int:
     """Write the report again."""
-    record = json.loads((HERE / "step.json").read_text(encoding="utf-8"))
-    (HERE / "step.md").write_text(render(record), encoding="utf-8")
+    records = json.loads((HERE / "step.json").read_text(encoding="utf-8"))
+    (HERE / "step.md").write_text(render(records), encoding="utf-8")
     return 0
 
 

@@ -21,13 +21,24 @@ def tiny(tmp_path, monkeypatch):
 
 def test_every_action_is_timed_in_every_turn(tiny):
     assert step_seconds.main(["--out", str(tiny / "step.json"), "--turns", "2"]) == 0
-    record = json.loads((tiny / "step.json").read_text())
+    (record,) = json.loads((tiny / "step.json").read_text())
     assert record["seconds"].keys() == {"float32", "bfloat16"}
     for taken in record["seconds"].values():
-        assert taken.keys() == {"two forward passes", "qzo", "mezo", "mezo-reference"}
+        forwards = {"two forward passes", "two forward passes without the head"}
+        assert taken.keys() == {*forwards, "qzo", "mezo", "mezo-reference"}
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in taken.values())
     memory = record["memory"]
     assert memory["layer"] == 2 * 64 * 128 and memory["peak"] > memory["floor"] > 0 < memory["activations"]
+
+
+def test_a_record_takes_the_place_of_that_of_its_kind_of_cpu(tiny, monkeypatch):
+    command = ["--out", str(tiny / "step.json"), "--turns", "1"]
+    monkeypatch.setattr(step_seconds, "seconds", lambda dtype, turns: {})
+    monkeypatch.setattr(step_seconds, "memory", dict)
+    for has, kinds in ((False, [False]), (True, [True, False]), (False, [True, False])):
+        monkeypatch.setattr(step_seconds, "has_bf16", lambda has=has: has)
+        assert step_seconds.main(command) == 0
+        assert [record["bf16_instructions"] for record in json.loads((tiny / "step.json").read_text())] == kinds
 
 
 def test_no_turns_is_an_error(tiny, capsys):

@@ -58,12 +58,13 @@ def test_labels_that_cannot_count_are_refused(make_model, input_ids):
         label_loss(model, input_ids, labels[:, 1:])
 
 
-def test_the_head_multiplies_one_contiguous_block(make_model, input_ids):
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_the_head_multiplies_one_contiguous_block(make_model, input_ids, sequences):
     model = make_model().requires_grad_(False)
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    label_loss(model, input_ids, input_ids, keep=2)
-    assert seen[0].shape[:2] == (len(input_ids), 3) and seen[0].is_contiguous()
+    label_loss(model, input_ids[:sequences], input_ids[:sequences], keep=2)
+    assert seen[0].shape == (sequences, 3, 64) and seen[0].stride() == (3 * 64, 64, 1)
     with pytest.raises(ZeroDivisionError), last_columns_only(model, 3):
         1 / 0  # noqa: B018
     assert not model.lm_head._forward_pre_hooks

@@ -22,7 +22,7 @@ def test_chunks_cover_the_tensor_in_one_buffer(numel):
 
 
 def test_chunk_size_is_a_quarter_within_bounds():
-    assert [chunk_elements(n) for n in (10, 2**10, 2**17, 2**24, 2**30)] == [2**14, 2**14, 2**15, 2**22, 2**22]
+    assert [chunk_elements(n) for n in (10, 2**10, 2**17, 2**24, 2**30)] == [2**8, 2**8, 2**15, 2**22, 2**22]
 
 
 def test_same_key_same_noise_and_other_keys_other_noise():

@@ -23,8 +23,8 @@ def record():
 def test_ratios_are_medians_within_a_turn():
     taken = record()["seconds"]["float32"]
     assert step.ratio(taken, "two forward passes") == 0.9 and step.ratio(taken, "mezo-reference") == 0.25
-    text = step.render(record())
-    assert "0.90" in text and "1.050 times the sum of the other three" in text and "lacks instructions" in text
+    text = step.render([record()])
+    assert "0.90" in text and "1.050 times the sum of the other three" in text and "without instructions" in text
 
 
 def test_the_committed_report_is_that_of_the_committed_record():
