@@ -32,7 +32,7 @@ LIMITING = (
     "what stands in the way of the limits in bf16: a step is two passes without the head, by themselves {body:.2f} of "
     "two full ones here (0.74 on the machine that the limits were set on), and on top of them layers rebuilt (0.09 to "
     "0.12 s in all, a third of it the start of small operators), z and the scales (0.06 s), and what activations lose "
-    "of the cache; medians of several runs lie between 0.97 and 1.06, and between 0.25 and 0.29 of the released MeZO step"
+    "of the cache; medians lie between 0.97 and 1.06, and between 0.25 and 0.29 of a released MeZO step"
 )
 TRIED = (
     "tried and no faster: layers rebuilt in blocks that fit into the cache, codes as int16, masks in place of shifts, "
