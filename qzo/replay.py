@@ -87,6 +87,11 @@ def rebuild(model: nn.Module, header: dict[str, Any]) -> SpsaOptimizer:
         group = {key: value for key, value in saved.items() if key != "names"}
         group["params"] = {name: known[name] for name in saved["names"]}
         following = [name for name in saved["names"] if name in header["offsets"]]
+        alone = [name for name in following if name not in followers]
+        if alone:
+            raise QzoError(
+                f"the journal moves an offset with {alone[0]}, which has none in this model; give what it was begun with"
+            )
         groups.append({**group, **({"offsets": {name: followers[name] for name in following}} if following else {})})
     estimator = dict(header["estimator"])
     measured = {"estimator": estimator.pop("sides"), **estimator}
