@@ -90,7 +90,8 @@ def rebuild(model: nn.Module, header: dict[str, Any]) -> SpsaOptimizer:
         alone = [name for name in following if name not in followers]
         if alone:
             raise QzoError(
-                f"the journal moves an offset with {alone[0]}, which has none in this model; give what it was begun with"
+                f"the journal moves an offset with {alone[0]}, which has none in this model; give the one it was begun "
+                "with"
             )
         groups.append({**group, **({"offsets": {name: followers[name] for name in following}} if following else {})})
     estimator = dict(header["estimator"])
