@@ -28,7 +28,8 @@ def takes_scratch(*tensors: Tensor) -> bool:
 
 def inside(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Bytes that an operator on CPU tensors, fake ones too, takes at most beside its results."""
-    return _measured(func, tuple(map(_described, args)), tuple((name, _described(kwargs[name])) for name in kwargs))
+    named = tuple((name, _described(kwargs[name])) for name in kwargs)
+    return _measured(func, tuple(map(_described, args)), named, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _described(value: Any) -> Any:
 
 
 @cache
-def _measured(func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> int:
+def _measured(func: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], threads: int) -> int:
     with _disable_current_modes(), torch.no_grad():
         given = [_made(value) for value in args]
         named = {name: _made(value) for name, value in kwargs}
