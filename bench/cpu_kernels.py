@@ -47,7 +47,7 @@ def rules(experts: int = 1) -> dict[Any, Rule]:
         for packet in (getattr(aten, name), getattr(aten, f"{name}_")):
             table[packet.Tensor] = mixed_arithmetic
     for product in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mm.out):
-        table[product] = partial(scratch_of, table.get(product, run))
+        table[product] = partial(scratch_of, run)
     if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # there once the package is imported
         table[torch.ops.bitsandbytes.gemm_4bit.default] = partial(scratch_of, nf4_product)
     return table

@@ -179,13 +179,6 @@ def test_a_damaged_earlier_line_is_named(tmp_path, line, how):
     assert (tmp_path / "j").read_bytes() == before
 
 
-def test_a_journal_of_offsets_is_refused_by_a_model_without(tmp_path):
-    with_offsets = Tiny(torch.float16, offset=True)
-    Journal(tmp_path / "j", with_offsets, QZO(trainable(with_offsets, "scales+offsets"))).close()
-    with pytest.raises(QzoError, match=r"moves an offset with first\.scales, which has none in this model"):
-        replay(Tiny(torch.float16), tmp_path / "j")
-
-
 def test_a_journal_of_another_model_seed_or_option_is_refused(tmp_path):
     recorded(tmp_path / "j", 3)
     other = Tiny(torch.float16, seed=1)

@@ -1,11 +1,12 @@
-"""`qzo replay MODEL JOURNAL [OUT]`."""
+"""Replay of a journal: `qzo replay MODEL JOURNAL [OUT]`, and models that it does not belong to."""
 
 import json
 
 import pytest
 import torch
+from tiny import Tiny
 
-from qzo import QZO, Journal, MeZO, label_loss, load, quantize, scales
+from qzo import QZO, Journal, MeZO, QzoError, label_loss, load, quantize, replay, scales, trainable
 from qzo.checkpoint import save
 from qzo.cli import main
 
@@ -85,3 +86,10 @@ def test_errors_are_one_line_and_exit_code_2(run, make_model, tmp_path, capsys, 
     lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0] and not captured.out and "Traceback" not in captured.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_journal_of_offsets_is_refused_by_a_model_without(tmp_path):
+    with_offsets = Tiny(torch.float16, offset=True)
+    Journal(tmp_path / "j", with_offsets, QZO(trainable(with_offsets, "scales+offsets"))).close()
+    with pytest.raises(QzoError, match=r"moves an offset with first\.scales, which has none in this model"):
+        replay(Tiny(torch.float16), tmp_path / "j")
