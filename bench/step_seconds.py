@@ -28,12 +28,13 @@ from bench.environment import environment
 from bench.methods.reference import OutOfPlace, full_loss
 from bench.worlds import cpu
 from bench.worlds.cpu_gemm import fast_bf16
+from qzo import native
 from qzo.errors import QzoError
 
 MODEL, BATCH_SIZE, SEQ_LEN = "smollm2-135m", 16, 40
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORWARDS, BODIES = "two forward passes", "two forward passes without the head"
-QZO, MEZO, RELEASED = "qzo", "mezo", "mezo-reference"
+QZO, OPERATORS, MEZO, RELEASED = "qzo", "qzo by operators", "mezo", "mezo-reference"
 log = logging.getLogger(__name__)
 Action = Callable[[], object]
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         qzo.keep_freed_memory()  # of what follows none takes memory from the system that it had before
         record = {
             "model": MODEL, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "threads": torch.get_num_threads(),
-            "bf16_instructions": has_bf16(), "environment": environment(),
+            "bf16_instructions": has_bf16(), "compiled": native.is_compiled(), "environment": environment(),
             "seconds": {name: seconds(dtype, options.turns) for name, dtype in DTYPES.items()}, "memory": memory(),
         }  # fmt: skip
         kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
@@ -93,7 +94,7 @@ def _forwards(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, A
 
 
 def _steps(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, Action]:
-    """A step of QZO, of MeZO, and of MeZO as its authors' code takes it, each on a model of its own."""
+    """A step of QZO, with and without compiled code, of MeZO, and of MeZO as its authors' code takes it."""
 
     def model() -> Any:
         return weights.load(source, dtype).eval().requires_grad_(False)
@@ -106,8 +107,13 @@ def _steps(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, Acti
     def loss(of: nn.Module) -> torch.Tensor:
         return qzo.label_loss(of, batch.input_ids, batch.labels, keep=1)
 
+    def uncompiled() -> None:
+        with native.by_operators():
+            own[QZO].step(lambda: loss(quantized))
+
     return {
         QZO: lambda: own[QZO].step(lambda: loss(quantized)),
+        **({OPERATORS: uncompiled} if native.is_compiled() else {}),
         MEZO: lambda: own[MEZO].step(lambda: loss(dense)),
         RELEASED: lambda: theirs.step(lambda: full_loss(released, batch)),
     }

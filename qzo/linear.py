@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qzo import native
 from qzo.chunked import RebuiltLinear, frozen
 from qzo.layout import block_of, check_layout
 from qzo.packing import pack, pack_zeros, unpack, unpack_zeros
@@ -128,9 +129,11 @@ class QuantLinear(RebuiltLinear):
 
         Everything runs along the columns of the packed tensors, so nothing is transposed.
         """
-        codes = unpack(self.qweight[:, start:stop], self.n_bits)  # [K, n]
+        words, scale = self.qweight[:, start:stop], scales[:, start:stop]  # [K*b/32, n], [K/g, n]
         zeros = self.zero_points(start, stop) if self.zero is None else self.zero
-        scale = scales[:, start:stop]  # [K/g, n]
+        if native.can_rebuild(words, self.n_bits, scale, dtype):
+            return native.rebuild(words, self.n_bits, scale, zeros, self.g_idx if self.act_order else None, dtype).t()
+        codes = unpack(words, self.n_bits)  # [K, n]
         if self.act_order:
             scale = scale.index_select(0, self.g_idx)  # [K, n]
             zeros = zeros.index_select(0, self.g_idx) if isinstance(zeros, Tensor) else zeros

@@ -1,4 +1,4 @@
-"""z as a function of (seed, step, tensor index, direction): drawn again when needed, never stored, never whole."""
+"""z as a function of (seed, step, tensor index, direction): drawn again when needed, never stored, never all of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def mix_seed(*words: int) -> int:
 
 
 def chunk_elements(numel: int) -> int:
-    """Elements of z that exist at a time: a quarter of the tensor, within 2**8 ... 2**22 (1 KiB ... 16 MiB)."""
+    """Elements of z that are drawn at a time: a quarter of the tensor, within 2**8 ... 2**22 (1 KiB ... 16 MiB).
+
+    What z is depends on it: a generator gives other numbers when it is asked for more or fewer at a time.
+    """
     return min(max(numel // 4, 2**8), 2**22)
 
 
@@ -37,8 +40,11 @@ def noise_chunks(
     device: Device,
     direction: int = 0,
     distribution: str = "gaussian",
+    least: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (start, z), z fp32 1-D for elements start : start + len(z) of tensor `index` at `step`.
+
+    A z is one chunk, or as many as have `least` elements, or all there are.
 
     z ~ N(0, 1), or ±1 with even odds for "rademacher". `direction` counts the directions of one step from 0. The same
     arguments give the same z on the same kind of device (CPU and CUDA differ). All chunks share one buffer: the caller
@@ -46,9 +52,9 @@ def noise_chunks(
     read nor moved. On `meta` nothing is drawn.
     """
     generator = _generator(seed, step, index, direction, device)
-    buffer = torch.empty(min(numel, chunk_elements(numel)), dtype=torch.float32, device=device)
+    buffer = _buffer(numel, least, device)
     for start in range(0, numel, max(1, len(buffer))):
-        yield start, _draw(buffer[: numel - start], generator, distribution)
+        yield start, _draw(buffer[: numel - start], chunk_elements(numel), generator, distribution)
 
 
 def mixed_chunks(
@@ -59,18 +65,19 @@ def mixed_chunks(
     device: Device,
     factors: Sequence[float],
     distribution: str = "gaussian",
+    least: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
     """As `noise_chunks`, but Σ_j factors[j] z_j over the directions j of the step.
 
     One buffer for one direction, two for more, however many they are.
     """
     generators = [_generator(seed, step, index, direction, device) for direction in range(len(factors))]
-    total = torch.empty(min(numel, chunk_elements(numel)), dtype=torch.float32, device=device)
+    total, chunk = _buffer(numel, least, device), chunk_elements(numel)
     buffer = torch.empty_like(total) if len(factors) > 1 else total
     for start in range(0, numel, max(1, len(total))):
-        mixed = _draw(total[: numel - start], generators[0], distribution).mul_(factors[0])
+        mixed = _draw(total[: numel - start], chunk, generators[0], distribution).mul_(factors[0])
         for generator, factor in zip(generators[1:], factors[1:], strict=True):
-            mixed.add_(_draw(buffer[: numel - start], generator, distribution).mul_(factor))
+            mixed.add_(_draw(buffer[: numel - start], chunk, generator, distribution).mul_(factor))
         yield start, mixed
 
 
@@ -95,10 +102,19 @@ def _generator(seed: int, step: int, index: int, direction: int, device: Device)
     return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(mix_seed(*words))
 
 
-def _draw(buffer: Tensor, generator: torch.Generator, distribution: str) -> Tensor:
-    if distribution == "rademacher":
-        return buffer.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-    return buffer.normal_(generator=generator)
+def _buffer(numel: int, least: int, device: Device) -> Tensor:
+    """Room for the fewest whole chunks that have `least` elements, or for all `numel`."""
+    chunk = chunk_elements(numel)
+    return torch.empty(min(numel, chunk * max(1, -(-least // chunk))), dtype=torch.float32, device=device)
+
+
+def _draw(buffer: Tensor, chunk: int, generator: torch.Generator, distribution: str) -> Tensor:
+    for part in buffer.split(chunk):
+        if distribution == "rademacher":
+            part.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+        else:
+            part.normal_(generator=generator)
+    return buffer
 
 
 def _splitmix64(x: int) -> int:

@@ -51,6 +51,8 @@ class QZO(SpsaOptimizer):
         QzoError: an option out of range, nothing to train, a tensor that is not floating point or has no flat view.
     """
 
+    least_noise = 2**14  # 64 KiB: the scales of a small layer at once, where starting an operator takes longest
+
     def __init__(
         self,
         scales: Parameters,

@@ -57,6 +57,8 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
     QzoError in place of the last, None never does.
     """
 
+    least_noise = 0  # elements of z that exist at a time, where a tensor has as many, see qzo.noise
+
     def __init__(
         self, params: Parameters, seed: int, estimator: Estimator, max_skipped: int | None, **defaults: Any
     ) -> None:
@@ -219,13 +221,13 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
     def _noise(self, index: int, tensor: Tensor, direction: int) -> Iterator[tuple[Tensor, slice]]:
         """z of the current step and the elements of the flat tensor that it belongs to."""
         key, distribution = (self.seed, self.steps, index), self.estimator.distribution
-        for start, z in noise_chunks(tensor.numel(), *key, tensor.device, direction, distribution):
+        for start, z in noise_chunks(tensor.numel(), *key, tensor.device, direction, distribution, self.least_noise):
             yield z, slice(start, start + len(z))
 
     def _mixed(self, index: int, tensor: Tensor, factors: list[float]) -> Iterator[tuple[Tensor, slice]]:
         """Σ_j factors[j] z_j of the current step and the elements that it belongs to."""
         key, distribution = (self.seed, self.steps, index), self.estimator.distribution
-        for start, mixed in mixed_chunks(tensor.numel(), *key, tensor.device, factors, distribution):
+        for start, mixed in mixed_chunks(tensor.numel(), *key, tensor.device, factors, distribution, self.least_noise):
             yield mixed, slice(start, start + len(mixed))
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from reports.table import Table
 
 HERE = Path(__file__).parent
 FORWARDS, BODIES = "two forward passes", "two forward passes without the head"
-QZO, RELEASED = "qzo", "mezo-reference"
+QZO, OPERATORS, RELEASED = "qzo", "qzo by operators", "mezo-reference"
 # of a QZO step to each of these in bf16, at most; and of its peak memory to what it cannot do without
 LIMITED, LIMITS = "bfloat16", {FORWARDS: 0.95, RELEASED: 0.25}
 MEMORY_LIMIT = 1.10
@@ -21,22 +21,13 @@ MEANING = {
     FORWARDS: "two full-logits forward passes of the unquantized model",
     BODIES: "the same without the head",
     QZO: "QZO step: 4 bits, group size 64, logits only at the labels",
+    OPERATORS: "the same, layers rebuilt by PyTorch's operators, as where the package found no compiler",
     "mezo": "MeZO step of this package: in place, exact undo, logits only at the labels",
     RELEASED: "MeZO step as released: out of place, noise for every weight, full logits",
 }
 SLOW = (
     "without them PyTorch's bf16 products are several times slower than fp32 ones; a QZO step rebuilds its weights in "
     "fp32 there and does not pay for that"
-)
-LIMITING = (
-    "what stands in the way of the limits in bf16: a step is two passes without the head, by themselves {body:.2f} of "
-    "two full ones here (0.74 on the machine that the limits were set on), and on top of them layers rebuilt (0.09 to "
-    "0.12 s in all, a third of it the start of small operators), z and the scales (0.06 s), and what activations lose "
-    "of the cache; medians lie between 0.97 and 1.06, and between 0.25 and 0.29 of a released MeZO step"
-)
-TRIED = (
-    "tried and no faster: layers rebuilt in blocks that fit into the cache, codes as int16, masks in place of shifts, "
-    "scale and zero point in one operator, torch.compile of the rebuilding, smaller and larger chunks"
 )
 Seconds = Mapping[str, Sequence[float]]
 Record = Mapping[str, Any]
@@ -61,12 +52,9 @@ def _of(record: Record) -> list[str]:
     setting = [
         f"- torch {environment['torch']}, transformers {environment['transformers']}, Python {environment['python']}, "
         f"{environment['platform']}{commit}; {len(next(iter(record['seconds'].values()))[QZO])} turns",
+        f"- layers rebuilt by {'compiled code' if record['compiled'] else 'PyTorch operators'}",
         *([] if has else [f"- {SLOW}"]),
     ]
-    taken = record["seconds"].get(LIMITED, {})
-    if has and any(ratio(taken, reference) > limit for reference, limit in LIMITS.items()):
-        body = statistics.median(a / b for a, b in zip(taken[BODIES], taken[FORWARDS], strict=True))
-        setting += [f"- {LIMITING.format(body=body)}", f"- {TRIED}"]
     tables = [_times(dtype, taken) for dtype, taken in record["seconds"].items()] + [_memory(record["memory"])]
     heading = f"## A CPU {'with' if has else 'without'} instructions for bf16 products"
     return [heading, "\n".join(setting), *(f"#{table.to_markdown()}" for table in tables)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import text
 from bench.attention import attention_of
@@ -16,11 +17,13 @@ from bench.case import BenchCase
 from bench.environment import environment
 from bench.ledger import Ledger
 from bench.methods import METHODS
-from bench.methods.prepared import Prepared
+from bench.methods.prepared import Enter, Prepared, Step
 from bench.record import Record
 from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
 from bench.worlds.cpu_gemm import NOTE, fast_bf16, needs_blocks
 from bench.worlds.measured import MeasuredWorld, origin_notes, source_of
+
+MARK = "phase "  # of profiler events that tell where a phase begins
 
 
 def run(case: BenchCase) -> Record:
@@ -38,13 +41,14 @@ def run(case: BenchCase) -> Record:
     process = peak_rss()  # before the profiler, whose records would be the larger part of it
     ledger.enter("forward" if case.first_order else "perturb")  # what the first steps left behind is no part of loading
     register_resident(ledger, prepared)  # bitsandbytes casts its biases when it first runs
-    watched, allocated = watch_steps(prepared, ledger, batches[unwatched:])
+    watched, phases = watch_steps(prepared, ledger, batches[unwatched:])
     losses += watched
     prepared.notes += origin_notes(case, batches)
     prepared.notes += [NOTE] if needs_blocks() else []
     return describe(
         replace(case, attention=attention), "measured-cpu", environment(), prepared, ledger, parts, world.parameters,
-        allocated=allocated, process=process, step_seconds=statistics.median(seconds), losses=losses,
+        allocated=max(phases.values()), phases=ledger.phase_peaks() | phases, process=process,
+        step_seconds=statistics.median(seconds), losses=losses,
     )  # fmt: skip
 
 
@@ -59,26 +63,47 @@ def _timed(prepared: Prepared, batches: list[text.Batch]) -> tuple[list[float], 
     return losses, seconds
 
 
-def watch_steps(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -> tuple[list[float], int]:
-    """Losses of the watched steps, and the peak that PyTorch's own allocation events give."""
+def watch_steps(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -> tuple[list[float], dict[str, int]]:
+    """Losses of the watched steps, and the peak of each of their phases by PyTorch's own allocation events."""
     ledger.assign("optimizer", prepared.optimizer_tensors())
     for batch in batches:
         ledger.assign("temporaries", (batch.input_ids, batch.labels))
     resident = ledger.live_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, ledger, fast_bf16():
-        losses = run_steps(ledger, prepared, batches)
-    return losses, resident + highest_rise(profiler)
+        losses = run_steps(ledger, replace(prepared, step=marked(prepared.step)), batches)
+    seen = ledger.phase_peaks()
+    return losses, {name: max(resident + rise, seen[name]) for name, rise in rises(profiler).items() if name}
+
+
+def marked(step: Step) -> Step:
+    """The step, which lets a profiler know too where its phases begin."""
+
+    def enter_both(enter: Enter, phase: str) -> None:
+        enter(phase)
+        with record_function(MARK + phase):
+            pass
+
+    return lambda batch, enter: step(batch, partial(enter_both, enter))
 
 
 def highest_rise(profiler: profile) -> int:
     """The highest sum of the profiler's allocation events, in bytes above the start."""
+    return max(rises(profiler).values())
+
+
+def rises(profiler: profile) -> dict[str, int]:
+    """Phase -> the highest sum of allocation events while it was current, in bytes above the start; "" before any."""
     # The only place that keeps the events in order.
     results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    live = highest = 0
+    live, phase, highest = 0, "", {"": 0}
     for event in results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
-            highest = max(highest, live)
+        elif event.name().startswith(MARK):
+            phase = event.name().removeprefix(MARK)
+        else:
+            continue
+        highest[phase] = max(highest.get(phase, live), live)
     return highest
 
 
