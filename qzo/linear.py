@@ -30,7 +30,7 @@ class QuantLinear(RebuiltLinear):
     trains: the next forward sees a change of it.
 
     W is never whole: forward and backward rebuild `CHUNK_ELEMENTS` of it at a time (16 MiB of int32, then of fp32, and
-    the chunk in the dtype of x). `act_order` says whether g_idx is other than k // g, `zero` is the zero point where
+    the chunk in the dtype of x; where there is compiled code less, see qzo/native.py). `act_order` says whether g_idx is other than k // g, `zero` is the zero point where
     all are the same (symmetric layers), else None: plain values, so that forward neither reads data nor unpacks what
     it knows. Whoever writes g_idx or qzeros calls `read_layout`. Build with `empty` or `from_weight`.
     """
@@ -124,16 +124,29 @@ class QuantLinear(RebuiltLinear):
         groups = torch.arange(self.in_features // self.group_size, dtype=torch.int32, device=device)
         return groups.repeat_interleave(self.group_size)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As the base class."""
+        if x.shape[-1] != self.in_features or not native.can_multiply(x, self.n_bits, self.scales):
+            return super().forward(x)
+        y = native.multiply(self._codes(0, self.out_features, self.scales), x)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _codes(self, start: int, stop: int, scales: Tensor) -> native.Codes:
+        """What rows start:stop of W are made of."""
+        zeros = self.zero_points(start, stop) if self.zero is None else self.zero
+        g_idx = self.g_idx if self.act_order else None
+        return native.Codes(self.qweight[:, start:stop], self.n_bits, scales[:, start:stop], zeros, g_idx)
+
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`; Wᵀ is contiguous.
 
         Everything runs along the columns of the packed tensors, so nothing is transposed.
         """
-        words, scale = self.qweight[:, start:stop], scales[:, start:stop]  # [K*b/32, n], [K/g, n]
+        if native.can_rebuild(self.n_bits, scales, dtype):
+            return native.rebuild(self._codes(start, stop, scales), dtype).t()
+        codes = unpack(self.qweight[:, start:stop], self.n_bits)  # [K, n]
         zeros = self.zero_points(start, stop) if self.zero is None else self.zero
-        if native.can_rebuild(words, self.n_bits, scale, dtype):
-            return native.rebuild(words, self.n_bits, scale, zeros, self.g_idx if self.act_order else None, dtype).t()
-        codes = unpack(words, self.n_bits)  # [K, n]
+        scale = scales[:, start:stop]  # [K/g, n]
         if self.act_order:
             scale = scale.index_select(0, self.g_idx)  # [K, n]
             zeros = zeros.index_select(0, self.g_idx) if isinstance(zeros, Tensor) else zeros

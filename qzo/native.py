@@ -1,37 +1,57 @@
-"""Weights from packed codes on a CPU by compiled code (qzo/rebuild.c), where installing the package found a compiler.
+"""Weights from packed codes, and products with them, on a CPU by compiled code (qzo/csrc).
 
-PyTorch's operators come to the same numbers, bit for bit, in five passes over the weights; compiled, it is one. The
-passes of a QZO step over a small model spend a tenth of their time on them otherwise.
+Installing the package compiles it where there is a compiler. PyTorch's operators do the same work elsewhere: they come
+to the same weights, bit for bit, in five passes over them, where compiled code needs one; and a product by compiled
+code rebuilds a layer in parts that stay within the cache, so that it costs no more than one with a dense weight.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.forward_ad import unpack_dual
 
 from qzo.errors import QzoError
 
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32)  # of rebuilt weights
+KINDS = (Tensor, nn.Parameter, FakeTensor)  # other subclasses may keep their data elsewhere
+# Weights, and multiplications, from which on it is worth to wake the other threads; all of them, as PyTorch does, or
+# the OpenMP runtime would end and start them again and again.
+LEAST_WEIGHTS, LEAST_MULTIPLICATIONS = 2**15, 2**20
 _allowed = True
+
+
+class Codes(NamedTuple):
+    """Wᵀ[k, n] = (codes[k, n] - zeros[g_idx[k], n]) * scales[g_idx[k], n].
+
+    words: int32 [K * n_bits / 32, N], packed as in qzo/packing.py. scales: [K / g, N] of any floating point dtype.
+    zeros: int32 [K / g, N], or the one zero point of all. g_idx: int32 [K], or None for k // g.
+    """
+
+    words: Tensor
+    n_bits: int
+    scales: Tensor
+    zeros: Tensor | int
+    g_idx: Tensor | None
 
 
 def is_compiled() -> bool:
     """Whether there is compiled code here, and it can be loaded."""
-    return _kernel() is not None
+    return _library() is not None
 
 
 @contextmanager
 def by_operators() -> Iterator[None]:
-    """Within, weights are rebuilt as where there is no compiled code, to compare one with the other."""
+    """Within, everything is done as where there is no compiled code, to compare one with the other."""
     global _allowed
     before, _allowed = _allowed, False
     try:
@@ -40,93 +60,121 @@ def by_operators() -> Iterator[None]:
         _allowed = before
 
 
-def can_rebuild(words: Tensor, n_bits: int, scales: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `rebuild` takes these; it computes no derivatives, backward or forward, and cannot be traced."""
+def can_rebuild(n_bits: int, scales: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `rebuild` takes such codes; it computes no derivatives, backward or forward, and cannot be traced."""
+    return _can(n_bits, scales) and dtype in DTYPES
+
+
+def can_multiply(x: Tensor, n_bits: int, scales: Tensor) -> bool:
+    """Whether `multiply` takes these, on this CPU; see `can_rebuild`."""
+    return x.dtype == torch.bfloat16 and _can(n_bits, scales, x) and _panel_columns() > 0
+
+
+def rebuild(codes: Codes, dtype: torch.dtype) -> Tensor:
+    """Wᵀ [K, N], computed in fp32 and rounded to `dtype`, bf16 or fp32.
+
+    Extra memory: the scales in fp32. Fake tensors give a fake one. Raises QzoError for a group that does not exist.
+    """
+    kept = _laid_out(codes)
+    shape = _shape(kept)
+    weight = torch.empty(shape, dtype=dtype, device=kept.words.device)
+    if not isinstance(weight, FakeTensor):
+        threads = torch.get_num_threads() if weight.numel() >= LEAST_WEIGHTS else 1
+        described = _described(kept)
+        _check(_library().qzo_rebuild(described, weight.data_ptr(), dtype == torch.bfloat16, threads), kept)
+    return weight
+
+
+def multiply(codes: Codes, x: Tensor) -> Tensor:
+    """y = x Wᵀ' for W' = W rounded to bf16: x [..., K] and y [..., N] in bf16, sums in fp32.
+
+    A row of y does not depend on how many rows x has, nor on the number of threads. Extra memory: the scales in fp32,
+    and 48 columns of Wᵀ for each thread. Fake tensors give a fake y. Raises QzoError for a group that does not exist.
+    """
+    kept = _laid_out(codes)
+    depth, columns = _shape(kept)
+    rows = x.reshape(-1, depth)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    y = x.new_empty(*x.shape[:-1], columns)
+    work = depth * columns * (16 + len(rows))  # rebuilding a weight takes as long as 16 multiplications with it
+    threads = torch.get_num_threads() if work >= LEAST_MULTIPLICATIONS else 1
+    panels = x.new_empty(threads, depth, _panel_columns())
+    if not isinstance(y, FakeTensor):
+        sides = (rows.data_ptr(), rows.stride(0), len(rows), y.data_ptr())
+        _check(_library().qzo_multiply(_described(kept), *sides, panels.data_ptr(), threads), kept)
+    return y
+
+
+def _can(n_bits: int, *tensors: Tensor) -> bool:
     return (
         _allowed
         and not torch.compiler.is_compiling()
-        and words.device.type == "cpu"
-        and dtype in DTYPES
         and 32 % n_bits == 0
-        and not scales.requires_grad
         and is_compiled()
-        and unpack_dual(scales).tangent is None
+        and all(type(tensor) in KINDS and tensor.device.type == "cpu" for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and all(unpack_dual(tensor).tangent is None for tensor in tensors)
     )
 
 
-def rebuild(
-    words: Tensor,
-    n_bits: int,
-    scales: Tensor,
-    zeros: Tensor | int,
-    g_idx: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Wᵀ[k, n] = (codes[k, n] - zeros[g_idx[k], n]) * scales[g_idx[k], n], computed in fp32 and rounded to `dtype`.
-
-    Args:
-        words: int32 [K * n_bits / 32, N], packed as in qzo/packing.py.
-        scales: [K / g, N], of any floating point dtype.
-        zeros: int32 [K / g, N], or the one zero point of all.
-        g_idx: int32 [K], or None for k // g.
-        dtype: bf16 or fp32.
-
-    Returns:
-        [K, N]. Extra memory: `scales` in fp32. Fake tensors give a fake one.
-
-    Raises:
-        QzoError: g_idx names a group that does not exist.
-    """
-    words, scales = _rows_in_order(words), scales.float().contiguous()
-    columns = words.shape[1]
-    out = torch.empty(words.shape[0] * (32 // n_bits), columns, dtype=dtype, device=words.device)
-    of_groups, of_all = (zeros.contiguous(), 0) if isinstance(zeros, Tensor) else (None, zeros)
-    if isinstance(words, FakeTensor):
-        return out
-    kernel = _kernel()
-    if kernel is None:
-        raise QzoError("there is no compiled code here; ask `can_rebuild` first")
-    failed = kernel(
-        words.data_ptr(),
-        words.stride(0),
-        n_bits,
-        scales.data_ptr(),
-        None if of_groups is None else of_groups.data_ptr(),
-        of_all,
-        None if g_idx is None else g_idx.data_ptr(),
-        scales.shape[0],
-        out.data_ptr(),
-        dtype == torch.bfloat16,
-        out.shape[0],
-        columns,
-        torch.get_num_threads(),
+def _laid_out(codes: Codes) -> Codes:
+    """With tensors as compiled code reads them."""
+    words, zeros = codes.words, codes.zeros
+    return codes._replace(
+        words=words if words.stride(1) == 1 else words.contiguous(),
+        scales=codes.scales.detach().float().contiguous(),
+        zeros=zeros.contiguous() if isinstance(zeros, Tensor) else zeros,
     )
+
+
+def _shape(codes: Codes) -> tuple[int, int]:
+    return codes.words.shape[0] * (32 // codes.n_bits), codes.words.shape[1]
+
+
+class _Codes(ctypes.Structure):
+    """`Codes` of qzo/csrc/codes.h."""
+
+    _fields_ = (
+        *(("words", ctypes.c_void_p), ("words_stride", ctypes.c_int64), ("n_bits", ctypes.c_int64)),
+        *(("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("zero", ctypes.c_int64)),
+        *(("g_idx", ctypes.c_void_p), ("groups", ctypes.c_int64), ("group_size", ctypes.c_int64)),
+        *(("k", ctypes.c_int64), ("n", ctypes.c_int64)),
+    )
+
+
+def _described(codes: Codes) -> _Codes:
+    words, n_bits, scales, zeros, g_idx = codes
+    table, zero = (zeros.data_ptr(), 0) if isinstance(zeros, Tensor) else (None, zeros)
+    order = None if g_idx is None else g_idx.data_ptr()
+    depth, columns = _shape(codes)
+    pointers = (words.data_ptr(), words.stride(0), n_bits, scales.data_ptr(), table, zero, order)
+    return _Codes(*pointers, len(scales), depth // len(scales), depth, columns)
+
+
+def _check(failed: int, codes: Codes) -> None:
     if failed:
-        raise QzoError(f"g_idx names a group outside 0 ... {scales.shape[0] - 1}")
-    return out
-
-
-def _rows_in_order(words: Tensor) -> Tensor:
-    return words if words.stride(1) == 1 else words.contiguous()
+        raise QzoError(f"g_idx names a group outside 0 ... {len(codes.scales) - 1}")
 
 
 @cache
-def _kernel() -> Callable[..., int] | None:
-    """The compiled function, or None: not built, or built for an OpenMP runtime that this PyTorch does not bring."""
-    paths = [Path(__file__).with_name(f"_rebuild{suffix}") for suffix in EXTENSION_SUFFIXES]
+def _library() -> Any:
+    """The compiled code, or None: not built, or built for an OpenMP runtime that this PyTorch does not bring."""
+    paths = [Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES]
     path = next(filter(Path.exists, paths), None)
     if path is None:
         return None
     try:
-        function = ctypes.CDLL(str(path)).qzo_rebuild
-    except (OSError, AttributeError):
+        library = ctypes.CDLL(str(path))
+    except OSError:
         return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    function.argtypes = [
-        *(pointer, size, number),  # words, their stride, n_bits
-        *(pointer, pointer, ctypes.c_int32, pointer, size),  # scales, zeros, zero, g_idx, groups
-        *(pointer, number, size, size, number),  # out, is_bf16, K, N, threads
-    ]
-    function.restype = number
-    result: Callable[..., int] = function
-    return result
+    codes, pointer, size, number = ctypes.POINTER(_Codes), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.qzo_rebuild.argtypes = [codes, pointer, number, number]
+    library.qzo_multiply.argtypes = [codes, pointer, size, size, pointer, pointer, number]
+    library.qzo_panel_columns.restype = size
+    return library
+
+
+@cache
+def _panel_columns() -> int:
+    """Columns of Wᵀ that a thread rebuilds at a time; 0 where this CPU's products are better left to PyTorch."""
+    return int(_library().qzo_panel_columns())

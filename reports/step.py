@@ -21,7 +21,7 @@ MEANING = {
     FORWARDS: "two full-logits forward passes of the unquantized model",
     BODIES: "the same without the head",
     QZO: "QZO step: 4 bits, group size 64, logits only at the labels",
-    OPERATORS: "the same, layers rebuilt by PyTorch's operators, as where the package found no compiler",
+    OPERATORS: "the same by PyTorch's operators, as where installing the package found no compiler",
     "mezo": "MeZO step of this package: in place, exact undo, logits only at the labels",
     RELEASED: "MeZO step as released: out of place, noise for every weight, full logits",
 }
@@ -52,7 +52,7 @@ def _of(record: Record) -> list[str]:
     setting = [
         f"- torch {environment['torch']}, transformers {environment['transformers']}, Python {environment['python']}, "
         f"{environment['platform']}{commit}; {len(next(iter(record['seconds'].values()))[QZO])} turns",
-        f"- layers rebuilt by {'compiled code' if record['compiled'] else 'PyTorch operators'}",
+        f"- packed layers multiplied by {'compiled code' if record['compiled'] else 'PyTorch operators'}",
         *([] if has else [f"- {SLOW}"]),
     ]
     tables = [_times(dtype, taken) for dtype, taken in record["seconds"].items()] + [_memory(record["memory"])]

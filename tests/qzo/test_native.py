@@ -1,16 +1,33 @@
-"""Compiled rebuilding of weights against PyTorch's operators: the same bits, or left to them."""
+"""Compiled code against PyTorch's operators: weights of the same bits, products as exact, the rest left to them."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.two_tensor import TwoTensor
 
 from qzo import native
 from qzo.errors import QzoError
 from qzo.linear import QuantLinear
 
 compiled = pytest.mark.skipif(not native.is_compiled(), reason="the package was installed without a compiler")
+multiplies = pytest.mark.skipif(
+    not native.is_compiled() or not native._panel_columns(), reason="needs compiled code, and a CPU with AVX512-BF16"
+)
 DTYPES = [torch.bfloat16, torch.float32]
+
+
+@contextmanager
+def using(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def made(n_bits=4, group_size=32, symmetric=True, act_order=False, shape=(96, 64), dtype=torch.bfloat16):
@@ -23,7 +40,7 @@ def made(n_bits=4, group_size=32, symmetric=True, act_order=False, shape=(96, 64
 
 def by_operators(layer, *rows, dtype):
     with native.by_operators():
-        assert not native.can_rebuild(layer.qweight, layer.n_bits, layer.scales, dtype)
+        assert not native.can_rebuild(layer.n_bits, layer.scales, dtype)
         return layer._rows(*rows, dtype, layer.scales)
 
 
@@ -43,7 +60,7 @@ def assert_same_bits(ours, theirs):
 @pytest.mark.parametrize("rows", [(0, 96), (20, 53)])
 def test_the_same_bits_as_operators(dtype, n_bits, symmetric, act_order, rows):
     layer = made(n_bits, 32, symmetric, act_order)
-    assert native.can_rebuild(layer.qweight, n_bits, layer.scales, dtype)
+    assert native.can_rebuild(n_bits, layer.scales, dtype)
     assert_same_bits(layer._rows(*rows, dtype, layer.scales), by_operators(layer, *rows, dtype=dtype))
 
 
@@ -55,41 +72,101 @@ def test_the_same_bits_for_scales_of_every_kind(dtype, threads):
     layer = made(group_size=16, symmetric=False, shape=(1024, 128), dtype=torch.float32)  # enough for three threads
     layer.scales.view(torch.int32).random_(-(2**31), 2**31 - 1)
     layer.scales.view(torch.int32)[0, :4] = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F7FFFFF], dtype=torch.int32)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with using(threads):
         ours = layer._rows(0, 1024, dtype, layer.scales)
-    finally:
-        torch.set_num_threads(before)
     assert_same_bits(ours, by_operators(layer, 0, 1024, dtype=dtype))
+
+
+@multiplies
+@pytest.mark.parametrize("n_bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (7, 96), (8, 48), (29, 160)])
+def test_products_are_those_with_the_rounded_weight(n_bits, symmetric, act_order, rows, columns):
+    layer = made(n_bits, 32, symmetric, act_order, (columns, 128))
+    x = torch.randn(rows, 128).bfloat16()
+    assert native.can_multiply(x, n_bits, layer.scales)
+    exact = x.double() @ layer.dequantize(torch.bfloat16).double().t()
+    # sums in fp32 of 128 terms, rounded to bf16 once
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-5)
+
+
+@multiplies
+def test_a_row_depends_neither_on_the_others_nor_on_the_threads():
+    layer, x = made(shape=(1000, 512)), torch.randn(3, 50, 512).bfloat16()
+    whole = layer(x)
+    assert whole.shape == (3, 50, 1000) and torch.equal(torch.stack([layer(part) for part in x]), whole)
+    assert torch.equal(layer(x[:, ::7]), whole[:, ::7]) and torch.equal(layer(x[1, 3]), whole[1, 3])
+    for threads in (1, 2, 3, 7):
+        with using(threads):
+            assert torch.equal(layer(x), whole)
+
+
+@multiplies
+def test_products_keep_nan_and_infinity():
+    layer, x = made(shape=(64, 64)), torch.randn(3, 64).bfloat16()
+    x[1, 5] = torch.nan
+    layer.scales[1, 7] = torch.inf
+    y = layer(x)
+    assert y[1].isnan().all() and not y[[0, 2]].isfinite()[:, 7].any()
+    assert y[[0, 2]][:, torch.arange(64) != 7].isfinite().all()
+
+
+@multiplies
+def test_nothing_as_large_as_the_layer_is_born_in_a_product():
+    layer, x = made(shape=(4096, 512)), torch.randn(4, 512).bfloat16()
+    with using(2), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        layer(x)
+    allocated = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    scales, panels, y = 4 * layer.scales.numel(), 2 * 512 * 48 * 2, 2 * 4 * 4096
+    assert sum(size for size in allocated if size > 0) == scales + panels + y < 4096 * 512 * 2 / 2
+
+
+@multiplies
+def test_inputs_may_be_cut_out_of_larger_ones_or_be_none_at_all():
+    layer, x = made(), torch.randn(6, 65).bfloat16()
+    cut = x[::2, 1:]  # starts at an odd place
+    assert torch.equal(layer(cut), layer(cut.clone())) and torch.equal(layer(x.t()[:64].t()), layer(x[:, :64].clone()))
+    assert layer(x[:0, :64]).shape == (0, 96)
+
+
+@multiplies
+def test_products_with_gradients_are_left_to_operators():
+    layer, x = made(), torch.randn(3, 64).bfloat16()
+    assert not native.can_multiply(x.float(), 4, layer.scales)
+    assert not native.can_multiply(x.clone().requires_grad_(), 4, layer.scales)
+    layer.scales.requires_grad_()
+    assert not native.can_multiply(x, 4, layer.scales)
+    with torch.no_grad():
+        assert native.can_multiply(x, 4, layer.scales)
 
 
 def test_a_layer_answers_without_compiled_code(monkeypatch):
     layer, x = made(), torch.randn(3, 64).bfloat16()
     expected = layer(x)
-    monkeypatch.setattr(native, "_kernel", lambda: None)
-    assert not native.is_compiled() and torch.equal(layer(x), expected)
-    with pytest.raises(QzoError, match="no compiled code"):
-        native.rebuild(layer.qweight, 4, layer.scales, 8, None, torch.float32)
+    monkeypatch.setattr(native, "_library", lambda: None)
+    assert not native.is_compiled()
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_a_library_that_cannot_be_loaded_counts_as_none(monkeypatch, tmp_path):
-    (tmp_path / "_rebuild.so").write_text("no library")
+    (tmp_path / "_native.so").write_text("no library")
     monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [".so"])
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    assert native._kernel.__wrapped__() is None
+    assert native._library.__wrapped__() is None
 
 
 def test_what_it_does_not_do_is_left_to_operators():
-    words, scales = made().qweight, made().scales.float()
-    assert native.can_rebuild(words, 4, scales, torch.float32) == native.is_compiled()
-    assert not native.can_rebuild(words, 3, scales, torch.float32)
-    assert not native.can_rebuild(words, 4, scales, torch.float16)
-    assert not native.can_rebuild(words.to("meta"), 4, scales.to("meta"), torch.float32)
-    assert not native.can_rebuild(words, 4, scales.clone().requires_grad_(), torch.float32)
+    scales = made().scales.float()
+    assert native.can_rebuild(4, scales, torch.float32) == native.is_compiled()
+    assert not native.can_rebuild(3, scales, torch.float32)
+    assert not native.can_rebuild(4, scales, torch.float16)
+    assert not native.can_rebuild(4, scales.to("meta"), torch.float32)
+    assert not native.can_rebuild(4, scales.clone().requires_grad_(), torch.float32)
+    assert not native.can_rebuild(4, TwoTensor(scales, scales), torch.float32)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(scales, torch.ones_like(scales))
-        assert not native.can_rebuild(words, 4, dual, torch.float32)
+        assert not native.can_rebuild(4, dual, torch.float32)
 
 
 def test_a_tangent_of_the_scales_reaches_the_weights():
@@ -113,7 +190,9 @@ def test_fake_tensors_give_a_fake_weight():
         layer = QuantLinear.empty(64, 96, group_size=32)
         layer.zero = 8
         weight = layer._rows(0, 96, torch.bfloat16, layer.scales)
+        y = layer(torch.empty(2, 5, 64, dtype=torch.bfloat16))
     assert weight.fake_mode is mode and weight.shape == (96, 64) and weight.stride() == (1, 96)
+    assert y.fake_mode is mode and y.shape == (2, 5, 96)
 
 
 @compiled
@@ -123,6 +202,9 @@ def test_a_group_that_does_not_exist_is_refused(group):
     layer.g_idx[5] = group
     with pytest.raises(QzoError, match=r"outside 0 \.\.\. 1"):
         layer.dequantize()
+    if native.can_multiply(torch.empty(1, 64).bfloat16(), 4, layer.scales):
+        with pytest.raises(QzoError, match=r"outside 0 \.\.\. 1"):
+            layer(torch.randn(1, 64).bfloat16())
 
 
 @compiled

@@ -1,0 +1,52 @@
+/* Rows of a weight from its codes, in one pass over them. */
+#include "codes.h"
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define FOR_EACH_CPU __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+
+FOR_EACH_CPU static void bf16_row(const Row *row, uint16_t *restrict out, int64_t n) {
+    const Row r = *row;
+    if (r.zeros)
+        for (int64_t i = 0; i < n; i++)
+            out[i] = (uint16_t)to_bf16(weight(r.words[i], r.shift, r.mask, r.zeros[i], r.scales[i]));
+    else
+        for (int64_t i = 0; i < n; i++)
+            out[i] = (uint16_t)to_bf16(weight(r.words[i], r.shift, r.mask, r.zero, r.scales[i]));
+}
+
+FOR_EACH_CPU static void fp32_row(const Row *row, float *restrict out, int64_t n) {
+    const Row r = *row;
+    if (r.zeros)
+        for (int64_t i = 0; i < n; i++) out[i] = weight(r.words[i], r.shift, r.mask, r.zeros[i], r.scales[i]);
+    else
+        for (int64_t i = 0; i < n; i++) out[i] = weight(r.words[i], r.shift, r.mask, r.zero, r.scales[i]);
+}
+
+/* The rows whose codes are in row `word` of the words. */
+static void rebuild_rows(const Codes *codes, int64_t word, void *out, int is_bf16) {
+    const int64_t per_word = 32 / codes->n_bits;
+    for (int64_t place = 0; place < per_word; place++) {
+        const Row row = row_of(codes, word, place, 0);
+        const int64_t offset = (word * per_word + place) * codes->n;
+        if (is_bf16)
+            bf16_row(&row, (uint16_t *)out + offset, codes->n);
+        else
+            fp32_row(&row, (float *)out + offset, codes->n);
+    }
+}
+
+/* out [k, n] = (codes - zeros) * scales in bf16 or fp32. 0, or -1 with out as it was if a group does not exist. */
+int qzo_rebuild(const Codes *codes, void *out, int is_bf16, int threads) {
+    const int64_t n_words = codes->k / (32 / codes->n_bits);
+    if (!groups_exist(codes)) return -1;
+    if (threads < 2) { /* without the OpenMP runtime, which would dismiss PyTorch's threads for a team of one */
+        for (int64_t word = 0; word < n_words; word++) rebuild_rows(codes, word, out, is_bf16);
+        return 0;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t word = 0; word < n_words; word++) rebuild_rows(codes, word, out, is_bf16);
+    return 0;
+}
