@@ -30,9 +30,10 @@ class QuantLinear(RebuiltLinear):
     trains: the next forward sees a change of it.
 
     W is never whole: forward and backward rebuild `CHUNK_ELEMENTS` of it at a time (16 MiB of int32, then of fp32, and
-    the chunk in the dtype of x; where there is compiled code less, see qzo/native.py). `act_order` says whether g_idx is other than k // g, `zero` is the zero point where
-    all are the same (symmetric layers), else None: plain values, so that forward neither reads data nor unpacks what
-    it knows. Whoever writes g_idx or qzeros calls `read_layout`. Build with `empty` or `from_weight`.
+    the chunk in the dtype of x; compiled code needs less, see qzo/native.py). `act_order` says whether g_idx is other
+    than k // g, `zero` is the zero point where all are the same (symmetric layers), else None: plain values, so that
+    forward neither reads data nor unpacks what it knows. Whoever writes g_idx or qzeros calls `read_layout`. Build with
+    `empty` or `from_weight`.
     """
 
     qweight: Tensor
