@@ -177,6 +177,7 @@ def test_a_tangent_of_the_scales_reaches_the_weights():
     assert torch.equal(tangent, value)  # weights are linear in the scales
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
 def test_compiled_models_are_traced_through_operators():
     layer, x = made(dtype=torch.float32), torch.randn(3, 64)
     whole = torch.compile(layer, backend="eager", fullgraph=True)

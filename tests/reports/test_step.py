@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from reports import step
 
 
@@ -40,6 +42,14 @@ def test_the_committed_measurements_keep_every_limit():
         for reference, limit in step.LIMITS.items():
             assert step.ratio(record["seconds"][step.LIMITED], reference) <= limit
         assert step.render([record]).count(": reached") == len(step.LIMITS)
+
+
+def test_the_readme_tells_what_the_record_holds():
+    taken = json.loads((step.HERE / "step.json").read_text())[0]["seconds"][step.LIMITED]
+    forwards, released = (f"{step.ratio(taken, reference):.2f}" for reference in step.LIMITS)
+    readme = " ".join((step.HERE.parent / "README.md").read_text().split())
+    assert f"{forwards} of two forward passes of the 16-bit model and {released} of a MeZO step as released" in readme
+    assert step.ratio(taken, step.OPERATORS) == pytest.approx(1 / 1.2, abs=0.05)  # "a fifth longer"
 
 
 def test_a_limit_that_is_missed_is_told():
