@@ -127,7 +127,7 @@ class QuantLinear(RebuiltLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the base class."""
-        if x.shape[-1] != self.in_features or not native.can_multiply(x, self.n_bits, self.scales):
+        if x.shape[-1] != self.in_features or not native.can_multiply(self.qweight, self.n_bits, self.scales, x):
             return super().forward(x)
         y = native.multiply(self._codes(0, self.out_features, self.scales), x)
         return y if self.bias is None else y.add_(self.bias)
@@ -143,7 +143,7 @@ class QuantLinear(RebuiltLinear):
 
         Everything runs along the columns of the packed tensors, so nothing is transposed.
         """
-        if native.can_rebuild(self.n_bits, scales, dtype):
+        if native.can_rebuild(self.qweight, self.n_bits, scales, dtype):
             return native.rebuild(self._codes(start, stop, scales), dtype).t()
         codes = unpack(self.qweight[:, start:stop], self.n_bits)  # [K, n]
         zeros = self.zero_points(start, stop) if self.zero is None else self.zero

@@ -60,36 +60,37 @@ def by_operators() -> Iterator[None]:
         _allowed = before
 
 
-def can_rebuild(n_bits: int, scales: Tensor, dtype: torch.dtype) -> bool:
+def can_rebuild(words: Tensor, n_bits: int, scales: Tensor, dtype: torch.dtype) -> bool:
     """Whether `rebuild` takes such codes; it computes no derivatives, backward or forward, and cannot be traced."""
-    return _can(n_bits, scales) and dtype in DTYPES
+    return _can(words, n_bits, scales) and dtype in DTYPES
 
 
-def can_multiply(x: Tensor, n_bits: int, scales: Tensor) -> bool:
+def can_multiply(words: Tensor, n_bits: int, scales: Tensor, x: Tensor) -> bool:
     """Whether `multiply` takes these, on this CPU; see `can_rebuild`."""
-    return x.dtype == torch.bfloat16 and _can(n_bits, scales, x) and _panel_columns() > 0
+    return x.dtype == torch.bfloat16 and _can(words, n_bits, scales, x) and _panel_columns() > 0
 
 
 def rebuild(codes: Codes, dtype: torch.dtype) -> Tensor:
     """Wᵀ [K, N], computed in fp32 and rounded to `dtype`, bf16 or fp32.
 
-    Extra memory: the scales in fp32. Fake tensors give a fake one. Raises QzoError for a group that does not exist.
+    Extra memory: the scales in fp32. Fake tensors give a fake one. Raises QzoError for shapes that do not fit and for
+    a group that does not exist.
     """
     kept = _laid_out(codes)
-    shape = _shape(kept)
-    weight = torch.empty(shape, dtype=dtype, device=kept.words.device)
+    weight = torch.empty(_shape(kept), dtype=dtype, device=kept.words.device)
     if not isinstance(weight, FakeTensor):
         threads = torch.get_num_threads() if weight.numel() >= LEAST_WEIGHTS else 1
-        described = _described(kept)
-        _check(_library().qzo_rebuild(described, weight.data_ptr(), dtype == torch.bfloat16, threads), kept)
+        is_bf16 = dtype == torch.bfloat16
+        _check(_library().qzo_rebuild(_described(kept), weight.data_ptr(), is_bf16, threads), kept)
     return weight
 
 
 def multiply(codes: Codes, x: Tensor) -> Tensor:
-    """y = x Wᵀ' for W' = W rounded to bf16: x [..., K] and y [..., N] in bf16, sums in fp32.
+    """y = x Wᵀ with W rounded to bf16: x [..., K] and y [..., N] in bf16, sums in fp32.
 
     A row of y does not depend on how many rows x has, nor on the number of threads. Extra memory: the scales in fp32,
-    and 48 columns of Wᵀ for each thread. Fake tensors give a fake y. Raises QzoError for a group that does not exist.
+    and 48 columns of Wᵀ for each thread. Fake tensors give a fake y. Raises QzoError for shapes that do not fit and for
+    a group that does not exist.
     """
     kept = _laid_out(codes)
     depth, columns = _shape(kept)
@@ -105,25 +106,33 @@ def multiply(codes: Codes, x: Tensor) -> Tensor:
     return y
 
 
-def _can(n_bits: int, *tensors: Tensor) -> bool:
+def _can(words: Tensor, n_bits: int, *inputs: Tensor) -> bool:
     return (
         _allowed
         and not torch.compiler.is_compiling()
         and 32 % n_bits == 0
         and is_compiled()
-        and all(type(tensor) in KINDS and tensor.device.type == "cpu" for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and all(unpack_dual(tensor).tangent is None for tensor in tensors)
+        and words.dtype == torch.int32
+        and all(type(tensor) in KINDS and tensor.device.type == "cpu" for tensor in (words, *inputs))
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
+        and all(unpack_dual(tensor).tangent is None for tensor in inputs)
     )
 
 
 def _laid_out(codes: Codes) -> Codes:
-    """With tensors as compiled code reads them."""
-    words, zeros = codes.words, codes.zeros
+    """With tensors as compiled code reads them, which does not know where they end."""
+    words, _, scales, zeros, g_idx = codes
+    depth, columns = _shape(codes)
+    fits = scales.dim() == 2 and scales.shape[1] == columns and len(scales) > 0 and depth % len(scales) == 0
+    if not fits or (isinstance(zeros, Tensor) and zeros.shape != scales.shape):
+        raise QzoError(f"scales {tuple(scales.shape)} or their zero points do not fit a weight [{columns}, {depth}]")
+    if g_idx is not None and g_idx.shape != (depth,):
+        raise QzoError(f"g_idx has shape {tuple(g_idx.shape)}, the weight {depth} columns")
     return codes._replace(
         words=words if words.stride(1) == 1 else words.contiguous(),
-        scales=codes.scales.detach().float().contiguous(),
-        zeros=zeros.contiguous() if isinstance(zeros, Tensor) else zeros,
+        scales=scales.detach().float().contiguous(),
+        zeros=zeros.int().contiguous() if isinstance(zeros, Tensor) else zeros,
+        g_idx=None if g_idx is None else g_idx.int().contiguous(),
     )
 
 

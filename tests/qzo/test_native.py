@@ -40,7 +40,7 @@ def made(n_bits=4, group_size=32, symmetric=True, act_order=False, shape=(96, 64
 
 def by_operators(layer, *rows, dtype):
     with native.by_operators():
-        assert not native.can_rebuild(layer.n_bits, layer.scales, dtype)
+        assert not native.can_rebuild(layer.qweight, layer.n_bits, layer.scales, dtype)
         return layer._rows(*rows, dtype, layer.scales)
 
 
@@ -60,7 +60,7 @@ def assert_same_bits(ours, theirs):
 @pytest.mark.parametrize("rows", [(0, 96), (20, 53)])
 def test_the_same_bits_as_operators(dtype, n_bits, symmetric, act_order, rows):
     layer = made(n_bits, 32, symmetric, act_order)
-    assert native.can_rebuild(n_bits, layer.scales, dtype)
+    assert native.can_rebuild(layer.qweight, n_bits, layer.scales, dtype)
     assert_same_bits(layer._rows(*rows, dtype, layer.scales), by_operators(layer, *rows, dtype=dtype))
 
 
@@ -85,7 +85,7 @@ def test_the_same_bits_for_scales_of_every_kind(dtype, threads):
 def test_products_are_those_with_the_rounded_weight(n_bits, symmetric, act_order, rows, columns):
     layer = made(n_bits, 32, symmetric, act_order, (columns, 128))
     x = torch.randn(rows, 128).bfloat16()
-    assert native.can_multiply(x, n_bits, layer.scales)
+    assert native.can_multiply(layer.qweight, n_bits, layer.scales, x)
     exact = x.double() @ layer.dequantize(torch.bfloat16).double().t()
     # sums in fp32 of 128 terms, rounded to bf16 once
     torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-5)
@@ -133,12 +133,12 @@ def test_inputs_may_be_cut_out_of_larger_ones_or_be_none_at_all():
 @multiplies
 def test_products_with_gradients_are_left_to_operators():
     layer, x = made(), torch.randn(3, 64).bfloat16()
-    assert not native.can_multiply(x.float(), 4, layer.scales)
-    assert not native.can_multiply(x.clone().requires_grad_(), 4, layer.scales)
+    assert not native.can_multiply(layer.qweight, 4, layer.scales, x.float())
+    assert not native.can_multiply(layer.qweight, 4, layer.scales, x.clone().requires_grad_())
     layer.scales.requires_grad_()
-    assert not native.can_multiply(x, 4, layer.scales)
+    assert not native.can_multiply(layer.qweight, 4, layer.scales, x)
     with torch.no_grad():
-        assert native.can_multiply(x, 4, layer.scales)
+        assert native.can_multiply(layer.qweight, 4, layer.scales, x)
 
 
 def test_a_layer_answers_without_compiled_code(monkeypatch):
@@ -157,16 +157,18 @@ def test_a_library_that_cannot_be_loaded_counts_as_none(monkeypatch, tmp_path):
 
 
 def test_what_it_does_not_do_is_left_to_operators():
-    scales = made().scales.float()
-    assert native.can_rebuild(4, scales, torch.float32) == native.is_compiled()
-    assert not native.can_rebuild(3, scales, torch.float32)
-    assert not native.can_rebuild(4, scales, torch.float16)
-    assert not native.can_rebuild(4, scales.to("meta"), torch.float32)
-    assert not native.can_rebuild(4, scales.clone().requires_grad_(), torch.float32)
-    assert not native.can_rebuild(4, TwoTensor(scales, scales), torch.float32)
+    words, scales = made().qweight, made().scales.float()
+    assert native.can_rebuild(words, 4, scales, torch.float32) == native.is_compiled()
+    assert not native.can_rebuild(words, 3, scales, torch.float32)
+    assert not native.can_rebuild(words, 4, scales, torch.float16)
+    assert not native.can_rebuild(words.to("meta"), 4, scales, torch.float32)
+    assert not native.can_rebuild(words, 4, scales.to("meta"), torch.float32)
+    assert not native.can_rebuild(words.long(), 4, scales, torch.float32)
+    assert not native.can_rebuild(words, 4, scales.clone().requires_grad_(), torch.float32)
+    assert not native.can_rebuild(words, 4, TwoTensor(scales, scales), torch.float32)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(scales, torch.ones_like(scales))
-        assert not native.can_rebuild(4, dual, torch.float32)
+        assert not native.can_rebuild(words, 4, dual, torch.float32)
 
 
 def test_a_tangent_of_the_scales_reaches_the_weights():
@@ -203,9 +205,29 @@ def test_a_group_that_does_not_exist_is_refused(group):
     layer.g_idx[5] = group
     with pytest.raises(QzoError, match=r"outside 0 \.\.\. 1"):
         layer.dequantize()
-    if native.can_multiply(torch.empty(1, 64).bfloat16(), 4, layer.scales):
+    if native.can_multiply(layer.qweight, 4, layer.scales, torch.empty(1, 64).bfloat16()):
         with pytest.raises(QzoError, match=r"outside 0 \.\.\. 1"):
             layer(torch.randn(1, 64).bfloat16())
+
+
+@compiled
+def test_shapes_that_do_not_fit_are_refused():
+    layer = made(symmetric=False, act_order=True)
+    codes = layer._codes(0, 96, layer.scales)
+    for wrong in ({"scales": codes.scales[:, :95]}, {"scales": codes.scales[:0]}, {"zeros": codes.zeros[:1]}):
+        with pytest.raises(QzoError, match=r"do not fit a weight \[96, 64\]"):
+            native.rebuild(codes._replace(**wrong), torch.float32)
+    with pytest.raises(QzoError, match=r"g_idx has shape \(63,\)"):
+        native.rebuild(codes._replace(g_idx=codes.g_idx[1:]), torch.float32)
+
+
+@compiled
+def test_groups_and_zero_points_may_be_of_other_integer_types():
+    layer = made(symmetric=False, act_order=True)
+    expected = layer.dequantize()
+    layer.g_idx, zeros = layer.g_idx.long(), layer.zero_points()
+    layer.zero_points = lambda *columns: zeros.to(torch.int16)
+    assert torch.equal(layer.dequantize(), expected)
 
 
 @compiled
