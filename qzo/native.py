@@ -167,14 +167,16 @@ def _check(failed: int, codes: Codes) -> None:
 
 @cache
 def _library() -> Any:
-    """The compiled code, or None: not built, or built for an OpenMP runtime that this PyTorch does not bring."""
+    """The compiled code, or None: not built, built from older sources, or for an OpenMP runtime that is not here."""
     paths = [Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES]
     path = next(filter(Path.exists, paths), None)
     if path is None:
         return None
     try:
         library = ctypes.CDLL(str(path))
-    except OSError:
+        if library.qzo_codes_bytes() != ctypes.sizeof(_Codes):
+            return None
+    except (OSError, AttributeError):
         return None
     codes, pointer, size, number = ctypes.POINTER(_Codes), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.qzo_rebuild.argtypes = [codes, pointer, number, number]

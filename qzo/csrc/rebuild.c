@@ -50,3 +50,6 @@ int qzo_rebuild(const Codes *codes, void *out, int is_bf16, int threads) {
     for (int64_t word = 0; word < n_words; word++) rebuild_rows(codes, word, out, is_bf16);
     return 0;
 }
+
+/* What a caller's struct must have too, or it was written for other code than was compiled. */
+int64_t qzo_codes_bytes(void) { return sizeof(Codes); }

@@ -156,6 +156,12 @@ def test_a_library_that_cannot_be_loaded_counts_as_none(monkeypatch, tmp_path):
     assert native._library.__wrapped__() is None
 
 
+@compiled
+def test_a_library_of_other_sources_counts_as_none(monkeypatch):
+    monkeypatch.setattr(native.ctypes, "sizeof", lambda _: 8)
+    assert native._library.__wrapped__() is None
+
+
 def test_what_it_does_not_do_is_left_to_operators():
     words, scales = made().qweight, made().scales.float()
     assert native.can_rebuild(words, 4, scales, torch.float32) == native.is_compiled()
