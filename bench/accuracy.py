@@ -221,8 +221,11 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def _has(file: Path, row: Row, seed: int) -> bool:
-    settings = None if row.method is None else row.settings(seed).to_json()
-    return any((e["row"], e["seed"], e["settings"]) == (row.name, seed, settings) for e in read(file))
+    entries = [entry for entry in read(file) if (entry["row"], entry["seed"]) == (row.name, seed)]
+    if row.method is None:
+        return bool(entries)
+    settings, defaults = row.settings(seed).to_json(), TrainSettings(row.method).to_json()
+    return any({**defaults, **entry["settings"]} == settings for entry in entries)  # what an older one lacks: default
 
 
 def _chosen(names: str | None) -> list[Row]:

@@ -1,6 +1,8 @@
 """The runs behind the learning report, on a model of two layers and real reviews."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,18 @@ def test_a_row_whose_settings_changed_is_run_again(work, monkeypatch):
 
 def entry(name, seed, settings):
     return {"row": name, "seed": seed, "settings": settings.to_json()}
+
+
+def test_the_committed_record_lacks_nothing(tmp_path, monkeypatch):
+    """Entries of before an option came count as made with its default."""
+    committed = Path(accuracy.__file__).parents[1] / "reports" / "accuracy" / "record.json"
+    shutil.copy(committed, tmp_path / "record.json")
+
+    def never(*arguments):
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(accuracy, "measure", never)
+    assert accuracy.main(["--out", str(tmp_path / "record.json"), "--work", str(tmp_path)]) == 0
 
 
 def test_the_models_are_those_that_the_rows_name(work):
