@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from qzo.noise import chunk_elements, full_noise, mix_seed, noise_chunks
+from qzo.noise import chunk_elements, full_noise, mix_seed, mixed_chunks, noise_chunks
 
 SIZES = [1, 7, 2**14, 2**14 + 1, 100_003, 2**18 + 5]
 
@@ -19,6 +19,19 @@ def test_chunks_cover_the_tensor_in_one_buffer(numel):
         assert start == covered and len(z) <= chunk_elements(numel) and z.dtype == torch.float32
         covered += len(z)
     assert covered == numel and len(pointers) == 1
+
+
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("least", [1, 1000, 2**14, 2**20])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_z_does_not_depend_on_how_much_of_it_exists_at_a_time(numel, least, distribution):
+    expected = full_noise(torch.Size([numel]), 1, 2, 3, "cpu", 1, distribution)
+    drawn = [z.clone() for _, z in noise_chunks(numel, 1, 2, 3, "cpu", 1, distribution, least)]
+    assert all(least <= len(z) < least + chunk_elements(numel) or len(z) == chunk_elements(numel) for z in drawn[:-1])
+    assert torch.equal(torch.cat(drawn), expected)
+    factors, key = [0.5, -2.0], (numel, 1, 2, 3, "cpu")
+    mixed = [torch.cat([z.clone() for _, z in mixed_chunks(*key, factors, distribution, n)]) for n in (0, least)]
+    assert torch.equal(*mixed)
 
 
 def test_chunk_size_is_a_quarter_within_bounds():
