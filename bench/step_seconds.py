@@ -50,20 +50,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         if options.turns < 1:
             raise QzoError(f"--turns {options.turns} is not a positive number")
+        kept = [other for other in _read(options.out) if other["bf16_instructions"] != has_bf16()]
         qzo.keep_freed_memory()  # of what follows none takes memory from the system that it had before
         record = {
             "model": MODEL, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "threads": torch.get_num_threads(),
             "bf16_instructions": has_bf16(), "compiled": native.is_compiled(), "environment": environment(),
             "seconds": {name: seconds(dtype, options.turns) for name, dtype in DTYPES.items()}, "memory": memory(),
         }  # fmt: skip
-        kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
-        kept = [other for other in kept if other["bf16_instructions"] != record["bf16_instructions"]]
         records = sorted([*kept, record], key=lambda one: not one["bf16_instructions"])
         options.out.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     except (QzoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """The records that are there already, before anything is measured. Raises QzoError for a file of another kind."""
+    if not file.exists():
+        return []
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        records = None
+    known = isinstance(records, list) and all(isinstance(r, dict) and "bf16_instructions" in r for r in records)
+    if not known:
+        raise QzoError(f"{file} holds no records of this benchmark; choose another --out")
+    return records
 
 
 def seconds(dtype: torch.dtype, turns: int) -> dict[str, list[float]]:

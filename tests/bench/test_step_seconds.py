@@ -48,5 +48,13 @@ def test_no_turns_is_an_error(tiny, capsys):
     assert "--turns 0 is not a positive number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{}", "not JSON", "[1]", '[{"model": "other"}]', "[[]]"])
+def test_a_file_of_another_kind_is_told_before_anything_is_measured(tiny, capsys, content):
+    (tiny / "step.json").write_text(content)
+    assert step_seconds.main(["--out", str(tiny / "step.json")]) == 2
+    assert "holds no records of this benchmark" in capsys.readouterr().err
+    assert (tiny / "step.json").read_text() == content
+
+
 def test_the_model_is_that_of_the_catalog():
     assert resolve(step_seconds.MODEL).name == "smollm2-135m"
