@@ -71,8 +71,12 @@ class RebuiltLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype; differentiable in x and, where it requires a gradient, in `scales`."""
-        y = chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
+        y = self._product(x)
         return y if self.bias is None else y.add_(self.bias)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x Wᵀ as a tensor of its own, which may be changed in place."""
+        return chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight [N, K], for export and tests; forward never calls it."""

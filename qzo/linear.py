@@ -125,12 +125,10 @@ class QuantLinear(RebuiltLinear):
         groups = torch.arange(self.in_features // self.group_size, dtype=torch.int32, device=device)
         return groups.repeat_interleave(self.group_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the base class."""
-        if x.shape[-1] != self.in_features or not native.can_multiply(self.qweight, self.n_bits, self.scales, x):
-            return super().forward(x)
-        y = native.multiply(self._codes(0, self.out_features, self.scales), x)
-        return y if self.bias is None else y.add_(self.bias)
+    def _product(self, x: Tensor) -> Tensor:
+        if x.shape[-1] == self.in_features and native.can_multiply(self.qweight, self.n_bits, self.scales, x):
+            return native.multiply(self._codes(0, self.out_features, self.scales), x)
+        return super()._product(x)
 
     def _codes(self, start: int, stop: int, scales: Tensor) -> native.Codes:
         """What rows start:stop of W are made of."""
