@@ -75,17 +75,17 @@ def test_a_tensor_on_another_device_is_never_remembered():
 
 
 def events(case: BenchCase, monkeypatch) -> list[tuple]:
-    """Sign, bytes, role and phase of every event, and which allocation a release belongs to."""
+    """Sign, bytes, role and phase of every event of the steps, and which allocation a release belongs to.
+
+    Of the steps alone: when the model dies after them depends on Python's garbage collector.
+    """
     seen = []
-    monkeypatch.setattr(sim, "replay", lambda ledger: seen.append(ledger) or replay(ledger))
+    monkeypatch.setattr(sim, "replay", lambda ledger: seen.extend(ledger.events) or replay(ledger))
     sim.run(case)
     numbers: dict[int, int] = {}
-    for event in seen[0].events:
+    for event in seen:
         numbers.setdefault(id(event.block), len(numbers))
-    return [
-        (event.sign, event.block.nbytes, event.block.role, event.phase, numbers[id(event.block)])
-        for event in seen[0].events
-    ]
+    return [(event.sign, event.block.nbytes, event.block.role, event.phase, numbers[id(event.block)]) for event in seen]
 
 
 @pytest.fixture(scope="module")
