@@ -69,11 +69,10 @@ def test_ctrl_c_leaves_finished_cells_and_their_summary_and_no_process_behind(tm
         [*command, "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (out / "ft-sgd.json").exists() and time.monotonic() < deadline:
+    while not (out / "ft-sgd.json").exists() and process.poll() is None:  # however busy the machine is
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
     assert "ft-sgd" in load_results(out)
