@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qzo.instructions import has_bf16
+
 CHUNK_ELEMENTS = 2**22  # weights that are rebuilt at a time
 Rebuild = Callable[..., Tensor]
 
@@ -121,5 +123,4 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, but fp32 on a CPU without 16-bit instructions, where 16-bit products are five times slower."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return x.dtype
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private, so it may go away
     return x.dtype if x.dtype == torch.bfloat16 and has_bf16() else torch.float32

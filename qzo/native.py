@@ -21,13 +21,14 @@ from torch._subclasses import FakeTensor
 from torch.autograd.forward_ad import unpack_dual
 
 from qzo.errors import QzoError
+from qzo.instructions import has_bf16, has_tiles
 
 DTYPES = (torch.bfloat16, torch.float32)  # of rebuilt weights
 KINDS = (Tensor, nn.Parameter, FakeTensor)  # other subclasses may keep their data elsewhere
 # Weights, and multiplications, from which on it is worth to wake the other threads; all of them, as PyTorch does, or
 # the OpenMP runtime would end and start them again and again.
 LEAST_WEIGHTS, LEAST_MULTIPLICATIONS = 2**15, 2**20
-_allowed = True
+_allowed, _on_tiles = True, False
 
 
 class Codes(NamedTuple):
@@ -60,6 +61,17 @@ def by_operators() -> Iterator[None]:
         _allowed = before
 
 
+@contextmanager
+def products_on_tiles() -> Iterator[None]:
+    """Within, compiled products serve a CPU with tiles (AMX) too, to compare them with PyTorch's."""
+    global _on_tiles
+    before, _on_tiles = _on_tiles, True
+    try:
+        yield
+    finally:
+        _on_tiles = before
+
+
 def can_rebuild(words: Tensor, n_bits: int, scales: Tensor, dtype: torch.dtype) -> bool:
     """Whether `rebuild` takes such codes; it computes no derivatives, backward or forward, and cannot be traced."""
     return _can(words, n_bits, scales) and dtype in DTYPES
@@ -67,7 +79,12 @@ def can_rebuild(words: Tensor, n_bits: int, scales: Tensor, dtype: torch.dtype) 
 
 def can_multiply(words: Tensor, n_bits: int, scales: Tensor, x: Tensor) -> bool:
     """Whether `multiply` takes these, on this CPU; see `can_rebuild`."""
-    return x.dtype == torch.bfloat16 and _can(words, n_bits, scales, x) and _panel_columns() > 0
+    return x.dtype == torch.bfloat16 and _can(words, n_bits, scales, x) and multiplies_here()
+
+
+def multiplies_here() -> bool:
+    """Whether products are compiled code's on this CPU: it has AVX512-BF16, and no tiles, which PyTorch's use."""
+    return is_compiled() and _panel_columns() > 0 and has_bf16() and (_on_tiles or not has_tiles())
 
 
 def rebuild(codes: Codes, dtype: torch.dtype) -> Tensor:
@@ -187,5 +204,5 @@ def _library() -> Any:
 
 @cache
 def _panel_columns() -> int:
-    """Columns of Wᵀ that a thread rebuilds at a time; 0 where this CPU's products are better left to PyTorch."""
+    """Columns of Wᵀ that a thread rebuilds at a time; 0 on a CPU without the instructions."""
     return int(_library().qzo_panel_columns())

@@ -7,7 +7,6 @@
 #include "codes.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
-#include <cpuid.h>
 #include <immintrin.h>
 
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
@@ -16,7 +15,6 @@
 #define VECTORS 3 /* panels are as wide */
 #define COLUMNS (VECTORS * LANES)
 #define ROWS 8 /* of x at a time: ROWS * VECTORS sums, VECTORS weights and one x fit into 32 registers */
-#define AMX_BF16 (1u << 22) /* CPUID leaf 7, EDX */
 
 typedef struct {
     const uint16_t *x; /* [m, k], rows x_stride apart */
@@ -24,12 +22,9 @@ typedef struct {
     int64_t m, x_stride;
 } Sides;
 
-/* Columns of W^T that a thread rebuilds at a time, or 0 on a CPU without these instructions, or with tiles: PyTorch's
- * own products are faster with those. */
+/* Columns of W^T that a thread rebuilds at a time, or 0 on a CPU without these instructions. */
 int64_t qzo_panel_columns(void) {
-    unsigned int a, b, c, d;
-    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512dq")) return 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & AMX_BF16 ? 0 : COLUMNS;
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq") ? COLUMNS : 0;
 }
 
 /* Rows k and k + 1 of `columns` columns, as pairs. */

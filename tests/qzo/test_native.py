@@ -11,13 +11,22 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from qzo import native
 from qzo.errors import QzoError
+from qzo.instructions import has_bf16
 from qzo.linear import QuantLinear
 
 compiled = pytest.mark.skipif(not native.is_compiled(), reason="the package was installed without a compiler")
 multiplies = pytest.mark.skipif(
-    not native.is_compiled() or not native._panel_columns(), reason="needs compiled code, and a CPU with AVX512-BF16"
+    not native.is_compiled() or not native._panel_columns() or not has_bf16(),
+    reason="needs compiled code, and a CPU with AVX512-BF16",
 )
 DTYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def on_tiles_too():
+    """A CPU with tiles has what compiled products need, though it prefers PyTorch's."""
+    with native.products_on_tiles():
+        yield
 
 
 @contextmanager
@@ -186,11 +195,26 @@ def test_a_tangent_of_the_scales_reaches_the_weights():
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected")
-def test_compiled_models_are_traced_through_operators():
-    layer, x = made(dtype=torch.float32), torch.randn(3, 64)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_models_are_traced_through_operators(dtype):
+    layer, x = made(dtype=dtype), torch.randn(3, 64, dtype=dtype)
     whole = torch.compile(layer, backend="eager", fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(whole(x), layer(x), rtol=1e-5, atol=1e-5)
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(whole(x), layer(x), rtol=tolerance, atol=tolerance)
+
+
+@multiplies
+def test_products_of_a_cpu_with_tiles_are_pytorchs_unless_they_are_to_be_compared(monkeypatch):
+    layer, x = made(), torch.randn(3, 64).bfloat16()
+    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    assert native.can_multiply(layer.qweight, 4, layer.scales, x)
+    monkeypatch.setattr(native, "_on_tiles", False)
+    assert not native.can_multiply(layer.qweight, 4, layer.scales, x)
+    assert native.can_rebuild(layer.qweight, 4, layer.scales, x.dtype)
+    by_pytorch = layer(x)
+    with native.products_on_tiles():
+        torch.testing.assert_close(layer(x), by_pytorch)
 
 
 @compiled
