@@ -1,8 +1,10 @@
 """What CPU kernels allocate inside themselves, unseen by ledger and fake kernels: one small rule for each fact.
 
 Left out are a few KiB that depend on no tensor's size: the blocks in which `copy_` transposes and the partial sums of
-LayerNorm's backward. What oneDNN allocates does not pass PyTorch's allocator, but for bf16 products on CPUs that have
-instructions for them; there the kernel is asked (bench/cpu_scratch.py).
+LayerNorm's backward. These rules are read off PyTorch's sources and hold whatever instructions a CPU has
+(`ATEN_CPU_CAPABILITY`). What a product in bf16 takes does depend on them (AVX512, AVX512-BF16, AMX;
+`ONEDNN_MAX_CPU_ISA`), and so does attention in bf16, which multiplies block by block. No rule is written down for
+these: the kernel itself is asked (bench/cpu_scratch.py). What else oneDNN allocates passes PyTorch's allocator by.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ ARITHMETIC = ("add", "sub", "mul", "div")
 QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
 KEY_BLOCK = 512
 FP32_BYTES = 4  # the kernel accumulates in fp32
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mm.out)
 
 
 def rules(experts: int = 1) -> dict[Any, Rule]:
@@ -35,7 +38,7 @@ def rules(experts: int = 1) -> dict[Any, Rule]:
         aten.nonzero.default: partial(route_evenly, experts),
         aten._grouped_mm.default: grouped_product,
         aten._safe_softmax.default: safe_softmax,
-        aten._scaled_dot_product_flash_attention_for_cpu.default: flash_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu.default: partial(scratch_of, flash_attention),
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default: partial(
             scratch_of, flash_attention_backward
         ),
@@ -46,7 +49,7 @@ def rules(experts: int = 1) -> dict[Any, Rule]:
     for name in ARITHMETIC:
         for packet in (getattr(aten, name), getattr(aten, f"{name}_")):
             table[packet.Tensor] = mixed_arithmetic
-    for product in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mm.out):
+    for product in PRODUCTS:
         table[product] = partial(scratch_of, run)
     if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # there once the package is imported
         table[torch.ops.bitsandbytes.gemm_4bit.default] = partial(scratch_of, nf4_product)
@@ -59,7 +62,9 @@ def run(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def scratch_of(otherwise: Rule, ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Any:
-    """A product for which the kernel itself tells what it takes, see bench/cpu_scratch.py; any other by `otherwise`."""
+    """What multiplies in bf16 by a kernel that tells itself what it takes, see bench/cpu_scratch.py; any other by
+    `otherwise`.
+    """
     if not takes_scratch(*(item for item in args if isinstance(item, Tensor))):
         return otherwise(ledger, func, args, kwargs)
     return with_temporaries(ledger, func, args, kwargs, [inside(func, args, kwargs)])

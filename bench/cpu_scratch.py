@@ -1,8 +1,8 @@
-"""What products in bf16 take while they run, on CPUs that have instructions for them: asked of the kernel itself.
+"""What products in bf16 take while they run, on CPUs where they are oneDNN's: asked of the kernel itself.
 
-oneDNN packs blocks of both operands for such instructions, a set for each thread, in memory that passes PyTorch's
-allocator. How much depends on the processor, so it is measured here, once for each kind of arguments, on numbers of no
-meaning. CPUs without these instructions take nothing.
+oneDNN packs blocks of both operands, a set for each thread, in memory that PyTorch's allocator hands out. How much
+depends on the instructions it chooses, so it is measured here, once for each kind of arguments, on numbers of no
+meaning. Where they are not oneDNN's they take nothing.
 """
 
 from __future__ import annotations

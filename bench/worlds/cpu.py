@@ -23,6 +23,7 @@ from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
 from bench.worlds.cpu_gemm import NOTE, fast_bf16, needs_blocks
 from bench.worlds.measured import MeasuredWorld, origin_notes, source_of
 
+INSIDE = "unattributed is what kernels take inside themselves, as oneDNN does to pack the operands of bf16 products"
 MARK = "phase "  # of profiler events that tell where a phase begins
 
 
@@ -45,11 +46,13 @@ def run(case: BenchCase) -> Record:
     losses += watched
     prepared.notes += origin_notes(case, batches)
     prepared.notes += [NOTE] if needs_blocks() else []
-    return describe(
+    record = describe(
         replace(case, attention=attention), "measured-cpu", environment(), prepared, ledger, parts, world.parameters,
         allocated=max(phases.values()), phases=ledger.phase_peaks() | phases, process=process,
         step_seconds=statistics.median(seconds), losses=losses,
     )  # fmt: skip
+    record["notes"] += [INSIDE] if record["at_peak"]["unattributed"] else []
+    return record
 
 
 def _timed(prepared: Prepared, batches: list[text.Batch]) -> tuple[list[float], list[float]]:
