@@ -1,8 +1,8 @@
 """What a QZO step costs in time and memory on this CPU: `python -m bench.step_seconds --out FILE`.
 
 Steps and forward passes take turns, so that whatever else the machine does falls on all of them alike; what is compared
-are medians of the ratios within a turn. FILE holds a record of a CPU with instructions for bf16 products and one of a
-CPU without; a new one takes the place of that of its kind.
+are medians of the ratios within a turn. FILE holds a record for each kind of CPU, told apart by its instructions for
+bf16 products; a new one takes the place of that of its kind.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,13 @@ from bench.worlds import cpu
 from bench.worlds.cpu_gemm import fast_bf16
 from qzo import native
 from qzo.errors import QzoError
+from qzo.instructions import has_bf16, has_tiles
 
 MODEL, BATCH_SIZE, SEQ_LEN = "smollm2-135m", 16, 40
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORWARDS, BODIES = "two forward passes", "two forward passes without the head"
-QZO, OPERATORS, MEZO, RELEASED = "qzo", "qzo by operators", "mezo", "mezo-reference"
+QZO, OPERATORS, PANELS, MEZO, RELEASED = "qzo", "qzo by operators", "qzo by panels", "mezo", "mezo-reference"
+ORDER = [(True, False), (True, True), (False, False)]  # kinds of CPU, as they stand in FILE
 log = logging.getLogger(__name__)
 Action = Callable[[], object]
 
@@ -50,19 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         if options.turns < 1:
             raise QzoError(f"--turns {options.turns} is not a positive number")
-        kept = [other for other in _read(options.out) if other["bf16_instructions"] != has_bf16()]
+        kept = [other for other in _read(options.out) if kind(other) != (has_bf16(), has_tiles())]
         qzo.keep_freed_memory()  # of what follows none takes memory from the system that it had before
         record = {
             "model": MODEL, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "threads": torch.get_num_threads(),
-            "bf16_instructions": has_bf16(), "compiled": native.is_compiled(), "environment": environment(),
+            "bf16_instructions": has_bf16(), "tiles": has_tiles(), "compiled": native.is_compiled(),
+            "compiled_products": native.multiplies_here(), "environment": environment(),
             "seconds": {name: seconds(dtype, options.turns) for name, dtype in DTYPES.items()}, "memory": memory(),
         }  # fmt: skip
-        records = sorted([*kept, record], key=lambda one: not one["bf16_instructions"])
+        records = sorted([*kept, record], key=lambda one: ORDER.index(kind(one)))
         options.out.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     except (QzoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def kind(record: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether the CPU of a record multiplies bf16 numbers itself, and whether it has tiles for that."""
+    return record["bf16_instructions"], record.get("tiles", False)
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
@@ -107,7 +117,7 @@ def _forwards(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, A
 
 
 def _steps(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, Action]:
-    """A step of QZO, with and without compiled code, of MeZO, and of MeZO as its authors' code takes it."""
+    """A step of QZO, in each way that there is here, of MeZO, and of MeZO as its authors' code takes it."""
 
     def model() -> Any:
         return weights.load(source, dtype).eval().requires_grad_(False)
@@ -120,13 +130,16 @@ def _steps(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, Acti
     def loss(of: nn.Module) -> torch.Tensor:
         return qzo.label_loss(of, batch.input_ids, batch.labels, keep=1)
 
-    def uncompiled() -> None:
-        with native.by_operators():
+    def within(way: Callable[[], AbstractContextManager[None]]) -> None:
+        with way():
             own[QZO].step(lambda: loss(quantized))
 
+    ways = {OPERATORS: native.by_operators} if native.is_compiled() else {}
+    if has_tiles() and native.is_compiled():  # elsewhere that is what a step does anyway, or it cannot
+        ways[PANELS] = native.products_on_tiles
     return {
         QZO: lambda: own[QZO].step(lambda: loss(quantized)),
-        **({OPERATORS: uncompiled} if native.is_compiled() else {}),
+        **{name: partial(within, way) for name, way in ways.items()},
         MEZO: lambda: own[MEZO].step(lambda: loss(dense)),
         RELEASED: lambda: theirs.step(lambda: full_loss(released, batch)),
     }
@@ -152,12 +165,6 @@ def memory() -> dict[str, int]:
         "layer": max(layer.weight.nbytes for layer in layers),
         "activations": cpu.highest_rise(profiler),
     }
-
-
-def has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 numbers itself."""
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, so it may go away
-    return bool(known and known())
 
 
 if __name__ == "__main__":

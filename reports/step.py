@@ -13,7 +13,7 @@ from reports.table import Table
 
 HERE = Path(__file__).parent
 FORWARDS, BODIES = "two forward passes", "two forward passes without the head"
-QZO, OPERATORS, RELEASED = "qzo", "qzo by operators", "mezo-reference"
+QZO, OPERATORS, PANELS, RELEASED = "qzo", "qzo by operators", "qzo by panels", "mezo-reference"
 # of a QZO step to each of these in bf16, at most; and of its peak memory to what it cannot do without
 LIMITED, LIMITS = "bfloat16", {FORWARDS: 0.95, RELEASED: 0.25}
 MEMORY_LIMIT = 1.10
@@ -22,6 +22,7 @@ MEANING = {
     BODIES: "the same without the head",
     QZO: "QZO step: 4 bits, group size 64, logits only at the labels",
     OPERATORS: "the same by PyTorch's operators, as where installing the package found no compiler",
+    PANELS: "the same with products by compiled code, which rebuilds a layer in parts within the cache (AVX512-BF16)",
     "mezo": "MeZO step of this package: in place, exact undo, logits only at the labels",
     RELEASED: "MeZO step as released: out of place, noise for every weight, full logits",
 }
@@ -47,17 +48,23 @@ def render(records: Sequence[Record]) -> str:
 
 def _of(record: Record) -> list[str]:
     """Heading, setting and tables of one CPU."""
-    environment, has = record["environment"], record["bf16_instructions"]
+    environment, has, tiles = record["environment"], record["bf16_instructions"], record.get("tiles", False)
     commit = f", commit {environment['commit'][:12]}" if environment["commit"] else ""
     setting = [
         f"- torch {environment['torch']}, transformers {environment['transformers']}, Python {environment['python']}, "
         f"{environment['platform']}{commit}; {len(next(iter(record['seconds'].values()))[QZO])} turns",
-        f"- packed layers multiplied by {'compiled code' if record['compiled'] else 'PyTorch operators'}",
+        f"- packed layers multiplied by {_multiplied(record)}",
         *([] if has else [f"- {SLOW}"]),
     ]
     tables = [_times(dtype, taken) for dtype, taken in record["seconds"].items()] + [_memory(record["memory"])]
-    heading = f"## A CPU {'with' if has else 'without'} instructions for bf16 products"
+    heading = f"## A CPU {'with' if has else 'without'} instructions for bf16 products{', and tiles (AMX)' * tiles}"
     return [heading, "\n".join(setting), *(f"#{table.to_markdown()}" for table in tables)]
+
+
+def _multiplied(record: Record) -> str:
+    if record.get("compiled_products", record["compiled"]):
+        return "compiled code"
+    return "PyTorch operators" + ", once compiled code has rebuilt them" * record["compiled"]
 
 
 def ratio(taken: Seconds, reference: str) -> float:

@@ -1,8 +1,10 @@
 """The step benchmark, on a model of two layers: that it measures what it says, not how long it takes."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import step_seconds
@@ -26,8 +28,9 @@ def test_every_action_is_timed_in_every_turn(tiny):
     assert record["seconds"].keys() == {"float32", "bfloat16"}
     for taken in record["seconds"].values():
         forwards = {"two forward passes", "two forward passes without the head"}
-        twice = {"qzo", "qzo by operators"} if native.is_compiled() else {"qzo"}
-        assert taken.keys() == {*forwards, *twice, "mezo", "mezo-reference"}
+        ways = {"qzo", "qzo by operators"} if native.is_compiled() else {"qzo"}
+        ways |= {"qzo by panels"} if native.is_compiled() and step_seconds.has_tiles() else set()
+        assert taken.keys() == {*forwards, *ways, "mezo", "mezo-reference"}
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in taken.values())
     memory = record["memory"]
     assert memory["layer"] == 2 * 64 * 128 and memory["peak"] > memory["floor"] > 0 < memory["activations"]
@@ -37,10 +40,25 @@ def test_a_record_takes_the_place_of_that_of_its_kind_of_cpu(tiny, monkeypatch):
     command = ["--out", str(tiny / "step.json"), "--turns", "1"]
     monkeypatch.setattr(step_seconds, "seconds", lambda dtype, turns: {})
     monkeypatch.setattr(step_seconds, "memory", dict)
-    for has, kinds in ((False, [False]), (True, [True, False]), (False, [True, False])):
-        monkeypatch.setattr(step_seconds, "has_bf16", lambda has=has: has)
+    none, bf16, tiles = (False, False), (True, False), (True, True)
+    for kind, kinds in (
+        (none, [none]), (tiles, [tiles, none]), (bf16, [bf16, tiles, none]), (tiles, [bf16, tiles, none]),
+    ):  # fmt: skip
+        monkeypatch.setattr(step_seconds, "has_bf16", lambda kind=kind: kind[0])
+        monkeypatch.setattr(step_seconds, "has_tiles", lambda kind=kind: kind[1])
         assert step_seconds.main(command) == 0
-        assert [record["bf16_instructions"] for record in json.loads((tiny / "step.json").read_text())] == kinds
+        assert [step_seconds.kind(record) for record in json.loads((tiny / "step.json").read_text())] == kinds
+
+
+def test_a_cpu_with_tiles_is_timed_with_compiled_products_too(tiny, monkeypatch):
+    monkeypatch.setattr(step_seconds, "has_tiles", lambda: True)
+    monkeypatch.setattr(native, "is_compiled", lambda: True)
+    source = resolve(step_seconds.MODEL)
+    batch = step_seconds.text.batch(source, 2, 8, seed=0, step=0)
+    asked = []
+    monkeypatch.setattr(native, "products_on_tiles", lambda: asked.append(1) or nullcontext())
+    step_seconds._steps(source, torch.bfloat16, batch)["qzo by panels"]()
+    assert asked == [1]
 
 
 def test_no_turns_is_an_error(tiny, capsys):

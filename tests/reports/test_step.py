@@ -29,6 +29,15 @@ def test_ratios_are_medians_within_a_turn():
     assert "0.90" in text and "1.050 times the sum of the other three" in text and "without instructions" in text
 
 
+def test_a_cpu_with_tiles_has_a_section_that_tells_who_multiplied():
+    taken = {**record()["seconds"]["float32"], step.PANELS: [1.8, 4.0, 4.0]}
+    tiles = record() | {"bf16_instructions": True, "tiles": True, "compiled_products": False}
+    text = step.render([tiles | {"seconds": {"bfloat16": taken}}])
+    assert "## A CPU with instructions for bf16 products, and tiles (AMX)" in text
+    assert "multiplied by PyTorch operators, once compiled code has rebuilt them" in text
+    assert "within the cache (AVX512-BF16)" in text and "0.50" in text
+
+
 def test_the_committed_report_is_that_of_the_committed_record():
     committed = json.loads((step.HERE / "step.json").read_text())
     assert (step.HERE / "step.md").read_text() == step.render(committed)
