@@ -5,6 +5,7 @@ DEVICE  ?= auto
 OUT     ?= results/$(shell basename "$(MODEL)" .gguf | tr ' ' '-')
 BATCH   ?= 1
 SEQ     ?= 128
+THREADS ?= 1
 PYTHON  ?= python3
 VENV    := .venv
 RUN     := $(VENV)/bin/python
@@ -47,8 +48,8 @@ $(GPTQMODEL)/.ready: pyproject.toml
 	$(GPTQMODEL)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[gptq]'
 	@touch $@
 
-test: $(READY) ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+test: $(READY) ## all tests that need no GPU, each process with THREADS threads, which do not spin while they wait
+	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -1,0 +1,63 @@
+"""Other CPUs on this one: what depends on instructions and threads, tested once more below what this CPU has.
+
+`ATEN_CPU_CAPABILITY` lowers what PyTorch's own kernels use, `ONEDNN_MAX_CPU_ISA` its matrix products. Each is read
+once, so a level is a process of its own. The level of this CPU is that of the whole test suite.
+"""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qzo import instructions
+
+ROOT = Path(__file__).parent.parent
+ATEN = ("default", "avx2", "avx512")
+ONEDNN = {"AVX2": "no bf16 instructions", "AVX512_CORE": "no bf16 instructions", "AVX512_CORE_BF16": "AVX512-BF16"}
+AFFECTED = (
+    "tests/bench/test_cpu.py",
+    "tests/bench/test_cpu_kernels.py",
+    "tests/bench/test_quantizations.py::test_the_simulated_cpu_agrees_with_the_measured_one_in_every_format",
+    "tests/bench/test_sim_cpu.py",
+    "tests/qzo/test_linear.py",
+    "tests/qzo/test_native.py",
+)
+
+
+def lower_levels() -> list[tuple[str, str]]:
+    """(variable, value) of each level that is below what is used here."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    aten = ATEN[: ATEN.index(capability)] if capability in ATEN else ATEN
+    has_avx512 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = list(ONEDNN)[: has_avx512 + instructions.has_bf16() + instructions.has_tiles()]
+    return [("ATEN_CPU_CAPABILITY", name) for name in aten] + [("ONEDNN_MAX_CPU_ISA", name) for name in onednn]
+
+
+def run(variable: str, value: str, *command: str) -> subprocess.CompletedProcess:
+    environment = {name: kept for name, kept in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {variable: value, "OMP_WAIT_POLICY": "passive"}  # there may be fewer cores than threads
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(("variable", "value"), lower_levels())
+def test_a_variable_lowers_what_is_used(variable, value):
+    code = "import torch, qzo.instructions as i; print(torch.backends.cpu.get_cpu_capability(), i.described(), sep=':')"
+    capability, described = run(variable, value, "-c", code).stdout.strip().split(":")
+    if variable == "ATEN_CPU_CAPABILITY":
+        assert capability == value.upper()
+    else:
+        assert described == ONEDNN[value]
+
+
+@pytest.mark.parametrize(("variable", "value"), [*lower_levels(), ("OMP_NUM_THREADS", "4")])
+def test_what_depends_on_instructions_holds_at_every_level(variable, value):
+    done = run(variable, value, "-m", "pytest", "-q", *AFFECTED)
+    assert done.returncode == 0, done.stdout[-20_000:]
+    assert re.search(r"\d+ passed", done.stdout)
