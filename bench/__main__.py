@@ -7,16 +7,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from bench.commands.parser import Parser
 from qzo.errors import QzoError
 
 OK, FAILED, ERROR, INTERRUPTED = 0, 1, 2, 130
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that reports an error as one line."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise QzoError(f"{message} (see {self.prog} --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("current")
     compare.add_argument("--fail", action="append", metavar="METRIC:LIMIT", help="e.g. allocated:1%% (the default)")
     validate = commands.add_parser("validate", help="predict measurements made on a GPU and compare")
-    validate.add_argument("measurements", help="file with one JSON object a line (bench/measurement.py)")
+    validate.add_argument("measurements", help="file with one JSON object a line (bench/validation/measurement.py)")
     validate.add_argument("--json", help="write statistics and rows to this file")
     return top
 
@@ -65,22 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(arguments)
         if options.command == "compare":
-            from bench.compare import run as compare
+            from bench.commands.compare import run as compare
 
             return compare(options.baseline, options.current, options.fail or [])
         if options.command == "validate":
-            from bench.validate import run as validate
+            from bench.commands.validate import run as validate
 
             return validate(options.measurements, options.json)
         if options.command == "fit":
-            from bench.fit import run as fit
+            from bench.commands.fit import run as fit
 
             return fit(options)
         if options.command == "list":
-            from bench.listing import print_names
+            from bench.commands.listing import print_names
 
             return print_names(options.what)
-        from bench.command import run
+        from bench.commands.run import run
 
         return run(options)
     except QzoError as error:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from bench.ledger import Ledger
+    from bench.ledger.ledger import Ledger
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,7 +43,7 @@ def peak_memory() -> Callable[..., AbstractContextManager[Ledger]]:
 
 @contextmanager
 def _watch(benchmark: Any = None) -> Iterator[Ledger]:
-    from bench.ledger import Ledger
+    from bench.ledger.ledger import Ledger
 
     with Ledger() as ledger:
         yield ledger
@@ -72,7 +72,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def _limit_of(marker: pytest.Mark) -> int:
-    from bench.compare import parse_bytes
+    from bench.records.thresholds import parse_bytes
 
     if len(marker.args) != 1 or marker.kwargs or not isinstance(marker.args[0], str):
         pytest.fail('limit_memory takes one size, as in @pytest.mark.limit_memory("24 MB")', pytrace=False)

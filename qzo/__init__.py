@@ -8,26 +8,26 @@ loss = optimizer.step(lambda: model(**batch).loss)  # two forward passes, no bac
 from typing import TYPE_CHECKING, Any
 
 from qzo import tasks
-from qzo.adapters import adapters, add_adapters
-from qzo.adopt import adopt, release
+from qzo.checkpoints.load import load
 from qzo.errors import QzoError
-from qzo.export import export
-from qzo.heap import keep_freed_memory
-from qzo.journal import Journal
-from qzo.linear import QuantLinear
-from qzo.live import check_live
-from qzo.load import load
-from qzo.loss import label_loss
-from qzo.mezo import MeZO
-from qzo.optim import QZO
-from qzo.quantize import quantize
-from qzo.replay import replay
-from qzo.scales import scales
-from qzo.schedule import Phases, adapters_then_scales
-from qzo.trainable import trainable
+from qzo.formats.gptq.layer import QuantLinear
+from qzo.journal.journal import Journal
+from qzo.journal.replay import replay
+from qzo.kernels.heap import keep_freed_memory
+from qzo.live.adapters import adapters, adapters_then_scales, add_adapters
+from qzo.live.adopt import adopt, release
+from qzo.live.check import check_live
+from qzo.live.scales import scales
+from qzo.live.trainable import trainable
+from qzo.models.loss import label_loss
+from qzo.optim.mezo import MeZO
+from qzo.optim.phases import Phases
+from qzo.optim.qzo import QZO
+from qzo.quantizers.quantize import quantize
+from qzo.training.export import export
 
 if TYPE_CHECKING:
-    from qzo.trainer import QZOTrainer
+    from qzo.training.trainer import QZOTrainer
 
 __all__ = [
     "QZO",
@@ -58,7 +58,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """QZOTrainer is imported when asked for: it needs transformers, which takes seconds."""
     if name == "QZOTrainer":
-        from qzo.trainer import QZOTrainer
+        from qzo.training.trainer import QZOTrainer
 
         return QZOTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

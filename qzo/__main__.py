@@ -2,7 +2,7 @@
 
 import sys
 
-from qzo.cli import main
+from qzo.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

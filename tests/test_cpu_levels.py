@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from qzo import instructions
+from qzo.kernels import instructions
 
 ROOT = Path(__file__).parent.parent
 ATEN = ("default", "avx2", "avx512")
 ONEDNN = {"AVX2": "no bf16 instructions", "AVX512_CORE": "no bf16 instructions", "AVX512_CORE_BF16": "AVX512-BF16"}
 AFFECTED = (
-    "tests/bench/test_cpu.py",
-    "tests/bench/test_cpu_kernels.py",
-    "tests/bench/test_quantizations.py::test_the_simulated_cpu_agrees_with_the_measured_one_in_every_format",
-    "tests/bench/test_sim_cpu.py",
-    "tests/qzo/test_linear.py",
-    "tests/qzo/test_native.py",
+    "tests/bench/worlds/test_cpu.py",
+    "tests/bench/simulator/cpu/test_kernels.py",
+    "tests/bench/cases/test_quantizations.py::test_the_simulated_cpu_agrees_with_the_measured_one_in_every_format",
+    "tests/bench/worlds/test_sim_cpu.py",
+    "tests/qzo/formats/gptq/test_layer.py",
+    "tests/qzo/kernels/test_native.py",
 )
 
 
@@ -48,7 +48,8 @@ def run(variable: str, value: str, *command: str) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize(("variable", "value"), lower_levels())
 def test_a_variable_lowers_what_is_used(variable, value):
-    code = "import torch, qzo.instructions as i; print(torch.backends.cpu.get_cpu_capability(), i.described(), sep=':')"
+    code = "import torch, qzo.kernels.instructions as i; "
+    code += "print(torch.backends.cpu.get_cpu_capability(), i.described(), sep=':')"
     capability, described = run(variable, value, "-c", code).stdout.strip().split(":")
     if variable == "ATEN_CPU_CAPABILITY":
         assert capability == value.upper()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reports import readme
+from reports.studies import readme
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def test_the_first_command_prints_the_tables(tmp_path):
 
 
 def test_the_second_command_runs_tests():
-    done = make("test", "ARGS=tests/bench/test_gpus.py")
+    done = make("test", "ARGS=tests/bench/cases/test_gpus.py")
     assert done.returncode == 0 and "passed" in done.stdout
 
 
@@ -71,7 +71,7 @@ def gptq(tmp_path, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import qzo
-    from qzo.checkpoint import save
+    from qzo.checkpoints.save import save
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).to(torch.bfloat16)
@@ -111,7 +111,7 @@ def test_the_trainer_trains_and_writes_a_model(gptq):
 
 
 def test_the_training_commands_parse():
-    from qzo.cli import _parser
+    from qzo.commands.main import _parser
 
     commands = re.findall(r"^    (qzo (?:train|export) .*)$", TEXT, re.MULTILINE)
     assert len(commands) == 3

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench.case import BenchCase
+from bench.cases.case import BenchCase
 from bench.methods.adapters import lora, qlora
+from bench.methods.as_released import mezo_reference, qzo_2bit_reference, qzo_reference
 from bench.methods.full import ft_amp, ft_bf16, ft_mixed, ft_sgd
 from bench.methods.prepared import Prepared
-from bench.methods.reference import mezo_reference, qzo_2bit_reference, qzo_reference
+from bench.methods.world import World
 from bench.methods.zeroth_order import mezo, qzo_2bit, qzo_4bit, qzo_full
-from bench.worlds import World
 
 METHODS: dict[str, Callable[[BenchCase, World], Prepared]] = {
     "ft-bf16": ft_bf16,

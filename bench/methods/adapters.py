@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bench.adamw import fused_adamw
-from bench.case import BenchCase
+from bench.cases.case import BenchCase
+from bench.methods.adamw import fused_adamw
 from bench.methods.nf4 import BLOCK_SIZE, to_nf4
 from bench.methods.prepared import Prepared, checkpoint_options, first_order_step
-from bench.worlds import World
+from bench.methods.world import World
 
 RANK, ALPHA = 8, 16  # as in the paper
 LR = 1e-4

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from bench.adamw import MixedAdamW, fused_adamw
-from bench.case import BenchCase
+from bench.cases.case import BenchCase
+from bench.methods.adamw import MixedAdamW, fused_adamw
 from bench.methods.prepared import Prepared, checkpoint_options, first_order_step
-from bench.worlds import World
+from bench.methods.world import World
 
 LR = 1e-5
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.text import Batch
-from bench.worlds import World
+from bench.cases.text import Batch
+from bench.methods.world import World
 
 Enter = Callable[[str], None]  # tells the ledger which phase begins
 Step = Callable[[Batch, Enter], float]

@@ -7,14 +7,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import qzo
-from bench.case import BenchCase
-from bench.catalog import default_group_size
+from bench.cases.case import BenchCase
+from bench.cases.models import default_group_size
+from bench.cases.quantizations import FORMATS, quantize_as
+from bench.cases.text import Batch
 from bench.methods.prepared import Enter, Prepared
-from bench.quantizations import FORMATS, quantize_as
-from bench.text import Batch
-from bench.worlds import World
-from qzo import aqlm
-from qzo.scales import has_signed_scales
+from bench.methods.world import World
+from qzo.formats.aqlm import layer as aqlm
+from qzo.live.scales import has_signed_scales
+from qzo.quantizers.aqlm import quantize_random
 
 EPS = 1e-3
 LABELS_AT_END = 1  # a batch asks for the last token of each sequence
@@ -42,7 +43,7 @@ def qzo_full(case: BenchCase, world: World) -> Prepared:
 
 def qzo_2bit(case: BenchCase, world: World) -> Prepared:
     """AQLM 1x16: 16-bit codes for groups of 8 weights, one codebook a layer; the channel-wise scales are trained."""
-    model = aqlm.quantize_random(world.model(torch.bfloat16), seed=case.seed)
+    model = quantize_random(world.model(torch.bfloat16), seed=case.seed)
     prepared = _trained_scales(world.place(model), case)
     prepared.quantization = {"format": "aqlm-1x16", "bits": 2, "group_size": aqlm.GROUP_SIZE}
     prepared.notes.append("AQLM codes drawn at random: memory, not accuracy")
@@ -61,7 +62,7 @@ def _quantized(case: BenchCase, world: World, embeddings: int | None) -> Prepare
 
 
 def _quantized_as(case: BenchCase, world: World, model: PreTrainedModel, name: str, embeddings: bool) -> Prepared:
-    """In a format of `bench.quantizations`. What a scale is differs, so all are moved by relative amounts."""
+    """In a format of `bench.cases.quantizations`. What a scale is differs, so all are moved by relative amounts."""
     about = quantize_as(model, name, case.group_size, case.seed, embeddings)
     signed = has_signed_scales(model)  # before there may be fake tensors, which tell nothing
     placed = world.place(model).eval()

@@ -7,24 +7,23 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import text
-from bench.attention import attention_of
-from bench.case import BenchCase
-from bench.environment import environment
-from bench.ledger import Ledger
+from bench.cases import text
+from bench.cases.case import BenchCase
+from bench.ledger.events import MARK, rises
+from bench.ledger.ledger import Ledger
 from bench.methods import METHODS
 from bench.methods.prepared import Enter, Prepared, Step
-from bench.record import Record
-from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
-from bench.worlds.cpu_gemm import NOTE, fast_bf16, needs_blocks
+from bench.records.environment import environment
+from bench.records.record import Record
+from bench.simulator.cpu.gemm import NOTE, fast_bf16, needs_blocks
+from bench.simulator.cuda.attention import attention_of
 from bench.worlds.measured import MeasuredWorld, origin_notes, source_of
+from bench.worlds.watch import WATCHED_STEPS, describe, register_resident, run_steps
 
 INSIDE = "unattributed is what kernels take inside themselves, as oneDNN does to pack the operands of bf16 products"
-MARK = "phase "  # of profiler events that tell where a phase begins
 
 
 def run(case: BenchCase) -> Record:
@@ -87,27 +86,6 @@ def marked(step: Step) -> Step:
             pass
 
     return lambda batch, enter: step(batch, partial(enter_both, enter))
-
-
-def highest_rise(profiler: profile) -> int:
-    """The highest sum of the profiler's allocation events, in bytes above the start."""
-    return max(rises(profiler).values())
-
-
-def rises(profiler: profile) -> dict[str, int]:
-    """Phase -> the highest sum of allocation events while it was current, in bytes above the start; "" before any."""
-    # The only place that keeps the events in order.
-    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    live, phase, highest = 0, "", {"": 0}
-    for event in results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-        elif event.name().startswith(MARK):
-            phase = event.name().removeprefix(MARK)
-        else:
-            continue
-        highest[phase] = max(highest.get(phase, live), live)
-    return highest
 
 
 def reset_peak_rss() -> None:

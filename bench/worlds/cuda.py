@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import nvml
-from bench.allocator import ROUND_BYTES
-from bench.attention import attention_of, preference
-from bench.case import BenchCase
-from bench.environment import environment
-from bench.ledger import Ledger
+from bench.cases.case import BenchCase
+from bench.ledger.ledger import Ledger
 from bench.methods import METHODS
-from bench.record import Record
-from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
+from bench.records import nvml
+from bench.records.environment import environment
+from bench.records.record import Record
+from bench.simulator.allocator.replay import ROUND_BYTES
+from bench.simulator.cuda.attention import attention_of, preference
 from bench.worlds.measured import MeasuredWorld, origin_notes, source_of
+from bench.worlds.watch import WATCHED_STEPS, describe, register_resident, run_steps
 from qzo.errors import QzoError
 
 DEVICE = "cuda"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bench import text, weights
-from bench.case import BenchCase
-from bench.catalog import ModelSource, resolve
+from bench.cases import text, weights
+from bench.cases.case import BenchCase
+from bench.cases.models import ModelSource, resolve
 
 
 class MeasuredWorld:

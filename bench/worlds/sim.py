@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -12,20 +11,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bench import gpus
-from bench.allocator import ROUND_BYTES, replay
-from bench.attention import attention_of
-from bench.autocast import MetaAutocast
-from bench.case import BenchCase
-from bench.catalog import ModelSource, build_empty, resolve
-from bench.environment import environment
-from bench.kernels import CudaFunctions, rules
-from bench.ledger import Ledger
+from bench.cases import gpus
+from bench.cases.case import BenchCase
+from bench.cases.models import ModelSource, build_empty, resolve
+from bench.cases.text import Batch
+from bench.ledger.ledger import Ledger
+from bench.ledger.repeat import repeated_layers
 from bench.methods import METHODS
-from bench.record import Record
-from bench.repeat import repeated_layers
-from bench.text import Batch
-from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
+from bench.records.environment import environment
+from bench.records.record import Record
+from bench.simulator.allocator.replay import ROUND_BYTES, replay
+from bench.simulator.cuda.attention import attention_of
+from bench.simulator.cuda.autocast import MetaAutocast
+from bench.simulator.cuda.kernels import CudaFunctions, rules
+from bench.simulator.shared import collector_off, number_of_experts
+from bench.worlds.watch import WATCHED_STEPS, describe, register_resident, run_steps
 
 
 class SimWorld:
@@ -64,18 +64,6 @@ class SimWorld:
             yield
 
 
-@contextmanager
-def collector_off() -> Iterator[None]:
-    """Without Python's garbage collector, which walks all events again and again: linear instead of quadratic time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 @collector_off()
 def run(case: BenchCase) -> Record:
     """Simulate one cell on `case.gpu`: the same function a measured world calls, on the meta device."""
@@ -102,12 +90,6 @@ def run(case: BenchCase) -> Record:
         allocated=replayed.peak_allocated, phases=replayed.phase_peaks, reserved=replayed.peak_reserved,
         process=replayed.peak_reserved + gpu.context_bytes,
     )  # fmt: skip
-
-
-def number_of_experts(config: object) -> int:
-    """Experts of a layer; 1 for a dense model."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 1)
 
 
 def _batch(case: BenchCase) -> Batch:

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import import_utils
 
-from bench.attention import attention_of
-from bench.case import BenchCase
-from bench.catalog import ModelSource, resolve
-from bench.cpu_kernels import rules
-from bench.environment import environment
-from bench.ledger import Ledger
+from bench.cases.case import BenchCase
+from bench.cases.models import ModelSource, resolve
+from bench.cases.text import Batch
+from bench.ledger.ledger import Ledger
 from bench.methods import METHODS
-from bench.record import Record
-from bench.text import Batch
-from bench.watch import WATCHED_STEPS, describe, register_resident, run_steps
-from bench.worlds.cpu_gemm import NOTE, fast_bf16, needs_blocks
-from bench.worlds.sim import SimWorld, number_of_experts
+from bench.records.environment import environment
+from bench.records.record import Record
+from bench.simulator.cpu.gemm import NOTE, fast_bf16, needs_blocks
+from bench.simulator.cpu.kernels import rules
+from bench.simulator.cuda.attention import attention_of
+from bench.simulator.shared import number_of_experts
+from bench.worlds.sim import SimWorld
+from bench.worlds.watch import WATCHED_STEPS, describe, register_resident, run_steps
 
 DEVICE = "cpu"
 

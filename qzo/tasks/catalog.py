@@ -12,8 +12,7 @@ from pathlib import Path
 from qzo.errors import QzoError
 from qzo.tasks import metrics, prompts
 from qzo.tasks.example import Example
-from qzo.tasks.hub import hub_rows
-from qzo.tasks.rows import Row, local_rows, package_rows
+from qzo.tasks.rows import Row, hub_rows, local_rows, package_rows
 from qzo.tasks.sampling import Pools, draw
 
 Score = Callable[[Sequence[Example], Sequence[int]], dict[str, float]]

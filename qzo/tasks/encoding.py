@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.loss import IGNORED
+from qzo.models.loss import IGNORED
 from qzo.tasks.catalog import Task
 from qzo.tasks.example import Example
 

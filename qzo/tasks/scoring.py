@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.loss import IGNORED, last_columns_only
+from qzo.models.loss import IGNORED, last_columns_only
 from qzo.tasks.encoding import Batch
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import transformers  # noqa: F401 - as the next
 
-import bench.ledger  # here, for pytester forgets what its runs import, and torch does not survive a second import
+import bench.ledger.ledger  # here: pytester forgets what its runs import, and torch does not survive a second import
 
 pytest_plugins = ["pytester"]
 
@@ -142,6 +142,6 @@ def test_never_runs():
 
 
 def test_plugin_alone_does_not_import_torch(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(bench.ledger.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(bench.__file__).parents[1]))
     pytester.makepyfile("import sys\n\ndef test_light():\n    assert 'torch' not in sys.modules")
     pytester.runpytest_subprocess("-p", NAME).assert_outcomes(passed=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sample_records import all_records, save
 
-from bench.record import Record
+from bench.records.record import Record
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.record import Record, build_record, failed_record, summarise, write_json, write_record
+from bench.records.files import write_json, write_record
+from bench.records.record import Record, build_record, failed_record
+from bench.records.summary import summarise
 
 PARAMETERS = 13_015_864_320
 BF16 = 2 * PARAMETERS  # 26,031,728,640

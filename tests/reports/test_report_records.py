@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-import bench.record
+from bench.cases import methods as names_of_methods
+from bench.records import record, summary
 from reports import records as reading
 from reports.errors import ReportError
 
@@ -20,8 +21,9 @@ def edit(path: Path, change: Any) -> None:
 
 
 def test_both_rooms_name_roles_methods_and_baselines_alike():
-    for name in ("ROLES", "METHODS", "BASELINES", "SAME_CASE"):
-        assert getattr(reading, name) == getattr(bench.record, name)
+    assert reading.ROLES == record.ROLES
+    assert (reading.METHODS, reading.BASELINES) == (names_of_methods.METHODS, names_of_methods.BASELINES)
+    assert reading.SAME_CASE == summary.SAME_CASE
 
 
 def test_records_come_in_the_order_of_the_methods(folder: Path):

@@ -1,0 +1,1 @@
+"""What is asked for: model, method, quantization, GPU, weights and text."""

@@ -1,0 +1,87 @@
+"""`bench fit`: for every method the largest batch and the longest sequence that a memory holds."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from tabulate import tabulate
+
+from bench.capacity.answer import answer
+from bench.capacity.capacity import Capacity, Question
+from bench.cases import gpus
+from bench.cases.case import BenchCase
+from bench.cases.models import ModelSource
+from bench.records.files import write_json
+from bench.worlds import plan
+from qzo.errors import QzoError
+
+GIB = 1 << 30
+UNITS = {"gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table; exit code 0 if a method fits, 1 if none does."""
+    methods = plan.parse_methods(options.methods)
+    gpu = gpus.get(options.gpu or gpus.DEFAULT_GPU)
+    if options.memory is None and options.gpu is None:
+        raise QzoError("fit needs a memory; give --memory 24GiB, or --gpu with a name from `bench list gpus`")
+    memory = gpu.memory_bytes if options.memory is None else parse_memory(options.memory)
+    case = BenchCase(
+        options.model, methods[0], "sim", gpu.name, 1, options.seq_len, options.attention,
+        options.gradient_checkpointing,
+    )  # fmt: skip
+    if options.json:
+        write_json(options.json, {})  # a path that cannot be written is told before the work
+    source, cases = plan.cells(case, methods)
+    questions = [Question(item, memory, _positions(source)) for item in cases]
+    report: dict[str, Any] = {
+        "model": source.name, "memory": memory, "gpu": gpu.name, "seq_len": case.seq_len,
+        "attention": case.attention, "gradient_checkpointing": case.gradient_checkpointing,
+        "notes": [gpu.context_note] if gpu.context_note else [], "methods": answer(questions, source),
+    }  # fmt: skip
+    print(table(report))
+    if options.json:
+        write_json(options.json, report)
+    return int(all(row["status"] != "fits" for row in report["methods"]))
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "24GiB", "24GB" (10^9 bytes each), "24576MiB", "24000MB" or a plain number of GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)?", text.strip().lower())
+    nbytes = int(float(match[1]) * UNITS[match[2] or "gib"]) if match else 0
+    if not nbytes:
+        raise QzoError(f"memory={text!r} is no size; write 24GiB, 24GB, 24576MiB, 24000MB or 24 (GiB)")
+    return nbytes
+
+
+def table(report: dict[str, Any]) -> str:
+    """One line a method: batch and sequence with the process bytes they take, the limit, and the change that helps."""
+    lines = [_line(row, report["seq_len"]) for row in report["methods"]]
+    headers = [
+        "method", f"batch at {report['seq_len']} tokens", "process, GiB", "tokens at batch 1", "process, GiB",
+        "limited by", "cheapest change that helps",
+    ]  # fmt: skip
+    head = f"{report['model']} in {report['memory'] / GIB:.2f} GiB, simulated {report['gpu']}"
+    notes = "".join(f"\n{note}" for note in report["notes"])
+    return f"{head}\n\n{tabulate(lines, headers, tablefmt='pipe', disable_numparse=True)}\n{notes}"
+
+
+def _line(row: Capacity, seq_len: int) -> list[str]:
+    batch, sequence = row["batch"], row["sequence"]
+    cells = [row["method"]]
+    for point in (batch, sequence):
+        cells += [f"{point['largest']:,}", f"{point['process'] / GIB:.2f}"] if point else ["-", "-"]
+    if not batch and row["base"]:
+        cells[2] = f"batch 1: {row['base']['peak']['process'] / GIB:.2f}"
+    limits = dict.fromkeys(point["limited_by"] for point in (batch, sequence) if point)
+    cells.append(row["message"] or ", ".join(limits))
+    remedy = row["remedy"]
+    checked = remedy and ("simulated" if remedy["checked"] == "simulated" else f"calculated: {remedy['checked']}")
+    cells.append(f"{remedy['change']}: batch {remedy['batch']:,} ({checked})" if remedy else "none known")
+    return cells
+
+
+def _positions(source: ModelSource) -> int | None:
+    return getattr(source.config.get_text_config(), "max_position_embeddings", None)

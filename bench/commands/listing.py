@@ -1,0 +1,36 @@
+"""The names that `bench run` takes."""
+
+from __future__ import annotations
+
+from bench.cases import gpus
+from bench.cases import models as catalog
+from bench.cases.methods import EXTRA_METHODS, METHODS
+from bench.cases.quantizations import FORMATS
+
+GIB = 1 << 30
+
+
+def print_names(what: str) -> int:
+    """Print models with parameters, methods with their summary, GPUs with memory, or quantizations with their bits."""
+    if what == "models":
+        for name in catalog.names():
+            source = catalog.resolve(name)
+            weights = "weights here" if source.weights else "architecture"
+            print(f"{name:<16} {source.parameters or 0:>15,} parameters  {weights:<13} {source.hub}")
+    elif what == "gpus":
+        for name in gpus.names():
+            gpu = gpus.get(name)
+            major, minor = gpu.compute_capability
+            print(f"{name:<12} {gpu.memory_bytes / GIB:6.1f} GiB  compute capability {major}.{minor}")
+    elif what == "quantizations":
+        for name, known in FORMATS.items():
+            groups = "groups of 128, 64 or 32" if known.group_size == 0 else f"groups of {known.group_size}"
+            groups = "one scale a row" if known.group_size is None else groups
+            print(f"{name:<13} {known.bits} bits, {groups}")
+    else:
+        from bench.methods import METHODS as functions
+
+        for name in METHODS + EXTRA_METHODS:
+            mark = "[only where asked for] " if name in EXTRA_METHODS else ""
+            print(f"{name:<18} {mark}{(functions[name].__doc__ or '').splitlines()[0]}")
+    return 0

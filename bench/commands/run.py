@@ -1,0 +1,92 @@
+"""`bench run`: check, run the cells, write records and summary, print the tables."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bench.cases import gpus, weights
+from bench.cases.case import EXTRA_METHODS, METHODS, BenchCase
+from bench.cases.methods import ZEROTH_ORDER
+from bench.cases.models import ModelSource
+from bench.records.files import SUMMARY, make_folder, read_record, write_json
+from bench.records.record import Record
+from bench.records.summary import summarise
+from bench.worlds import plan
+from bench.worlds.runner import Progress, run_cells
+from bench.worlds.watch import case_of
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0 if every cell ran or does not apply to the model, 1 if one failed, ran out of memory, or none ran."""
+    methods = plan.parse_methods(options.methods)
+    case = BenchCase(
+        options.model, methods[0], options.device, options.gpu, options.batch_size, options.seq_len,
+        options.attention, options.gradient_checkpointing, options.group_size, options.steps,
+        quantization=options.quantization,
+    )  # fmt: skip
+    source, cases = plan.cells(case, methods)
+    out = Path(options.out or Path("results") / source.name)
+    make_folder(out)
+    if options.device == "auto" and cases[0].device == "cuda":
+        gpu = options.gpu or gpus.DEFAULT_GPU
+        cases = plan.fitting(cases, gpu, lambda predicted: _run(source, predicted, out))
+    forget_other_cases(out, cases)
+    records = {record["case"]["method"]: record for record in _earlier(out)}
+    try:
+        for record in _run(source, cases, out):
+            records[record["case"]["method"]] = record
+    finally:
+        records |= {record["case"]["method"]: record for record in _earlier(out)}
+        if records:
+            write_json(out / SUMMARY, summarise(records))
+    shown = subprocess.run([sys.executable, "-m", "reports", str(out)])
+    statuses = [records[method]["status"] for method in methods]
+    failed = "error" in statuses or "oom" in statuses or "ok" not in statuses
+    return shown.returncode or int(failed)
+
+
+def _run(source: ModelSource, cases: Sequence[BenchCase], out: Path) -> list[Record]:
+    """Run the cases with the weights unpacked once, if there are packed ones; report progress."""
+    records: list[Record] = []
+    progress = Progress(len(cases))
+
+    def done(record: Record) -> None:
+        records.append(record)
+        progress(record)
+
+    with tempfile.TemporaryDirectory(prefix="qzo-bench-") as folder:
+        if any(case.device != "sim" for case in cases) and weights.kind(source) == "gguf":
+            print(f"unpacking {source.weights} once for all cells", file=sys.stderr, flush=True)
+            weights.unpack(source, Path(folder))
+            cases = [case if case.device == "sim" else replace(case, weights=folder) for case in cases]
+        run_cells(cases, out, done)
+    return records
+
+
+def forget_other_cases(out: Path, cases: Sequence[BenchCase]) -> None:
+    """Remove records of an earlier run with other settings: one folder holds cells that can be compared."""
+    first = case_of(cases[0])
+    same = ["model", "batch_size", "seq_len"]
+    same += ["attention"] if cases[0].attention else []
+    for record in _earlier(out):
+        case = record["case"]
+        other = [key for key in same if case[key] != first[key]]
+        if record["world"] == "simulated" and case["gpu"] != (cases[0].gpu or case["gpu"]):
+            other.append("gpu")
+        backward = case["method"] not in ZEROTH_ORDER
+        if backward and case["gradient_checkpointing"] != cases[0].gradient_checkpointing:
+            other.append("gradient_checkpointing")
+        if other:
+            path = out / f"{case['method']}.json"
+            print(f"removing {path}: made with another {', '.join(other)}", file=sys.stderr)
+            path.unlink()
+
+
+def _earlier(out: Path) -> list[Record]:
+    return [read_record(path) for path in sorted(out.glob("*.json")) if path.stem in METHODS + EXTRA_METHODS]

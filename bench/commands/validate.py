@@ -1,0 +1,52 @@
+"""`bench validate`: a file of measurements beside predictions, as tables and as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tabulate import tabulate
+
+from bench.records.files import write_json
+from bench.validation.compare import CARDS_GIB, Row, error_statistics, predict_all, verdicts
+from bench.validation.measurement import METRICS, MIB, read_rows
+
+CASE = ("model_id", "method", "attention", "batch_size", "seq_len")
+
+
+def run(path: str, json_path: str | None) -> int:
+    """Print the comparison; exit code 1 if a row could not be predicted or a verdict is wrong."""
+    rows = read_rows(path)
+    results = predict_all(rows)
+    report: Row = {"statistics": error_statistics(results), "verdicts": verdicts(results), "rows": results}
+    print(tables(report))
+    if json_path:
+        write_json(Path(json_path), report)
+    failed = any(result["status"] != "ok" for result in results)
+    return int(failed or report["verdicts"]["wrong"] > 0)
+
+
+def tables(report: Row) -> str:
+    """Row by row predicted against measured in MiB, then the statistics."""
+    lines = []
+    for result in report["rows"]:
+        case = [result["case"].get(key) for key in CASE]
+        if result["status"] != "ok":
+            lines.append([*case, f"not predicted: {result['message']}"])
+            continue
+        cells = []
+        for name in METRICS:
+            if name in result["error_percent"]:
+                predicted, measured = result["predicted"][name] / MIB, result["measured"][name] / MIB
+                cells.append(f"{predicted:,.0f} / {measured:,.0f} ({result['error_percent'][name]:+.2f}%)")
+            else:
+                cells.append("n/a")
+        lines.append([*case, *cells])
+    headers = ["model", "method", "attention", "batch", "tokens", *(f"{name}, MiB" for name in METRICS)]
+    rows = tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
+    summary = tabulate(
+        [[name, *(f"{value:.2f}" for value in values.values())] for name, values in report["statistics"].items()],
+        ["error in %", "mean", "median", "worst", "mean, signed"], tablefmt="pipe", disable_numparse=True,
+    )  # fmt: skip
+    asked, wrong = report["verdicts"]["asked"], report["verdicts"]["wrong"]
+    sizes = ", ".join(map(str, CARDS_GIB))
+    return f"{rows}\n\n{summary}\n\nfits or not, at {sizes} GiB: {wrong} of {asked} verdicts wrong"

@@ -1,0 +1,1 @@
+"""Every storage from birth to death, with the role it plays."""

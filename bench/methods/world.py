@@ -1,0 +1,26 @@
+"""What a method may ask of the world it runs in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class World(Protocol):
+    """Where a method's model lives."""
+
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The unquantized model of the case in `dtype`, before the method changes it."""
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device it is trained on; called once, when the method has changed what it changes."""
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 autocast of this world."""
+
+    def recomputing(self) -> AbstractContextManager:
+        """What a checkpointed layer's recomputation needs beyond what torch restores by itself."""

@@ -1,0 +1,1 @@
+"""CPUs: what their kernels allocate, and how they multiply in bf16."""

@@ -1,0 +1,1 @@
+"""CUDA: what its kernels allocate, its autocast, and which attention kernel runs."""

@@ -1,0 +1,1 @@
+"""Long experiments, each the record behind a page of reports."""

@@ -1,0 +1,1 @@
+"""Predicted memory beside measured memory."""

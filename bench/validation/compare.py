@@ -1,0 +1,77 @@
+"""Every measurement of a file predicted, and how far off the predictions are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench.validation import recorded
+from bench.validation.measurement import METRICS, measured_bytes, parse
+from qzo.errors import QzoError
+
+GIB = 1 << 30
+CARDS_GIB = (8, 12, 16, 24)  # where a verdict is asked: does the process fit?
+WORKERS = 2
+Row = dict[str, Any]
+
+
+def predict_all(rows: Sequence[Row]) -> list[Row]:
+    """The result of each row, in order; simulated in two processes, with a line of progress on stderr."""
+    context = multiprocessing.get_context("spawn")
+    results = []
+    with context.Pool(min(WORKERS, len(rows))) as pool:
+        for number, result in enumerate(pool.imap(compare_row, rows), 1):
+            print(f"\r[{number}/{len(rows)}] predicted", end="", file=sys.stderr, flush=True)
+            results.append(result)
+    print(file=sys.stderr)
+    return results
+
+
+def compare_row(row: Row) -> Row:
+    """Predicted and measured bytes of one row, and the errors in percent; or the reason why there are none."""
+    ours = recorded.is_record(row)
+    measured = recorded.figures(row) if ours else measured_bytes(row)
+    case = {"model_id": row["case"]["model"], **row["case"]} if ours else dict(row)
+    case.pop("measured_mib", None)
+    result: Row = {"case": case, "measured": measured}
+    try:
+        from bench.validation.predict import predict
+
+        predicted = recorded.predict(row) if ours else predict(parse(row))
+    except Exception as error:  # also what a library raises: the other rows still count
+        reason = str(error) if isinstance(error, QzoError) else f"{type(error).__name__}: {error}".split("\n")[0]
+        return result | {"predicted": None, "error_percent": None, "status": "error", "message": reason}
+    errors = {name: 100 * (predicted[name] / value - 1) for name, value in measured.items() if name in predicted}
+    return result | {"predicted": predicted, "error_percent": errors, "status": "ok", "message": None}
+
+
+def error_statistics(results: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """Metric -> mean, median and worst absolute error and mean signed error, in percent."""
+    found: dict[str, dict[str, float]] = {}
+    for name in METRICS:
+        errors = [result["error_percent"][name] for result in results if name in (result["error_percent"] or {})]
+        if errors:
+            sizes = [abs(error) for error in errors]
+            found[name] = {
+                "mean_abs_percent": statistics.fmean(sizes),
+                "median_abs_percent": statistics.median(sizes),
+                "worst_abs_percent": max(sizes),
+                "mean_signed_percent": statistics.fmean(errors),
+            }
+    return found
+
+
+def verdicts(results: Iterable[Row]) -> dict[str, int]:
+    """How many fits/does-not-fit answers were asked for and how many are wrong; without a prediction all are."""
+    asked = wrong = 0
+    for result in results:
+        measured, predicted = result["measured"].get("process"), result["predicted"]
+        if measured is None or (predicted is not None and "process" not in predicted):
+            continue  # one of the two worlds has no process bytes
+        for card in CARDS_GIB:
+            asked += 1
+            wrong += predicted is None or (predicted["process"] <= card * GIB) != (measured <= card * GIB)
+    return {"asked": asked, "wrong": wrong}

@@ -1,0 +1,64 @@
+"""Records of measured cells as measurements: the same case simulated, and both reduced to the same figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bench.cases import gpus
+from bench.cases.case import BenchCase
+from bench.cases.methods import QUANTIZABLE
+from bench.cases.quantizations import FORMATS, named
+from bench.records.record import Record
+from qzo.errors import QzoError
+
+# Figure -> phases of a record that it is the highest of; zeroth-order steps have no backward.
+PHASES = {
+    "forward": ("forward", "forward-plus", "forward-minus"),
+    "backward": ("backward",),
+    "step": ("step", "perturb", "update"),
+}
+SCALED = ("gptq",)  # formats whose group size is a choice of the case
+
+
+def is_record(row: Mapping[str, Any]) -> bool:
+    """Whether a line of a measurement file is one of our records (the others have `measured_mib`)."""
+    return "schema_version" in row
+
+
+def figures(record: Record) -> dict[str, int]:
+    """Bytes by the names of `bench.validation.measurement.METRICS`, as far as the record knows them."""
+    found = {name: nbytes for name, nbytes in record["peak"].items() if nbytes is not None}
+    phases = {phase["name"]: phase["peak_allocated"] for phase in record["phases"]}
+    for name, parts in PHASES.items():
+        peaks = [phases[part] for part in parts if part in phases]
+        if peaks:
+            found[name] = max(peaks)
+    return found
+
+
+def simulated_case(record: Record) -> BenchCase:
+    """The case that a measured record is compared with. Raises QzoError for a record that is no measurement."""
+    if record["status"] != "ok" or record["world"] == "simulated":
+        raise QzoError(f"a record that is {record['world']} and {record['status']} is no measurement")
+    case, quantization = record["case"], record["case"]["quantization"] or {}
+    name = named(quantization) if case["method"] in QUANTIZABLE else None
+    chosen = name is not None and FORMATS[name].any_group_size
+    measured_on_gpu = record["world"] == "measured-cuda"
+    return BenchCase(
+        case["model"], case["method"], device="sim", batch_size=case["batch_size"], seq_len=case["seq_len"],
+        gpu=gpus.find(case["gpu"]).name if measured_on_gpu else gpus.CPU, attention=case["attention"],
+        gradient_checkpointing=case["gradient_checkpointing"],
+        group_size=quantization["group_size"] if chosen or quantization.get("format") in SCALED else None,
+        quantization=name,
+    )  # fmt: skip
+
+
+def predict(record: Record) -> dict[str, int]:
+    """The figures of the same case, simulated."""
+    from bench.worlds.cell import run
+
+    predicted = run(simulated_case(record))
+    if predicted["status"] != "ok":
+        raise QzoError(predicted["message"])
+    return figures(predicted)

@@ -1,0 +1,67 @@
+"""One cell in a process of its own: cases come in as JSON lines on stdin, records leave as JSON lines on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+from bench.cases.case import BenchCase
+from bench.cases.gpus import CPU
+from bench.records.record import Record
+
+WORLD_OF = {"sim": "simulated", "cpu": "measured-cpu", "cuda": "measured-cuda"}
+
+
+def run(case: BenchCase) -> Record:
+    """The record of a case; whatever goes wrong becomes a record with the reason."""
+    from bench.records.environment import environment
+    from bench.records.record import failed_record
+    from bench.worlds.watch import case_of
+    from qzo.errors import QzoError
+
+    try:
+        return _world(case)(case)
+    except QzoError as error:
+        status, message = "unsupported", str(error)
+    except ImportError as error:
+        status, message = "unsupported", f"{case.method} needs the package {error.name}: pip install {error.name}"
+    except Exception as error:
+        memory = "out of memory" in str(error).lower() or isinstance(error, MemoryError)
+        status, message = "oom" if memory else "error", f"{type(error).__name__}: {error}".split("\n")[0]
+        traceback.print_exc(file=sys.stderr)
+    return failed_record(case_of(case), WORLD_OF[case.device], environment(), status=status, message=message)
+
+
+def _world(case: BenchCase) -> Any:
+    if case.device == "sim" and case.gpu == CPU:
+        from bench.worlds import sim_cpu
+
+        return sim_cpu.run
+    if case.device == "sim":
+        from bench.worlds import sim
+
+        return sim.run
+    if case.device == "cpu":
+        from bench.worlds import cpu
+
+        return cpu.run
+    from bench.worlds import cuda
+
+    return cuda.run
+
+
+def serve() -> None:
+    """Answer each line on stdin until it is closed; what libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        record = run(BenchCase(**json.loads(line)))
+        answers.write(json.dumps(record) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

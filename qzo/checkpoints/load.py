@@ -1,0 +1,117 @@
+"""Reading models: quantized checkpoints by their formats' own readers, everything else through transformers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qzo.errors import QzoError
+from qzo.formats.bnb.files import load_bnb
+from qzo.formats.hqq.files import find_hqq
+from qzo.formats.packed import load_packed
+from qzo.formats.torchao.files import find_torchao
+from qzo.models.folder import download, headers_in, one_line, read_json, weight_files
+from qzo.models.settings import settings_of, understood
+from qzo.models.skeleton import check_architecture, check_counts, dtype_of, skeleton
+from qzo.models.stored import load_stored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    dequantize: bool = True,
+) -> PreTrainedModel:
+    """Load a causal language model.
+
+    A GPTQ checkpoint (2, 3, 4 or 8 bits, formats "gptq" and "gptq_v2", one file or shards, with or without act-order)
+    becomes a model with QuantLinear layers, an AWQ checkpoint (4 bits, version "gemm") one with AwqLinear layers, an
+    AQLM checkpoint (1x16, 2x8 and others) one with AqlmLinear layers, a bitsandbytes checkpoint (NF4, FP4 or int8) one
+    with BnbLinear4bit or BnbLinear8bit layers, an HQQ checkpoint (1 to 8 bits, both axes, `qmodel.pt` or safetensors)
+    one with HqqLinear layers, and a torchao checkpoint (int8 and int4, weight-only) one with AoInt8Linear or
+    AoInt4Linear layers, ready for `qzo.scales` and `qzo.QZO`. Anything else comes unquantized, ready for
+    `qzo.quantize`. Only safetensors, GGUF files and the qmodel.pt of HQQ (tensors and settings alone) are read, and no
+    code of a checkpoint is run.
+
+    Args:
+        source: a folder with config.json, a .gguf file, or a hub id, which is downloaded.
+        dtype: of the unquantized tensors; None takes that of a quantized checkpoint's config, and bf16 for all else.
+        device: where the tensors go.
+        dequantize: of a .gguf file. False keeps its blocks packed, as GgufLinear layers, and trains their scales: for
+            `qzo.scales` and `qzo.QZO`. Llama, Mistral and Qwen 2 and 3 files; Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
+            scales to train, Q4_K, Q5_K and Q6_K stay frozen.
+
+    Raises:
+        QzoError: nothing there, damaged or contradictory files, another quantization method.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise QzoError(f"{path} is not a file; give the path of a .gguf file")
+        if not dequantize:
+            from qzo.formats.gguf.files import load_gguf
+
+            return load_gguf(path, dtype or torch.bfloat16, torch.device(device))
+        from transformers import GgufConfig
+
+        from qzo.formats.gguf.header import read_gguf_header
+
+        read_gguf_header(path)  # a damaged one is told before anything believes it
+
+        dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
+        return _from_pretrained(path.parent, dtype, device, gguf_file=path.name, quantization_config=dense)
+    folder = path if path.is_dir() else download(str(source))
+    config = read_json(folder / "config.json")
+    settings = settings_of(folder, config)
+    stored = find_hqq(folder, settings) or find_torchao(folder, settings)
+    if stored is not None:
+        return load_stored(stored, config, dtype or dtype_of(config), torch.device(device))
+    quantization = None if settings is None else understood(folder, settings)
+    headers = headers_in(weight_files(folder))
+    check_counts(folder, config, len(headers))
+    check_architecture(folder, config)
+    if quantization is None:
+        skeleton(folder, headers, torch.bfloat16)
+        return _from_pretrained(folder, dtype, device)
+    reader = load_bnb if quantization.method == "bitsandbytes" else load_packed
+    return reader(folder, quantization, headers, dtype or dtype_of(config), torch.device(device))
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of what `load` loads. Raises QzoError where there is none."""
+    from transformers import AutoTokenizer
+
+    path = Path(source)
+    place, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
+    try:
+        return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **options)
+    except Exception as error:  # as in _from_pretrained
+        raise QzoError(f"{source} has no tokenizer that loads: {one_line(error)}") from error
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    source = folder / options.get("gguf_file", "")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or torch.bfloat16,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
+        raise QzoError(f"{source}: {one_line(error)}") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise QzoError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    return model.to(device)

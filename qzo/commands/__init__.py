@@ -1,0 +1,1 @@
+"""The commands of `qzo`, one file each."""

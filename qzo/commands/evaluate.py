@@ -1,0 +1,104 @@
+"""`qzo eval MODEL --task T`: the score of a model on a task, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from qzo.durable import replace_file
+from qzo.errors import QzoError
+from qzo.training.settings import DTYPES
+
+SIZES = {"train": 1000, "validation": 500, "test": 1000}  # as in the papers
+PERCENT = ("accuracy", "f1", "em")
+
+
+def add_command(commands: Any) -> None:
+    """Add `eval` to the subcommands of a parser."""
+    parser = commands.add_parser("eval", help="score a model on a task, by prompts and label words")
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id, quantized or not")
+    parser.add_argument(
+        "--task", required=True, help="sst2, rte, cb, boolq, wic, copa, multirc, squad, rotten-tomatoes"
+    )
+    parser.add_argument("--data", metavar="DIR", help="folder with TASK/train.jsonl and validation.jsonl")
+    parser.add_argument("--split", choices=tuple(SIZES), default="test", help="which examples (default test)")
+    parser.add_argument("--samples", type=int, metavar="N", help="examples, default 1000, or 500 of validation")
+    parser.add_argument("--seed", type=int, default=0, help="of the splits (default 0)")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples run together (default 16)")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens a row; longer texts are cut (default 256)")
+    parser.add_argument("--calibrated", action="store_true", help="subtract the label words' prior on training texts")
+    parser.add_argument("--device", default="cpu", help="where to run (default cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of unquantized tensors (default: as load chooses)")
+    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate, print the table, write the JSON file."""
+    import torch
+
+    from qzo import tasks
+    from qzo.checkpoints.load import load, load_tokenizer
+
+    _check(options)
+    task = tasks.get(options.task, options.data)
+    if options.calibrated and not task.words:
+        raise QzoError(f"--calibrated needs a task with label words; {task.name} has none")
+    splits = _splits(task, options)  # before the model: wrong data costs no time
+    encoder = tasks.Encoder(task, load_tokenizer(options.model), options.max_length)
+    for example in splits[options.split]:
+        encoder.encode(example)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    model = load(options.model, dtype, _device(options.device))
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and options.max_length > longest:
+        raise QzoError(f"--max-length {options.max_length} is more than the {longest} positions of {options.model}")
+    prior = tasks.label_prior(model, encoder, splits["train"], options.batch_size) if options.calibrated else None
+    result = tasks.evaluate(model, encoder, splits[options.split], options.batch_size, prior)
+    named = {name: getattr(options, name) for name in ("model", "task", "split", "seed", "max_length")}
+    record = {**named, "metric": task.metric, "prior": prior, **result}
+    print(_table(record))
+    if options.json:
+        text = json.dumps(record, indent=2)
+        replace_file(Path(options.json), lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("samples", "batch_size", "max_length"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise QzoError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise QzoError(f"--json {options.json}: there is no such folder")
+
+
+def _device(name: str) -> Any:
+    """A device that is there. Raises QzoError for others."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch has no kind of its own for it
+        raise QzoError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _splits(task: Any, options: argparse.Namespace) -> dict[str, list[Any]]:
+    """The usual splits; a part of the one asked for where fewer samples are wanted, a larger draw where more are."""
+    samples = options.samples or SIZES[options.split]
+    sizes = {**SIZES, options.split: max(samples, SIZES[options.split])}
+    splits = task.splits(options.seed, **sizes)
+    return {**splits, options.split: splits[options.split][:samples]}
+
+
+def _table(record: dict[str, Any]) -> str:
+    lines = {"model": record["model"], "task": f"{record['task']}, {record['split']} split, seed {record['seed']}"}
+    lines["examples"] = f"{record['count']:,}"
+    scores = [record["metric"], *(name for name in PERCENT if name in record and name != record["metric"])]
+    lines |= {name: f"{100 * record[name]:.1f} %" for name in scores}
+    lines["loss"] = f"{record['loss']:.4f}"
+    lines["predictions"] = ", ".join(f"{word} {count:,}" for word, count in record["predictions"].items())
+    if record["prior"] is not None:
+        lines["prior"] = " ".join(f"{value:.3f}" for value in record["prior"]) + " (log-probabilities, subtracted)"
+    return "\n".join(f"{name:<12} {value}" for name, value in lines.items())

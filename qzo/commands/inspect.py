@@ -1,0 +1,66 @@
+"""`qzo inspect MODEL`: what a checkpoint holds and whether it can be trained, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qzo.durable import replace_file
+from qzo.errors import QzoError
+
+if TYPE_CHECKING:
+    from qzo.models.inspection import Inspection
+
+CALLED = {"zero_points": "zero points", "g_idx": "group indices"}
+ZERO_POINTS = "zero points are whole numbers and move with their scales"
+FOLLOWING = {
+    "gptq": ZERO_POINTS,
+    "awq": ZERO_POINTS,
+    "hqq": "zero points stay, and move weights with their scales",
+    "torchao": "offsets of int4 weights move with their scales",
+    "bitsandbytes": "there are no zero points",
+    "gguf": "minima move with their scales",
+}
+
+
+def add_command(commands: Any) -> None:
+    """Add `inspect` to the subcommands of a parser."""
+    parser = commands.add_parser("inspect", help="what a checkpoint holds and whether its scales can be trained")
+    parser.add_argument("model", metavar="MODEL", help="folder or .gguf file; no tensor is read")
+    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Inspect, print the table, write the JSON file."""
+    from qzo.checkpoints.inspect import inspect
+
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise QzoError(f"--json {options.json}: there is no such folder")
+    found = inspect(options.model)
+    print(table(found))
+    if options.json:
+        text = json.dumps(found.to_json(), indent=2)
+        replace_file(Path(options.json), lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
+
+
+def table(found: Inspection) -> str:
+    """The lines for people."""
+    lines = [("model", found.model), ("format", f"{found.format}{f', {found.version}' if found.version else ''}")]
+    if found.layers:
+        lines.append(("quantized layers", f"{found.layers:,}"))
+    for name, value in (("bits", found.n_bits), ("group size", found.group_size)):
+        if value is not None:
+            lines.append((name, f"{value}"))
+    if not found.trainable:  # of a foreign format, all that is known
+        lines += [(f"  {name}", json.dumps(value)) for name, value in found.settings.items()]
+    for part, size in found.sizes.items():
+        if size:
+            lines.append((CALLED.get(part, part), f"{found.counts[part]:>16,} numbers {size:>18,} bytes"))
+    lines.append(("trains with QZO", "yes" if found.reason is None else f"no: {found.reason}"))
+    for name, count in found.trainable.items() if found.reason is None else ():
+        note = f" ({FOLLOWING[found.format]})" if name == "scales+offsets" else ""
+        lines.append((f"  {name}", f"{count:>16,} numbers{note}"))
+    return "\n".join(f"{name:<22}{value}" for name, value in lines)

@@ -1,0 +1,89 @@
+"""The commands `qzo train MODEL --task T` and `qzo export RUN OUT`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qzo.commands.export import _export
+from qzo.optim.estimator import SIDES
+from qzo.training.settings import DTYPES, METHODS, SCHEDULERS, UPDATES, TrainSettings
+
+Option = tuple[Any, str]  # type, choices, or bool for a flag; help
+OPTIONS: dict[str, dict[str, Option]] = {
+    "how long": {
+        "steps": (int, "steps in all"),
+        "batch_size": (int, "examples a step"),
+        "eval_every": (int, "steps between validations"),
+        "patience": (int, "validations without a new best before training stops; default: never"),
+        "seed": (int, "of data order, split and z"),
+    },
+    "update": {
+        "lr": (float, "learning rate; the default is the method's, for qzo 1e-7 as for 7B: small models need more"),
+        "scheduler": (SCHEDULERS, "of the learning rate"),
+        "update": (tuple(UPDATES), "rule, qzo only"),
+        "dtype": (DTYPES, "of unquantized tensors; default: as load chooses, float32 for ft"),
+    },
+    "measuring the loss without gradients (qzo, mezo)": {
+        "eps": (float, "step of the finite difference"),
+        "relative": (bool, "eps and lr relative to each scale"),
+        "clip_threshold": (float, "bound of d, inf for none; default 100 for qzo"),
+        "directions": (int, "random directions a step"),
+        "estimator": (SIDES, "losses on both sides of each direction, or on one and a common one"),
+        "centering": (float, "share of the label words' mean over the batch that is left out of the loss"),
+        "layers": (str, "train these decoder layers only, FIRST-LAST, e.g. 14-24"),
+    },
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Put both commands into the parser's."""
+    _add_train(commands)
+    export = commands.add_parser("export", help="write a tuned model in the checkpoint format it came in")
+    export.add_argument("source", metavar="RUN", help="folder of qzo train, checkpoint of QZOTrainer, or a model")
+    export.add_argument("out", metavar="OUT", help="folder to write, new or empty")
+    export.add_argument("--state", choices=("best", "last"), default="best", help="of a run (default best)")
+    export.set_defaults(run=_export)
+
+
+def _add_train(commands: Any) -> None:
+    default = TrainSettings()
+    train = commands.add_parser("train", help="fine-tune a model on a task")
+    train.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id; quantized for qzo and qlora")
+    train.add_argument("--task", required=True, help="name of the task, e.g. rotten-tomatoes")
+    train.add_argument("--method", choices=METHODS, default=default.method, help="default qzo")
+    train.add_argument("--data", metavar="DIR", help="folder with the task's JSONL files")
+    train.add_argument("--out", metavar="DIR", help="folder of the run (default results/train/TASK-METHOD-SEED)")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out, to the bit")
+    for title, options in OPTIONS.items():
+        group = train.add_argument_group(title)
+        for name, (known, text) in options.items():
+            value = getattr(default, name)
+            shown = "" if value is None or "default" in text else f" (default {value})"
+            kind: dict[str, Any] = {"action": "store_true"} if known is bool else {"type": known}
+            if isinstance(known, tuple):
+                kind = {"choices": known}
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                default=argparse.SUPPRESS,
+                help=text + ("" if known is bool else shown),
+                **kind,
+            )
+    train.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> None:
+    names = TrainSettings.__dataclass_fields__
+    settings = TrainSettings(**{name: value for name, value in vars(options).items() if name in names})
+    from qzo.training.task import train_task
+
+    out = options.out or Path("results/train") / f"{options.task}-{settings.method}-{settings.seed}"
+    trained, test = train_task(options.model, options.task, settings, out, options.data, options.resume)
+    early = ", stopped early" if trained.stopped_early else ""
+    print(f"steps        {trained.steps:>12,}{early}\nskipped      {trained.skipped:>12,}")
+    print(f"best step    {trained.best_step:>12,}")
+    for name, value in test.items():
+        if isinstance(value, float):  # not counts, nor what the task tells beside
+            print(f"{name:<12} {trained.best[name]:>12.4f} validation {value:>12.4f} test")
+    print(f"{out} holds the run; qzo export {out} OUT writes the model")

@@ -1,0 +1,1 @@
+"""AWQ: the layer on the packed tensors of AutoAWQ."""

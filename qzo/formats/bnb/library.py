@@ -1,0 +1,146 @@
+"""Modules of bitsandbytes itself: taken over on the same codes, and made again with the trained scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qzo.errors import QzoError
+from qzo.formats.bnb.layer import BnbLinear4bit, BnbLinear8bit, library
+from qzo.formats.bnb.nesting import NESTED_BLOCK, nest, unnest
+
+SAVED_4BIT = ("compute_dtype", "compute_type_is_set")
+AVX512 = "packing_format_for_cpu"  # what the library calls it in a quant_state
+
+
+def adopt_bnb(module: nn.Module) -> nn.Module | None:
+    """Our layer on the codes of a Linear4bit or Linear8bitLt; None for any other module.
+
+    Double quantization is undone, 4 bytes a block; the library's own tensors of it are kept until `release`. Raises
+    QzoError for weights that are not quantized, are not in memory, or that a kernel of the library has rewritten.
+    """
+    names = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("bitsandbytes.")}
+    if "Linear4bit" in names:
+        return _adopt_4bit(module)
+    return _adopt_8bit(module) if "Linear8bitLt" in names else None
+
+
+def _adopt_4bit(module: Any) -> BnbLinear4bit:
+    state = getattr(module.weight, "quant_state", None) or module.quant_state
+    _check_there(module.weight, state)
+    if getattr(state, AVX512, False):
+        raise QzoError(
+            "a CPU kernel of bitsandbytes rewrote its scales in bf16 at the first forward in eval mode, and their old "
+            "values are lost; load the model again and call qzo.adopt before any forward, or call model.train() first"
+        )
+    if state.nested and state.state2.blocksize != NESTED_BLOCK:
+        raise QzoError(f"its scales are quantized in blocks of {state.state2.blocksize}; need {NESTED_BLOCK}")
+    if len(state.shape) != 2 or tuple(state.shape) != (module.out_features, module.in_features):
+        raise QzoError(f"its weight has the shape {tuple(state.shape)}, which is not [out_features, in_features]")
+    layer = BnbLinear4bit(module.in_features, module.out_features, state.quant_type, state.blocksize)
+    layer.nested, layer.weight_dtype = state.nested, state.dtype
+    layer.options = {name: getattr(module, name) for name in SAVED_4BIT}
+    layer.options |= {"quant_storage": module.weight.dtype, "source_cls": getattr(module, "source_cls", None)}
+    if state.nested:
+        layer.options["nested"] = (state.absmax, state.state2.absmax, state.state2.code, float(state.offset))
+    scales = unnest(*layer.options["nested"]) if state.nested else state.absmax
+    return layer.assign(
+        module.weight.data.contiguous().view(-1).view(torch.uint8).view(-1, 1), scales, state.code, module.bias
+    )
+
+
+def _adopt_8bit(module: Any) -> BnbLinear8bit:
+    if module.state.has_fp16_weights:
+        raise QzoError("has_fp16_weights=True quantizes anew in every forward; make it with has_fp16_weights=False")
+    scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB  # they move at the first forward
+    _check_there(module.weight, scales)
+    layer = BnbLinear8bit(module.weight.data, scales, module.bias)
+    layer.options = {
+        "threshold": module.state.threshold,
+        "index": module.index,
+        "source_cls": getattr(module, "source_cls", None),
+    }
+    return layer
+
+
+def _check_there(weight: Tensor, state: Any) -> None:
+    if weight.is_meta:
+        raise QzoError("its weight is not in memory; load the model without offloading")
+    if state is None:
+        raise QzoError("its weight is not quantized yet; call model.to(device) first")
+
+
+def linear4bit(layer: BnbLinear4bit) -> nn.Module:
+    """The library's module on the same codes; scales that were nested are nested again, as they were where unchanged.
+
+    Raises QzoError without the library.
+    """
+    bnb, options = library(), layer.options
+    storage = options.get("quant_storage", torch.uint8)
+    names = {"compress_statistics": layer.nested, "quant_type": layer.quant_type, "quant_storage": storage}
+    module = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta", **names)
+    state = _quant_state(layer, bnb.functional.QuantState)
+    module.weight = bnb.nn.Params4bit(
+        layer.qweight.view(-1).view(storage).view(-1, 1),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=layer.block_size,
+        module=module,
+        bnb_quantized=True,
+        **names,
+    )
+    module.bias, module.quant_state = layer.bias, state
+    for name in SAVED_4BIT:
+        setattr(module, name, options.get(name, getattr(module, name)))
+    return _with_source(module, options)
+
+
+def _quant_state(layer: BnbLinear4bit, make: Any) -> Any:
+    """The library's QuantState of a layer."""
+    scales = layer.scales
+    state = make(
+        absmax=scales,
+        shape=torch.Size((layer.out_features, layer.in_features)),
+        code=layer.quant_map,
+        blocksize=layer.block_size,
+        quant_type=layer.quant_type,
+        dtype=layer.weight_dtype,
+    )
+    if layer.nested:
+        stored = layer.options.get("nested")
+        if stored is None or not torch.equal(unnest(*stored).to(scales.device), scales):
+            quant_map = library().functional.create_dynamic_map() if stored is None else stored[2]
+            codes, absmax, offset = nest(scales, quant_map)
+            stored = codes, absmax, quant_map, offset
+        codes, absmax, quant_map, mean = (torch.as_tensor(part, device=scales.device) for part in stored)
+        state.absmax, state.offset, state.nested = codes, mean, True
+        state.state2 = make(absmax=absmax, code=quant_map, blocksize=NESTED_BLOCK, dtype=torch.float32)
+    return state
+
+
+def linear8bit(layer: BnbLinear8bit) -> nn.Module:
+    """The library's module on the same codes, in the state before its first forward. Raises QzoError without it."""
+    bnb, options = library(), layer.options
+    module = bnb.nn.Linear8bitLt(
+        layer.in_features,
+        layer.out_features,
+        bias=False,
+        has_fp16_weights=False,
+        threshold=options.get("threshold", 6.0),
+        index=options.get("index"),
+        device="meta",
+    )
+    module.weight = bnb.nn.Int8Params(
+        layer.qweight, requires_grad=False, has_fp16_weights=False, CB=layer.qweight, SCB=layer.scales
+    )
+    module.bias = layer.bias
+    return _with_source(module, options)
+
+
+def _with_source(module: Any, options: dict[str, Any]) -> nn.Module:
+    """Note which class transformers replaced, as it does itself."""
+    if options.get("source_cls") is not None:
+        module.source_cls = options["source_cls"]
+    return module

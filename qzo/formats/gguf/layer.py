@@ -1,0 +1,142 @@
+"""Linear layer and embedding on the packed blocks of a GGUF file.
+
+The scales of a type may be negative (Q4_0, Q5_0): a step of QZO on them needs `nonnegative=False`, see `qzo.trainable`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qzo.errors import QzoError
+from qzo.formats.gguf.codes import BlockType, half_at
+from qzo.formats.layer import Device, frozen
+from qzo.kernels.rebuilt import chunk_bounds, chunked_linear
+
+
+class GgufTensor(nn.Module):
+    """A weight [N, K] as the blocks of a GGUF file; the base of `GgufLinear` and `GgufEmbedding`.
+
+    The only tensor is the buffer `blocks`, uint8 [N, K / n_weights, n_bytes], as in the file. `scales` and `offsets`
+    are live views into it: what is written into one in place is in the blocks, and the next forward sees it. Weights
+    are rebuilt a chunk of rows at a time, in fp32, and rounded once to the dtype asked for.
+
+    Args:
+        blocks: taken as they are.
+        kind: their type.
+    """
+
+    blocks: Tensor
+
+    def __init__(self, blocks: Tensor, kind: BlockType) -> None:
+        super().__init__()
+        self.kind = kind
+        self.shape = blocks.shape[0], blocks.shape[1] * kind.n_weights
+        self.register_buffer("blocks", blocks)
+
+    @property
+    def scales(self) -> Tensor | None:
+        """The fp16 scales [N, K / 32], with a flat view; None for types whose scales are not plain numbers."""
+        return half_at(self.blocks, 0) if self.kind.has_scale else None
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """The fp16 minima [N, K / 32] of Q4_1 and Q5_1, with a flat view; None for the others."""
+        return half_at(self.blocks, 1) if self.kind.has_offset else None
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype, *trained: Tensor) -> Tensor:
+        """Rows start:stop of the weight, [stop - start, K]; `trained` are scales and offsets, as far as there are."""
+        return self.kind.weights(self.blocks[start:stop], *(tensor[start:stop] for tensor in trained)).to(dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x Wᵀ, [..., K] -> [..., N]; differentiable in x, and in scales and offsets that require a gradient."""
+        return chunked_linear(x, self.rows, self.shape, *self.trained())
+
+    def trained(self) -> list[Tensor]:
+        """Scales and offsets, as far as there are any."""
+        return [tensor for tensor in (self.scales, self.offsets) if tensor is not None]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight [N, K], for tests; forward never calls it."""
+        return torch.cat([self.rows(*bounds, dtype, *self.trained()) for bounds in chunk_bounds(*self.shape)])
+
+    def extra_repr(self) -> str:
+        """Type and shape, for print(model)."""
+        return f"{self.kind.name}, shape={self.shape}"
+
+
+class GgufLinear(GgufTensor):
+    """y = x Wᵀ + bias, W [N, K] in blocks of a GGUF file; `bias` is a frozen parameter [N] or None."""
+
+    def __init__(self, blocks: Tensor, kind: BlockType, bias: Tensor | None = None) -> None:
+        """Take the tensors as they are."""
+        super().__init__(blocks, kind)
+        self.out_features, self.in_features = self.shape
+        self.bias = frozen(bias)
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        kind: BlockType,
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        device: Device = None,
+    ) -> GgufLinear:
+        """A layer with uninitialized blocks on any device, `meta` included; `dtype` is that of bias and inputs.
+
+        Raises QzoError where K is no whole number of blocks.
+        """
+        if in_features % kind.n_weights:
+            raise QzoError(f"in_features={in_features} is not a multiple of {kind.n_weights}, the block of {kind.name}")
+        shape = out_features, in_features // kind.n_weights, kind.n_bytes
+        blocks = torch.empty(shape, dtype=torch.uint8, device=device)
+        return cls(blocks, kind, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None, kind: BlockType) -> GgufLinear:
+        """Quantize `weight` [N, K] by the package gguf; a weight on `meta` gives `empty`. The bias is not copied.
+
+        For the types that have scales of plain numbers. Extra memory: several fp32 copies of the weight.
+        """
+        rows, columns = weight.shape
+        layer = cls.empty(columns, rows, kind, bias is not None, weight.dtype, weight.device)
+        if weight.is_meta:
+            return layer
+        import gguf
+
+        blocks = gguf.quantize(weight.detach().float().cpu().numpy(), gguf.GGMLQuantizationType[kind.name])
+        layer.blocks.copy_(torch.from_numpy(blocks).view_as(layer.blocks))
+        layer.bias = frozen(bias)
+        return layer
+
+    @property
+    def qweight(self) -> Tensor:
+        """`blocks` under the name that peft knows, which asks it for its device."""
+        return self.blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype; differentiable as `project` is."""
+        y = self.project(x)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class GgufEmbedding(GgufTensor):
+    """A table [V, K] in blocks of a GGUF file: the rows asked for are gathered, then rebuilt in `dtype`.
+
+    A tied head is a `qzo.formats.vocabulary.TiedQuantHead` on it.
+    """
+
+    def __init__(self, blocks: Tensor, kind: BlockType, dtype: torch.dtype) -> None:
+        """Take the blocks as they are."""
+        super().__init__(blocks, kind)
+        self.num_embeddings, self.embedding_dim = self.shape
+        self.dtype = dtype
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[...] int -> [..., K]; differentiable in scales and offsets that require a gradient."""
+        index = input_ids.flatten()
+        trained = [nn.functional.embedding(index, tensor) for tensor in self.trained()]
+        weights = self.kind.weights(self.blocks.index_select(0, index), *trained)
+        return weights.to(self.dtype).view(*input_ids.shape, self.embedding_dim)

@@ -1,0 +1,48 @@
+"""What a run starts from, as hashes: the model's numbers and this machine's random numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from qzo.live.scales import QUANTIZED
+from qzo.optim.noise import full_noise
+from qzo.optim.spsa import SpsaOptimizer
+
+
+def model_hash(model: nn.Module, optimizer: SpsaOptimizer) -> str:
+    """SHA-256 of all codes, scales and other buffers of quantized layers, and of all trained tensors, as they stand.
+
+    Names, dtypes and shapes count too; unquantized parameters that are not trained do not.
+    Extra memory: one tensor at a time where it is not on the CPU.
+    """
+    buffers = [
+        (f"{path}.{name}", buffer)
+        for path, module in model.named_modules()
+        if isinstance(module, QUANTIZED)
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    return digest([*buffers, *((name, tensor) for _, name, _, tensor in optimizer._tensors())])
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of named tensors in their order, each storage with its first name only."""
+    total = hashlib.sha256()
+    seen: set[tuple[int, int]] = set()
+    for name, tensor in tensors:
+        key = (tensor.data_ptr(), tensor.numel())
+        if key in seen:
+            continue
+        seen.add(key)
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def noise_fingerprint(device: torch.device, distribution: str) -> str:
+    """SHA-256 of z for one fixed key: other on another kind of device, and where PyTorch's generator changed."""
+    z = full_noise(torch.Size([5000]), 0, 0, 0, device, 0, distribution)
+    return digest([("z", z)])

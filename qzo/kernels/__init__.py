@@ -1,0 +1,1 @@
+"""Arithmetic on tensors alone: weights to low-bit codes, codes back to weights, and products with them."""

@@ -1,0 +1,63 @@
+/* A weight [k, n], transposed, as packed codes with a scale and a zero point for each group of rows:
+   qzo/kernels/native.py. */
+#ifndef QZO_CODES_H
+#define QZO_CODES_H
+
+#include <stdint.h>
+#include <string.h>
+
+typedef struct {
+    const uint32_t *words; /* [k * n_bits / 32, n], rows words_stride apart */
+    int64_t words_stride;
+    int64_t n_bits; /* 2, 4 or 8 */
+    const float *scales; /* [groups, n] */
+    const int32_t *zeros; /* [groups, n], or NULL: all are `zero` */
+    int64_t zero;
+    const int32_t *g_idx; /* [k], or NULL: k / group_size */
+    int64_t groups, group_size, k, n;
+} Codes;
+
+/* What one row of a weight is made of, from column `first` on. */
+typedef struct {
+    const uint32_t *words;
+    const float *scales;
+    const int32_t *zeros;
+    uint32_t mask;
+    int32_t zero;
+    int shift;
+} Row;
+
+/* The row that is number `place` of those in row `word` of the words. */
+static inline Row row_of(const Codes *codes, int64_t word, int64_t place, int64_t first) {
+    const uint32_t row = (uint32_t)(word * (32 / codes->n_bits) + place);
+    const int64_t group = codes->g_idx ? codes->g_idx[row] : row / (uint32_t)codes->group_size;
+    const int64_t offset = group * codes->n + first;
+    return (Row){
+        .words = codes->words + word * codes->words_stride + first,
+        .scales = codes->scales + offset,
+        .zeros = codes->zeros ? codes->zeros + offset : 0,
+        .mask = (1u << codes->n_bits) - 1,
+        .zero = (int32_t)codes->zero,
+        .shift = (int)(place * codes->n_bits),
+    };
+}
+
+static inline float weight(uint32_t word, int shift, uint32_t mask, int32_t zero, float scale) {
+    return (float)((int32_t)(word >> shift & mask) - zero) * scale;
+}
+
+/* Round to nearest, ties to even. A NaN keeps being one. */
+static inline uint32_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* Whether every group that g_idx names exists. */
+static inline int groups_exist(const Codes *codes) {
+    for (int64_t row = 0; codes->g_idx && row < codes->k; row++)
+        if (codes->g_idx[row] < 0 || codes->g_idx[row] >= codes->groups) return 0;
+    return 1;
+}
+
+#endif

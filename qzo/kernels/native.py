@@ -1,0 +1,209 @@
+"""Weights from packed codes, and products with them, on a CPU by compiled code (qzo/kernels/csrc).
+
+Installing the package compiles it where there is a compiler. PyTorch's operators do the same work elsewhere: they come
+to the same weights, bit for bit, in five passes over them, where compiled code needs one; and a product by compiled
+code rebuilds a layer in parts that stay within the cache, so that it costs no more than one with a dense weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.autograd.forward_ad import unpack_dual
+
+from qzo.errors import QzoError
+from qzo.kernels.instructions import has_bf16, has_tiles
+
+DTYPES = (torch.bfloat16, torch.float32)  # of rebuilt weights
+KINDS = (Tensor, nn.Parameter, FakeTensor)  # other subclasses may keep their data elsewhere
+# Weights, and multiplications, from which on it is worth to wake the other threads; all of them, as PyTorch does, or
+# the OpenMP runtime would end and start them again and again.
+LEAST_WEIGHTS, LEAST_MULTIPLICATIONS = 2**15, 2**20
+_allowed, _on_tiles = True, False
+
+
+class Codes(NamedTuple):
+    """Wᵀ[k, n] = (codes[k, n] - zeros[g_idx[k], n]) * scales[g_idx[k], n].
+
+    words: int32 [K * n_bits / 32, N], packed as in qzo/formats/gptq/codes.py. scales: [K / g, N] of any floating point
+        dtype.
+    zeros: int32 [K / g, N], or the one zero point of all. g_idx: int32 [K], or None for k // g.
+    """
+
+    words: Tensor
+    n_bits: int
+    scales: Tensor
+    zeros: Tensor | int
+    g_idx: Tensor | None
+
+
+def is_compiled() -> bool:
+    """Whether there is compiled code here, and it can be loaded."""
+    return _library() is not None
+
+
+@contextmanager
+def by_operators() -> Iterator[None]:
+    """Within, everything is done as where there is no compiled code, to compare one with the other."""
+    global _allowed
+    before, _allowed = _allowed, False
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+@contextmanager
+def products_on_tiles() -> Iterator[None]:
+    """Within, compiled products serve a CPU with tiles (AMX) too, to compare them with PyTorch's."""
+    global _on_tiles
+    before, _on_tiles = _on_tiles, True
+    try:
+        yield
+    finally:
+        _on_tiles = before
+
+
+def can_rebuild(words: Tensor, n_bits: int, scales: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `rebuild` takes such codes; it computes no derivatives, backward or forward, and cannot be traced."""
+    return _can(words, n_bits, scales) and dtype in DTYPES
+
+
+def can_multiply(words: Tensor, n_bits: int, scales: Tensor, x: Tensor) -> bool:
+    """Whether `multiply` takes these, on this CPU; see `can_rebuild`."""
+    return x.dtype == torch.bfloat16 and _can(words, n_bits, scales, x) and multiplies_here()
+
+
+def multiplies_here() -> bool:
+    """Whether products are compiled code's on this CPU: it has AVX512-BF16, and no tiles, which PyTorch's use."""
+    return is_compiled() and _panel_columns() > 0 and has_bf16() and (_on_tiles or not has_tiles())
+
+
+def rebuild(codes: Codes, dtype: torch.dtype) -> Tensor:
+    """Wᵀ [K, N], computed in fp32 and rounded to `dtype`, bf16 or fp32.
+
+    Extra memory: the scales in fp32. Fake tensors give a fake one. Raises QzoError for shapes that do not fit and for
+    a group that does not exist.
+    """
+    kept = _laid_out(codes)
+    weight = torch.empty(_shape(kept), dtype=dtype, device=kept.words.device)
+    if not isinstance(weight, FakeTensor):
+        threads = torch.get_num_threads() if weight.numel() >= LEAST_WEIGHTS else 1
+        is_bf16 = dtype == torch.bfloat16
+        _check(_library().qzo_rebuild(_described(kept), weight.data_ptr(), is_bf16, threads), kept)
+    return weight
+
+
+def multiply(codes: Codes, x: Tensor) -> Tensor:
+    """y = x Wᵀ with W rounded to bf16: x [..., K] and y [..., N] in bf16, sums in fp32.
+
+    A row of y does not depend on how many rows x has, nor on the number of threads. Extra memory: the scales in fp32,
+    and 48 columns of Wᵀ for each thread. Fake tensors give a fake y. Raises QzoError for shapes that do not fit and for
+    a group that does not exist.
+    """
+    kept = _laid_out(codes)
+    depth, columns = _shape(kept)
+    rows = x.reshape(-1, depth)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    y = x.new_empty(*x.shape[:-1], columns)
+    work = depth * columns * (16 + len(rows))  # rebuilding a weight takes as long as 16 multiplications with it
+    threads = torch.get_num_threads() if work >= LEAST_MULTIPLICATIONS else 1
+    panels = x.new_empty(threads, depth, _panel_columns())
+    if not isinstance(y, FakeTensor):
+        sides = (rows.data_ptr(), rows.stride(0), len(rows), y.data_ptr())
+        _check(_library().qzo_multiply(_described(kept), *sides, panels.data_ptr(), threads), kept)
+    return y
+
+
+def _can(words: Tensor, n_bits: int, *inputs: Tensor) -> bool:
+    return (
+        _allowed
+        and not torch.compiler.is_compiling()
+        and 32 % n_bits == 0
+        and is_compiled()
+        and words.dtype == torch.int32
+        and all(type(tensor) in KINDS and tensor.device.type == "cpu" for tensor in (words, *inputs))
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
+        and all(unpack_dual(tensor).tangent is None for tensor in inputs)
+    )
+
+
+def _laid_out(codes: Codes) -> Codes:
+    """With tensors as compiled code reads them, which does not know where they end."""
+    words, _, scales, zeros, g_idx = codes
+    depth, columns = _shape(codes)
+    fits = scales.dim() == 2 and scales.shape[1] == columns and len(scales) > 0 and depth % len(scales) == 0
+    if not fits or (isinstance(zeros, Tensor) and zeros.shape != scales.shape):
+        raise QzoError(f"scales {tuple(scales.shape)} or their zero points do not fit a weight [{columns}, {depth}]")
+    if g_idx is not None and g_idx.shape != (depth,):
+        raise QzoError(f"g_idx has shape {tuple(g_idx.shape)}, the weight {depth} columns")
+    return codes._replace(
+        words=words if words.stride(1) == 1 else words.contiguous(),
+        scales=scales.detach().float().contiguous(),
+        zeros=zeros.int().contiguous() if isinstance(zeros, Tensor) else zeros,
+        g_idx=None if g_idx is None else g_idx.int().contiguous(),
+    )
+
+
+def _shape(codes: Codes) -> tuple[int, int]:
+    return codes.words.shape[0] * (32 // codes.n_bits), codes.words.shape[1]
+
+
+class _Codes(ctypes.Structure):
+    """`Codes` of qzo/kernels/csrc/codes.h."""
+
+    _fields_ = (
+        *(("words", ctypes.c_void_p), ("words_stride", ctypes.c_int64), ("n_bits", ctypes.c_int64)),
+        *(("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("zero", ctypes.c_int64)),
+        *(("g_idx", ctypes.c_void_p), ("groups", ctypes.c_int64), ("group_size", ctypes.c_int64)),
+        *(("k", ctypes.c_int64), ("n", ctypes.c_int64)),
+    )
+
+
+def _described(codes: Codes) -> _Codes:
+    words, n_bits, scales, zeros, g_idx = codes
+    table, zero = (zeros.data_ptr(), 0) if isinstance(zeros, Tensor) else (None, zeros)
+    order = None if g_idx is None else g_idx.data_ptr()
+    depth, columns = _shape(codes)
+    pointers = (words.data_ptr(), words.stride(0), n_bits, scales.data_ptr(), table, zero, order)
+    return _Codes(*pointers, len(scales), depth // len(scales), depth, columns)
+
+
+def _check(failed: int, codes: Codes) -> None:
+    if failed:
+        raise QzoError(f"g_idx names a group outside 0 ... {len(codes.scales) - 1}")
+
+
+@cache
+def _library() -> Any:
+    """The compiled code, or None: not built, built from older sources, or for an OpenMP runtime that is not here."""
+    paths = [Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES]
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        if library.qzo_codes_bytes() != ctypes.sizeof(_Codes):
+            return None
+    except (OSError, AttributeError):
+        return None
+    codes, pointer, size, number = ctypes.POINTER(_Codes), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.qzo_rebuild.argtypes = [codes, pointer, number, number]
+    library.qzo_multiply.argtypes = [codes, pointer, size, size, pointer, pointer, number]
+    library.qzo_panel_columns.restype = size
+    return library
+
+
+@cache
+def _panel_columns() -> int:
+    """Columns of Wᵀ that a thread rebuilds at a time; 0 on a CPU without the instructions."""
+    return int(_library().qzo_panel_columns())

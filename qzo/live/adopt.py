@@ -1,0 +1,73 @@
+"""Quantized models of other libraries, in memory: taken over to be trained, and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from qzo.errors import QzoError, named
+from qzo.formats.aqlm import library as aqlm_library
+from qzo.formats.bnb.library import adopt_bnb
+from qzo.formats.gptq import library as gptq_live
+from qzo.formats.hqq.library import adopt_hqq
+from qzo.formats.torchao.library import adopt_torchao
+from qzo.models.walk import freeze, put
+
+Adapter = Callable[[nn.Module], nn.Module | None]
+ADAPTERS: tuple[Adapter, ...] = (adopt_bnb, adopt_hqq, adopt_torchao, aqlm_library.adopt, gptq_live.adopt)
+
+
+def adopt(model: nn.Module) -> nn.Module:
+    """Replace the quantized layers of other libraries by layers whose scales can be trained; returns the model.
+
+    In place, on the same codes: nothing is dequantized, and kernels that keep a copy of the scales are left behind.
+    What remains is frozen, and the model put in eval mode, ready for `qzo.scales` and `qzo.QZO`; a model of
+    transformers no longer calls itself quantized, so that `qzo.QZOTrainer` takes it. `release` undoes it; do that
+    before you save.
+
+    Raises QzoError, with the layer's name, before the first one is replaced: where there is none, and for a layer in a
+    state that cannot be taken over.
+    """
+    layers = _each(model, lambda module: next((new for take in ADAPTERS if (new := take(module)) is not None), None))
+    if not layers:
+        raise QzoError(f"{type(model).__name__} has no quantized layer of a known library; see qzo.load")
+    _replace(model, layers)
+    if hasattr(model, "hf_quantizer"):
+        model.is_quantized = False  # type: ignore[assignment]
+    return freeze(model).eval()
+
+
+def release(model: nn.Module) -> nn.Module:
+    """Put modules of the library that made them in the place of adopted layers, with the trained scales; returns it.
+
+    In place, on the same codes. Raises QzoError where no layer can be given back.
+    """
+    layers = _each(model, lambda module: module.release() if hasattr(module, "release") else None)  # type: ignore[operator]
+    if not layers:
+        raise QzoError(f"{type(model).__name__} has no layer to give back; it is not of qzo.adopt")
+    _replace(model, layers)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.is_quantized = True  # type: ignore[assignment]
+    return model
+
+
+def _each(model: nn.Module, make: Adapter) -> list[tuple[tuple[str, ...], nn.Module]]:
+    """All paths of a module, and what `make` makes of it, where that is something."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    made = []
+    for module, names in paths.items():
+        with named(names[0]):
+            new = make(module)
+            if new is not None and "" in names:
+                raise QzoError(f"a {type(module).__name__} cannot be replaced in place; pass the module that holds it")
+        if new is not None:
+            made.append((tuple(names), new))
+    return made
+
+
+def _replace(model: nn.Module, layers: list[tuple[tuple[str, ...], nn.Module]]) -> None:
+    for names, new in layers:
+        put(model, names, new)

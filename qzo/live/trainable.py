@@ -1,0 +1,104 @@
+"""Sets of tensors to train, as parameter groups for `qzo.QZO`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from qzo.errors import QzoError
+from qzo.formats.aqlm.layer import AqlmLinear
+from qzo.formats.gguf.layer import GgufTensor
+from qzo.live.scales import QUANTIZED, has_signed_scales, scales
+from qzo.optim.groups import TRAINABLE
+
+PARTS = ("scales", "offsets", "codebooks", "unquantized")
+CALLED = {"codebooks": "codebook", "unquantized": "unquantized parameter"}
+
+
+def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
+    """Parameter groups of a quantized model for `qzo.QZO`.
+
+        "scales"               Δ of every quantized layer, `qzo.scales(model)`
+        "scales+offsets"       the same, and in offset formats (w = q s + m, layers with a tensor `offsets` beside
+                               `scales`) each offset follows its scale by the same relative amount, one z a scale: the
+                               paper's Δ ⊙ W_int, see `qzo.optim.offsets`. With "scales" alone such an offset stays
+                               where it is, which is another perturbation. Integer zero points always move with their
+                               scale, so for GPTQ layers, symmetric or not, both sets are the same.
+        "scales+codebooks"     also the codebooks of AQLM layers by plain SPSA, without max(., 0): 65,536 entries of 8
+                               numbers a layer for 1x16. The codes stay.
+        "scales+unquantized"   also every other floating-point parameter (norms, biases, embeddings, head) by plain
+                               SPSA, their z after those of the scales from the same stream, without max(., 0). For
+                               AQLM models the paper trains this set.
+
+    Models with Q4_0 or Q5_0 blocks of GGUF files, whose scales may be negative, get `nonnegative=False` for all scales,
+    and so do AQLM models with a negative scale.
+
+    All of them may be joined. Groups are in the order scales, codebooks, unquantized, and take options of their own
+    before they are given to QZO: `groups[-1]["lr"] = 1e-7`. QZO keeps fp32 masters of all it trains: 4 bytes a number,
+    for an embedding table too. Adapters are left out.
+
+    Raises QzoError for an unknown set and for a model without quantized layers.
+    """
+    parts = what.split("+")
+    if "scales" not in parts or not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
+        sets = ", ".join(f'"scales+{part}"' for part in PARTS[1:])
+        raise QzoError(f'what="{what}" is not known; choose "scales", {sets}')
+    groups = [scale_group(model, scales(model), follow="offsets" in parts)]
+    for part, find in (("codebooks", codebooks), ("unquantized", _unquantized)):
+        if part in parts:
+            groups.append({"params": find(model), "nonnegative": False})
+            if not groups[-1]["params"]:
+                raise QzoError(f'{type(model).__name__} has no {CALLED[part]}; choose "scales"')
+    return groups
+
+
+def scale_group(model: nn.Module, named: dict[str, Tensor], follow: bool = True) -> dict[str, Any]:
+    """Parameter group of some of a model's scales: name -> live scale, as from `qzo.scales`.
+
+    With `follow`, the offsets beside these scales move with them, as in "scales+offsets" of `trainable`.
+    """
+    group: dict[str, Any] = {"params": named}
+    if has_signed_scales(model):
+        group["nonnegative"] = False
+    if follow:
+        group["offsets"] = {name: offset for name, offset in offsets(model).items() if name in named}
+    return group
+
+
+def codebooks(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> live codebooks [C, 2^b, og, ig] of every AQLM layer; empty where there is none."""
+    return {
+        f"{path}.codebooks" if path else "codebooks": module.codebooks
+        for path, module in model.named_modules()
+        if isinstance(module, AqlmLinear)
+    }
+
+
+def offsets(model: nn.Module) -> dict[str, Tensor]:
+    """Name of the scale -> live offset, of every quantized layer that has offsets; empty where none has."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        offset = getattr(module, "offsets", None)
+        if isinstance(module, QUANTIZED) and isinstance(offset, Tensor):
+            found[f"{path}.scales" if path else "scales"] = offset
+    return found
+
+
+def _unquantized(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dtype in TRAINABLE and "lora_" not in name
+    }
+
+
+def live_named(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> live tensor, of all that any optimizer here may train: parameters, buffers, scales and offsets."""
+    found: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False))}
+    found |= dict(model.named_buffers(remove_duplicate=False))
+    for path, module in model.named_modules():
+        if isinstance(module, GgufTensor):  # views into a buffer
+            views = {"scales": module.scales, "offsets": module.offsets}
+            found |= {f"{path}.{name}" if path else name: view for name, view in views.items() if view is not None}
+    return found

@@ -1,0 +1,43 @@
+"""What is told of a checkpoint that was inspected."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint by its metadata; bytes are those of its files, counts are numbers of numbers.
+
+    Args:
+        model: as given.
+        format: quant_method, "unquantized" or "gguf".
+        version: of the format, where it has one.
+        n_bits, group_size: as the configuration says.
+        settings: all that it says of the quantizer.
+        layers: with codes.
+        counts, sizes: numbers and bytes of "scales", "codes", "zero_points", "g_idx", "codebooks", "offsets", "tables"
+            (of codes and of double quantization) and "unquantized"; empty for a foreign format. Where `reason` is one,
+            packed words are counted.
+        trainable: set of `qzo.trainable` -> how many numbers it trains; empty for foreign formats.
+        reason: why QZO cannot train it here; None where it can.
+    """
+
+    model: str
+    format: str
+    version: str | None = None
+    n_bits: int | None = None
+    group_size: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    layers: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    trainable: dict[str, int] = field(default_factory=dict)
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record that `qzo inspect --json` writes."""
+        record = asdict(self)
+        record["bytes"] = record.pop("sizes")
+        return {**record, "trains_here": self.reason is None}

@@ -1,0 +1,106 @@
+"""Models put together from quantized layers and plain tensors, however a checkpoint stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qzo.errors import QzoError
+from qzo.formats.layer import RebuiltLinear
+from qzo.models.folder import Header
+from qzo.models.skeleton import IMPLIED, check_architecture, check_counts, check_tensors, finish, skeleton
+from qzo.models.walk import freeze, put
+
+PER_NUMBER = 32  # codes that a stored number may hold: of one bit, shown as fp32
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.int8: "I8"}
+OWN_DTYPE = ("codes", "scales", "zero_points", "offsets")  # buffers of quantized layers, not cast
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What a folder of HQQ or torchao holds, by headers and settings.
+
+    Args:
+        format: "hqq" or "torchao".
+        folder: of the checkpoint.
+        headers: of all stored tensors, by their stored names.
+        layers: path -> quantized layer, its tensors on meta or on mapped memory.
+        batches: () -> the tensors by their names in the model, file by file.
+    """
+
+    format: str
+    folder: Path
+    headers: dict[str, Header]
+    layers: dict[str, Any]
+    batches: Callable[[], Iterable[dict[str, Tensor]]]
+
+    @property
+    def plain(self) -> dict[str, Header]:
+        """Headers of the tensors outside of quantized layers."""
+        return {name: h for name, h in self.headers.items() if name.rpartition(".")[0] not in self.layers}
+
+
+def load_stored(stored: StoredModel, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """The model with quantized layers on the tensors of the files, everything frozen; the rest is cast to `dtype`.
+
+    Memory: itself and the tensors of one file. Raises QzoError for what does not belong together, before data is read.
+    """
+    model = empty_stored(stored, config, dtype)
+    for layer in stored.layers.values():
+        layer.compute_dtype = dtype  # of all around it
+    for tensors in stored.batches():
+        ready = {}
+        for name, tensor in tensors.items():
+            own = name.endswith(OWN_DTYPE) or not tensor.is_floating_point()
+            if not name.endswith(IMPLIED):
+                ready[name] = tensor.to(device, tensor.dtype if own else dtype, copy=True)
+        model.load_state_dict(ready, strict=False, assign=True)
+    finish(model, device)
+    return freeze(model).eval()
+
+
+def empty_stored(stored: StoredModel, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The model on meta, with quantized layers in the places of its linear layers; no data is read.
+
+    Raises QzoError for layers and tensors that the model has no place for, and for tensors that are missing.
+    """
+    folder = stored.folder
+    check_counts(folder, config, len(stored.headers))
+    check_architecture(folder, config)
+    model = skeleton(folder, stored.headers, dtype, PER_NUMBER)
+    for path, layer in stored.layers.items():
+        _place(folder, model, path, layer)
+    own = {f"{path}.{name}" for path, layer in stored.layers.items() for name in layer.state_dict()}
+    check_tensors(folder, model, stored.plain, own)
+    return model
+
+
+def _place(folder: Path, model: Any, path: str, layer: RebuiltLinear) -> None:
+    try:
+        old = model.get_submodule(path)
+    except AttributeError:
+        old = None
+    if type(old) is not nn.Linear:
+        raise QzoError(
+            f"{folder}: the model has no linear layer {path}; config.json and weights do not belong together"
+        )
+    shape, wanted = (layer.out_features, layer.in_features), tuple(old.weight.shape)
+    if shape != wanted:
+        raise QzoError(f"{folder}: {path} is quantized as {shape}, but config.json implies {wanted}")
+    if old.bias is not None and layer.bias is None:
+        raise QzoError(f"{folder}: {path}.bias is missing")
+    put(model, (path,), layer)
+
+
+def on_meta(name: str, header: Header) -> Tensor:
+    """A tensor without data of what a header says. Raises QzoError for a dtype that no format here has."""
+    dtype = next((dtype for dtype, word in DTYPES.items() if word == header.dtype), None)
+    if dtype is None:
+        raise QzoError(f"{header.file}: {name} is {header.dtype}, which is not known here")
+    return torch.empty(header.shape, dtype=dtype, device="meta")

@@ -1,0 +1,111 @@
+"""Which layers of a model are quantized, and how they are replaced one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from qzo.errors import QzoError, named
+from qzo.models.experts import QuantExperts, check_experts, looks_like_experts
+
+Build = Callable[[int, Tensor, Tensor | None], nn.Module]
+
+
+class LinearShape(NamedTuple):
+    """Sizes of one linear map."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module to replace, and every path it stands at."""
+
+    paths: tuple[str, ...]
+    module: nn.Module
+
+    def shapes(self) -> Iterator[tuple[str, LinearShape]]:
+        """Name and shape of the linear maps inside: one, or two for a mixture of experts."""
+        if isinstance(self.module, nn.Linear) or is_conv1d(self.module):
+            rows, columns = weight_of(self.module).shape
+            yield self.paths[0], LinearShape(columns, rows)
+            return
+        for name in ("gate_up_proj", "down_proj"):
+            _, rows, columns = getattr(self.module, name).shape
+            yield f"{self.paths[0]}.{name}", LinearShape(columns, rows)
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every nn.Linear but the output head, every transformers `Conv1D`, every module of stacked experts.
+
+    Raises QzoError where there is none, or for layers of these kinds that are already quantized or of an unknown make.
+    """
+    head = output_head(model)
+    found: dict[int, tuple[list[str], nn.Module]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module is head:
+            continue
+        if looks_like_experts(module):
+            check_experts(path, module)
+        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            raise QzoError(f"{path}: cannot quantize a {type(module).__name__}; start from plain nn.Linear layers")
+        elif not isinstance(module, nn.Linear) and not is_conv1d(module):
+            continue
+        if not path:
+            raise QzoError(f"a {type(module).__name__} cannot be replaced in place; pass the module that holds it")
+        found.setdefault(id(module), ([], module))[0].append(path)
+    if not found:
+        raise QzoError(f"{type(model).__name__} has no layer to quantize; pass a model with unquantized linear layers")
+    return [Site(tuple(paths), module) for paths, module in found.values()]
+
+
+def replace_sites(model: nn.Module, sites: list[Site], build: Build) -> None:
+    """Put `build(index, weight [N, K], bias)` in the place of each site, in order; every old weight is freed at once.
+
+    `sites` is emptied on the way, since it would keep the old modules alive. A QzoError of `build` gets the layer's
+    name in front.
+    """
+    count = 0
+    while sites:
+        site = sites.pop(0)
+        module = site.module
+        with named(site.paths[0]):
+            if looks_like_experts(module):
+                new: nn.Module = QuantExperts.from_experts(module, build, count)
+            else:
+                new = build(count, weight_of(module), module.bias)  # type: ignore[arg-type]
+        count += 2 * len(new.down_proj) if isinstance(new, QuantExperts) else 1
+        put(model, site.paths, new)
+
+
+def put(model: nn.Module, paths: tuple[str, ...], new: nn.Module) -> None:
+    """Put a module, in the mode of the old one, at every path of it."""
+    new.train(model.get_submodule(paths[0]).training)
+    for path in paths:
+        model.set_submodule(path, new)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that computes the logits, where the model names one."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return None if getter is None else getter()
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Turn off the gradients of every parameter; returns the model."""
+    return model.requires_grad_(False)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer with weight [K, N]; told by name, so as not to import it."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Weight of an nn.Linear or Conv1D as [N, K], a view."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    return weight.t() if is_conv1d(module) else weight

@@ -1,0 +1,78 @@
+"""How a step measures the loss: along which directions, on one side or both, and what d becomes before it is used."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qzo.errors import QzoError
+from qzo.optim.noise import DISTRIBUTIONS
+
+SIDES = ("two-sided", "one-sided")
+Losses = tuple[float, float]  # of one direction: at θ + eps z, and at θ - eps z or θ
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Finite differences of the loss along `directions` random z_j, averaged: g = 1/n Σ_j d'_j z_j.
+
+        two-sided  d_j = (L(θ + eps z_j) - L(θ - eps z_j)) / (2 eps)      2n evaluations, Eq. 5 for n = 1
+        one-sided  d_j = (L(θ + eps z_j) - L(θ)) / eps                    n + 1 evaluations
+        d'_j = clamp(d_j, -C, C)                                          Eq. 6
+        d'_j = d'_j / std(L(θ + eps z_1), ..., L(θ + eps z_n))            with `normalize`
+
+    One-sided, Rademacher and normalized is FZOO (Dang et al., arXiv 2506.09034); its std is the unbiased one. A step
+    then moves each number by about lr / (eps sqrt(n)), whatever the loss, so lr is to be chosen anew. The perturbed
+    models are evaluated one after the other, not in one batch: each has scales of its own. Where all losses are the
+    same to the bit, d' = 0.
+
+    Raises QzoError for values out of range and options that do not fit together.
+    """
+
+    directions: int = 1
+    distribution: str = "gaussian"
+    sides: str = "two-sided"
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.directions, int) or self.directions < 1:
+            raise QzoError(f"directions={self.directions!r} is not a positive whole number")
+        if self.distribution not in DISTRIBUTIONS:
+            raise QzoError(f'distribution="{self.distribution}" is not known; choose "gaussian" or "rademacher"')
+        if self.sides not in SIDES:
+            raise QzoError(f'estimator="{self.sides}" is not known; choose "two-sided" or "one-sided"')
+        if self.normalize and (self.sides != "one-sided" or self.directions < 2):
+            raise QzoError('normalize=True needs estimator="one-sided" and directions >= 2, for a spread of losses')
+
+    def measure(self, loss_at: Callable[[int, int], float]) -> list[Losses]:
+        """Losses of each direction; `loss_at(direction, sign)` evaluates at θ + sign * eps * z, θ itself for 0."""
+        if self.sides == "one-sided":
+            base = loss_at(0, 0)
+            return [(loss_at(direction, 1), base) for direction in range(self.directions)]
+        return [(loss_at(direction, 1), loss_at(direction, -1)) for direction in range(self.directions)]
+
+    def derivatives(self, losses: list[Losses], eps: float) -> tuple[float, ...]:
+        """d of each direction, neither clipped nor normalized."""
+        distance = eps if self.sides == "one-sided" else 2 * eps
+        return tuple((plus - minus) / distance for plus, minus in losses)
+
+    def applied(self, raw: tuple[float, ...], losses: list[Losses], bound: float) -> tuple[float, ...]:
+        """d' of each direction, clipped to ±bound, then normalized where that is asked for."""
+        clipped = tuple(min(max(d, -bound), bound) for d in raw)
+        if not self.normalize:
+            return clipped
+        spread = statistics.stdev(plus for plus, _ in losses) if all_finite(losses) else math.nan
+        return tuple(d / spread if spread else 0.0 for d in clipped)
+
+    def value(self, losses: list[Losses]) -> float:
+        """The loss of the step: at θ where it was evaluated, else the mean of all evaluations."""
+        if self.sides == "one-sided":
+            return losses[0][1]
+        return sum(plus + minus for plus, minus in losses) / (2 * len(losses))
+
+
+def all_finite(losses: list[Losses]) -> bool:
+    """Whether every loss is a finite number."""
+    return all(math.isfinite(loss) for pair in losses for loss in pair)

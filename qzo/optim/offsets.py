@@ -1,0 +1,55 @@
+"""Offsets that follow their scales, for formats with w = q s + m (GGUF Q4_1, tinygemm).
+
+The paper trains Δ in W = Δ ⊙ W_int. Written that way, w = s (q + m / s): the integer q and the ratio m / s stay, and
+scale and offset move together by the same relative amount. For a scale that started at s0 beside an offset m0:
+
+    s -> s'      m' = m0 (s' / s0)      so      w' = q s' + m' = w s' / s      for every code q of the group
+
+m' is computed from m0 and s0 (both kept in fp32, 8 bytes a scale) and the present s', never from the last m: nothing
+drifts, m' is a function of s', and s' = s0 gives m0 to the bit. There is one z a scale; an offset has none of its own.
+Where s0 = 0 there is no relative amount: the offset stays m0, and the scale moves alone. Should a scale fall to 0, so
+does its offset, and both come back together.
+
+Integer zero points need none of this: w = (q - zero) s, as in GPTQ checkpoints and QuantLinear, moves as a whole when s
+does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qzo.errors import QzoError
+from qzo.optim.groups import check_tensor
+
+OFFSET_STATE = ("scale_start", "offset_start")
+
+
+def take_offsets(offsets: dict[str, Tensor], group: dict[str, Any]) -> dict[Tensor, Tensor]:
+    """Scale -> its live offset, for the named scales of a parameter group. Raises QzoError where one does not fit."""
+    scales = dict(zip(group.get("param_names", ()), group["params"], strict=False))
+    for name, offset in offsets.items():
+        if name not in scales:
+            raise QzoError(f'offsets["{name}"] belongs to no scale of that name in the same parameter group')
+        check_tensor((f'offsets["{name}"]', offset))
+        if offset.shape != scales[name].shape:
+            found, wanted = tuple(offset.shape), tuple(scales[name].shape)
+            raise QzoError(f'offsets["{name}"] has shape {found}, its scale {wanted}; they must be the same')
+    return {scales[name]: offset for name, offset in offsets.items()}
+
+
+def start(scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
+    """s0 and m0 in fp32, for the optimizer's state."""
+    return {
+        key: torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device).copy_(tensor.detach())
+        for key, tensor in zip(OFFSET_STATE, (scale, offset), strict=True)
+    }
+
+
+def follow(offset: Tensor, state: dict[str, Tensor], part: slice, scale: Tensor) -> None:
+    """Write m' = m0 (s' / s0) to the elements `part` of the live offset; `scale` = s' in fp32 is overwritten."""
+    scale_start, offset_start = (state[key].view(-1)[part] for key in OFFSET_STATE)
+    scale.div_(scale_start).masked_fill_(scale_start == 0, 1).mul_(offset_start)
+    offset.detach().view(-1)[part].copy_(scale)

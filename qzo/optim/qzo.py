@@ -1,0 +1,227 @@
+"""QZO: zeroth-order training of quantization scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qzo.errors import QzoError
+from qzo.optim import offsets, rules
+from qzo.optim.estimator import Estimator
+from qzo.optim.groups import Group, check_sign
+from qzo.optim.noise import chunk_elements
+from qzo.optim.spsa import Applied, Parameters, SpsaOptimizer, flat
+
+
+class QZO(SpsaOptimizer):
+    """Q-SPSA with directional-derivative clipping on the scales Δ of a quantized model (arXiv 2505.13430, Algorithm 1).
+
+        d  = (L(Δ + eps z) - L(Δ - eps z)) / (2 eps),  z ~ N(0, I)       Eq. 5
+        d' = clamp(d, -C, C)                                            Eq. 6
+        Δ  = max(Δ - lr d' z, 0)
+
+    Each scale has an fp32 master in the optimizer's state (key "master"), four bytes a scale, made at once. Masters
+    are the truth: a perturbation is master ± eps z cast to the dtype of the live tensor, putting back copies the cast
+    master, so nothing drifts and small updates are not lost in fp16. A scale that is written from outside after the
+    optimizer is made is therefore overwritten by the next step.
+
+    Args:
+        scales: `qzo.scales(model)`, `qzo.trainable(model, ...)`, or tensors, (name, tensor) pairs, parameter groups. A
+            tensor named twice is trained once. Tensors change in place. A group with named scales may hold "offsets",
+            name -> tensor, which follow them, see `qzo.optim.offsets`.
+        lr: η. Groups may have their own `lr`, `eps`, `clip_threshold`, and all options below down to `adam_eps`; any
+            torch.optim.lr_scheduler works.
+        eps: ε, step of the finite difference.
+        clip_threshold: C, None turns clipping off.
+        seed: with the step counter it makes z, see `qzo.optim.noise`.
+        relative: perturb by eps Δ z and update by lr d' z Δ: both are relative amounts, and d is the change of the
+            loss for a relative change of the scales, see `qzo.optim.rules`. Scales of 0 stay there.
+        nonnegative: the max(., 0) of Algorithm 1. False for tensors that may be negative: norms, biases, adapters.
+        momentum, betas, adam_eps: momentum, or Adam, on the masters, see `qzo.optim.rules`; None, no Adam. 4 or 8 bytes
+            a scale.
+        directions, distribution, estimator, normalize: how d is measured, see `qzo.optim.estimator.Estimator`.
+        max_skipped: losses in a row that are not finite before training stops with an error; None, never.
+
+    `last` tells what the last step saw, `direction()` its z. Extra memory in a step: one chunk of z, a second one with
+    several directions.
+
+    Raises:
+        QzoError: an option out of range, nothing to train, a tensor that is not floating point or has no flat view.
+    """
+
+    least_noise = 2**14  # 64 KiB: the scales of a small layer at once, where starting an operator takes longest
+
+    def __init__(
+        self,
+        scales: Parameters,
+        lr: float = 1e-7,
+        eps: float = 1e-3,
+        clip_threshold: float | None = 100.0,
+        seed: int = 0,
+        *,
+        relative: bool = False,
+        nonnegative: bool = True,
+        momentum: float = 0.0,
+        betas: tuple[float, float] | None = None,
+        adam_eps: float = 1e-8,
+        directions: int = 1,
+        distribution: str = "gaussian",
+        estimator: str = "two-sided",
+        normalize: bool = False,
+        max_skipped: int | None = 10,
+    ) -> None:
+        self._offsets: dict[Tensor, Tensor] = {}  # scale -> the live offset that follows it
+        rule: dict[str, Any] = {"momentum": momentum} if betas is None else {"betas": betas, "momentum": momentum}
+        super().__init__(
+            scales,
+            seed,
+            Estimator(directions, distribution, estimator, normalize),
+            max_skipped,
+            lr=lr,
+            eps=eps,
+            clip_threshold=clip_threshold,
+            relative=relative,
+            nonnegative=nonnegative,
+            adam_eps=adam_eps,
+            **rule,
+        )
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: Group) -> None:
+        """As the base class; makes the masters too. Raises QzoError."""
+        group = {name: value for name, value in param_group.items() if name != "offsets"}
+        rules.check_rule({**self.defaults, **group})
+        super().add_param_group(group)
+        try:
+            self._take_over(self.param_groups[-1], param_group.get("offsets") or {})
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _take_over(self, group: Group, following: dict[str, Tensor]) -> None:
+        pairs = offsets.take_offsets(following, group)
+        for position, tensor in enumerate(group["params"]):
+            if group["nonnegative"]:
+                check_sign(group["param_names"][position] if "param_names" in group else "a tensor", tensor)
+        for tensor in group["params"]:
+            master = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
+            self.state[tensor]["master"] = master.copy_(tensor.detach())
+            if tensor in pairs:
+                self.state[tensor].update(offsets.start(tensor, pairs[tensor]))
+        self._offsets.update(pairs)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the base class; masters are taken over as fp32, bit for bit, and written to the live scales.
+
+        PyTorch alone would cast them to the dtype of the scales.
+        """
+        owned = [self.state[tensor] for _, _, _, tensor in self._tensors()]
+        saved = _saved_states(state_dict, owned)
+        super().load_state_dict({**state_dict, "state": {}})
+        for (_, _, _, tensor), state, values in zip(self._tensors(), owned, saved, strict=True):
+            self.state[tensor] = _copied(state, values)
+        self._restore()
+
+    def truth(self) -> dict[str, Tensor]:
+        """The optimizer's state of every tensor, as "index.key": masters, what offsets start from, rule buffers."""
+        return {
+            f"{index}.{key}": value
+            for index, _, _, tensor in self._tensors()
+            for key, value in self.state[tensor].items()
+        }
+
+    @torch.no_grad()
+    def set_truth(self, tensors: dict[str, Tensor]) -> None:
+        """As the base class; the live tensors are written too."""
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            index, _, key = name.partition(".")
+            states.setdefault(int(index), {})[key] = value
+        owned = [self.state[tensor] for _, _, _, tensor in self._tensors()]
+        saved = {"state": states, "param_groups": [{"params": list(range(len(owned)))}]}
+        for (_, _, _, tensor), state, values in zip(self._tensors(), owned, _saved_states(saved, owned), strict=True):
+            self.state[tensor] = _copied(state, values)
+        self._restore()
+
+    def _perturb(self, direction: int, sign: int) -> None:
+        for index, _, number, tensor in self._tensors():
+            group, live, master = self.param_groups[number], flat(tensor), flat(self.state[tensor]["master"])
+            distance, relative, follows = sign * group["eps"], group["relative"], tensor in self._offsets
+            for z, part in self._noise(index, tensor, direction):
+                chunk = master[part]
+                z.mul_(distance)
+                if relative:
+                    z.mul_(chunk)
+                live[part].copy_(z.add_(chunk))
+                if follows:
+                    self._follow(tensor, part, z)
+            del z  # before the next tensor's is born
+
+    def _restore(self) -> None:
+        for _, _, _, tensor in self._tensors():
+            master = self.state[tensor]["master"]
+            tensor.detach().copy_(master)
+            if tensor in self._offsets:
+                for part in _parts(master.numel()):
+                    self._follow(tensor, part, flat(master)[part].clone())
+
+    def _update(self, applied: Applied) -> None:
+        for index, _, number, tensor in self._tensors():
+            group, state, live = self.param_groups[number], self.state[tensor], flat(tensor)
+            rules.prepare(group, state, state["master"])
+            master, nonnegative, follows = flat(state["master"]), group["nonnegative"], tensor in self._offsets
+            for mixed, part in self._mixed(index, tensor, rules.factors(group, applied[number])):
+                chunk = master[part]
+                chunk.add_(rules.change(group, state, part, mixed, chunk))
+                if nonnegative:
+                    chunk.clamp_(min=0)
+                live[part].copy_(chunk)
+                if follows:
+                    self._follow(tensor, part, mixed.copy_(chunk))
+            del mixed
+
+    def _follow(self, tensor: Tensor, part: slice, scale: Tensor) -> None:
+        """Write the offset of a tensor's elements `part`, whose scales are `scale`, which is overwritten."""
+        offsets.follow(self._offsets[tensor], self.state[tensor], part, scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_offsets": self._offsets}
+
+
+def _parts(numel: int) -> list[slice]:
+    size = chunk_elements(numel)
+    return [slice(first, min(first + size, numel)) for first in range(0, numel, size)]
+
+
+def _copied(state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """`saved` on the device of the master; where `state` has the tensor already, that one takes the values."""
+    device = state["master"].device
+    return {
+        key: state[key].copy_(value)
+        if key in state
+        else torch.empty_like(value, device="cpu" if key == "updates" else device).copy_(value)
+        for key, value in saved.items()
+    }
+
+
+def _saved_states(state_dict: dict[str, Any], owned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """State of each tensor in a state dict, in order; QzoError where it does not fit this optimizer's."""
+    try:
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        saved = [state_dict["state"][number] for number in numbers]
+        shapes = [value["master"].shape for value in saved]
+    except KeyError as error:
+        raise QzoError("the state dict has no master scales; load one that QZO.state_dict() made") from error
+    if len(saved) != len(owned):
+        raise QzoError(f"the state dict holds {len(saved)} scale tensors, the optimizer {len(owned)}")
+    for number, (values, shape, state) in enumerate(zip(saved, shapes, owned, strict=True)):
+        wanted = state["master"].shape
+        if any(value.shape not in (wanted, torch.Size()) for value in values.values()) or shape != wanted:
+            raise QzoError(f"scale {number} has shape {tuple(shape)} in the state dict, {tuple(wanted)} in the model")
+        for key in offsets.OFFSET_STATE:
+            if (key in values) != (key in state):
+                raise QzoError(f"scale {number} is saved {'with' if key in values else 'without'} an offset")
+    return saved

@@ -1,0 +1,227 @@
+"""What a training loop drives: an optimizer of either order, and how its state outlives the process."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qzo.durable import read_tensors, replace_file
+from qzo.errors import QzoError
+from qzo.journal.journal import Journal
+from qzo.live.adapters import adapters, put_adapters
+from qzo.live.scales import QUANTIZED, in_layers, linear_scales
+from qzo.live.trainable import scale_group
+from qzo.models.walk import freeze
+from qzo.optim.mezo import MeZO
+from qzo.optim.qzo import QZO
+from qzo.optim.spsa import SpsaOptimizer, live_tensors
+from qzo.training.settings import QUANTIZED as NEED_QUANTIZED
+from qzo.training.settings import ZEROTH_ORDER, TrainSettings
+
+JOURNAL, LAST = "run.journal", "last.safetensors"
+SNAPSHOT_EVERY = 200
+GRADIENT_NORM = 1.0
+MAX_SKIPPED = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step saw: its loss, d (zeroth order) or the norm of the gradient, and what became of it."""
+
+    loss: float
+    slope: float
+    clipped: bool
+    skipped: bool
+
+
+class ZerothOrder:
+    """A `qzo.QZO` or `qzo.MeZO` with a journal in the run's folder, where it goes on at the journal's end."""
+
+    slope_name = "d"
+
+    def __init__(self, model: nn.Module, optimizer: SpsaOptimizer, folder: Path) -> None:
+        self.optimizer = optimizer
+        self.journal = Journal(folder / JOURNAL, model, optimizer, snapshot_every=SNAPSHOT_EVERY)
+        self.notices = _resume(self.journal)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return self.optimizer.steps
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out because a loss was not finite."""
+        return self.optimizer.skipped_steps
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> live tensor, of all that is trained."""
+        return live_tensors(self.optimizer)
+
+    def step(self, loss: Callable[[], Tensor], lr: float) -> Outcome:
+        """Take a step; `record` it before the next. Raises QzoError as `SpsaOptimizer.step`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        value = self.optimizer.step(loss)
+        last = self.optimizer.last
+        assert last is not None
+        return Outcome(value, last.directional_derivative, last.clipped, last.skipped)
+
+    def record(self, _: bool = False) -> None:
+        """Write the step's line into the journal. Raises QzoError where the disk is full."""
+        self.journal.record()
+
+    def close(self) -> None:
+        """Sync and release the journal."""
+        self.journal.close()
+
+
+class FirstOrder:
+    """AdamW on `named`; trained tensors and moments are saved when asked, and taken up again from there."""
+
+    slope_name = "gradient_norm"
+
+    def __init__(self, named: dict[str, Tensor], lr: float, folder: Path) -> None:
+        self.named, self.path = named, folder / LAST
+        self.optimizer = torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.0)
+        self.steps = self.skipped = self.in_a_row = 0
+        self.notices: list[str] = []
+        if self.path.exists():
+            self._load()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> live tensor, of all that is trained."""
+        return {name: tensor.detach() for name, tensor in self.named.items()}
+
+    def step(self, loss: Callable[[], Tensor], lr: float) -> Outcome:
+        """One step of AdamW, the gradient's norm limited to 1. A loss or gradient that is not finite skips the step.
+
+        Raises QzoError for the tenth of these in a row.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        graph = loss()
+        graph.backward()
+        value = float(graph.detach())
+        norm = float(nn.utils.clip_grad_norm_(self.named.values(), GRADIENT_NORM))
+        outcome = Outcome(value, norm, norm > GRADIENT_NORM, skipped=not math.isfinite(value + norm))
+        if not outcome.skipped:
+            self.optimizer.step()
+        elif self.in_a_row + 1 == MAX_SKIPPED:
+            raise QzoError(
+                f"the loss was not finite for {MAX_SKIPPED} steps in a row, up to step {self.steps}; "
+                "lower lr, or look at the data"
+            )
+        self.steps += 1
+        self.skipped += outcome.skipped
+        self.in_a_row = self.in_a_row + 1 if outcome.skipped else 0
+        return outcome
+
+    def record(self, save: bool = False) -> None:
+        """Replace the saved state by the present one where `save` is set. Raises QzoError where the disk is full."""
+        if not save:
+            return
+        from safetensors.torch import save_file
+
+        parts = {f"value.{name}": tensor for name, tensor in self.tensors().items()}
+        for name, tensor in self.named.items():
+            parts |= {f"{key}.{name}": value for key, value in self.optimizer.state[tensor].items()}
+        metadata = {key: str(getattr(self, key)) for key in ("steps", "skipped", "in_a_row")}
+        tensors = {name: tensor.contiguous() for name, tensor in parts.items()}
+        replace_file(self.path, lambda path: save_file(tensors, path, metadata))
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        tensors, metadata = read_tensors(self.path)
+        if {name.removeprefix("value.") for name in tensors if name.startswith("value.")} != set(self.named):
+            raise QzoError(f"{self.path} is of another model or method; give what the run was begun with")
+        for name, tensor in self.named.items():
+            tensor.copy_(tensors[f"value.{name}"])
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                if f"{key}.{name}" in tensors:  # none before the first step that was not skipped
+                    saved = tensors[f"{key}.{name}"]
+                    self.optimizer.state[tensor][key] = saved if key == "step" else saved.to(tensor.device)
+        self.steps, self.skipped, self.in_a_row = (int(metadata[key]) for key in ("steps", "skipped", "in_a_row"))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+Learner = ZerothOrder | FirstOrder
+
+
+def make_learner(model: nn.Module, settings: TrainSettings, folder: Path, source: str = "MODEL") -> Learner:
+    """The optimizer of a method on `model`, gone on from what `folder` holds.
+
+    Changes the model: adapters are put in, `requires_grad` is set, and a resumed state is written into it.
+
+    Args:
+        model: as loaded; without dropout, or in eval mode, so that a step can be repeated to the bit.
+        settings: method and options.
+        folder: of the run; must exist.
+        source: what to call the model in an error.
+
+    Raises QzoError for a model of the wrong kind and a folder with a run of another model.
+    """
+    check_model(model, settings, source)
+    if settings.method in ZEROTH_ORDER:
+        freeze(model)
+        return ZerothOrder(model, _zeroth_order(model, settings), folder)
+    if settings.method == "ft":
+        model.requires_grad_(True)
+        named: dict[str, Tensor] = {**dict(model.named_parameters())}
+    else:
+        put_adapters(model, settings.seed)
+        named = adapters(model)
+    assert settings.lr is not None
+    return FirstOrder(named, settings.lr, folder)
+
+
+def _zeroth_order(model: nn.Module, settings: TrainSettings) -> SpsaOptimizer:
+    """QZO or MeZO; in offset formats each offset follows its scale, which is the paper's Δ ⊙ W_int."""
+    named, options = _trained(model, settings), settings.optimizer_options()
+    if settings.method == "mezo":
+        return MeZO(named, **options)
+    return QZO([scale_group(model, named)], **options)
+
+
+def _trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:
+    """Name -> live tensor, of what a zeroth-order method trains: for QZO, the scales of linear layers."""
+    named: dict[str, Tensor] = linear_scales(model) if settings.method == "qzo" else {**dict(model.named_parameters())}
+    return named if settings.layer_range is None else in_layers(named, *settings.layer_range)
+
+
+def check_model(model: nn.Module, settings: TrainSettings, source: str) -> None:
+    """Raise QzoError for a model that a method cannot train, and for layers that it does not have."""
+    _check_kind(model, settings.method, source)
+    if settings.layer_range is not None or settings.method == "qzo":
+        _trained(model, settings)
+
+
+def _check_kind(model: nn.Module, method: str, source: str) -> None:
+    """Quantized where the method needs that, and not where it needs that."""
+    quantized = any(isinstance(module, QUANTIZED) for module in model.modules())
+    if method in NEED_QUANTIZED and not quantized:
+        raise QzoError(f"{source} is not quantized, and {method} needs that; first run: qzo quantize {source} OUT")
+    if method not in NEED_QUANTIZED and quantized:
+        other = {"mezo": "qzo", "lora": "qlora", "ft": "qzo or qlora"}[method]
+        raise QzoError(f"{source} is quantized, and {method} needs an unquantized model; choose method {other}")
+
+
+def _resume(journal: Journal) -> list[str]:
+    """Take the run up; what the journal would warn of is returned."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            journal.resume()
+    except BaseException:
+        journal.close()
+        raise
+    return [str(warning.message) for warning in caught]

@@ -1,0 +1,84 @@
+"""The training loop: any loss, any model, validation at intervals, the best state kept, resumed to the bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qzo.training.learners import Learner
+from qzo.training.progress import Progress
+from qzo.training.run import Result, Run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run ended: after `steps` steps, `skipped` of them left out; best validation, after `best_step` steps."""
+
+    steps: int
+    skipped: int
+    best_step: int
+    best: Result
+    stopped_early: bool
+
+
+def train(
+    learner: Learner,
+    run: Run,
+    batch_at: Callable[[int], Any],
+    loss: Callable[[Any], Tensor],
+    evaluate: Callable[[], Result],
+    progress: Progress | None = None,
+) -> Trained:
+    """Take steps until `run.settings.steps` are taken or validation has not improved for `patience` times.
+
+    Killed at any moment and called again with the same arguments, a learner and a run made anew, it ends with the very
+    tensors of a run that was never stopped, provided that `batch_at`, `loss` and the machine are the same.
+
+    Args:
+        learner: from `make_learner`, in the run's folder.
+        run: from `Run`.
+        batch_at: step, from 0 -> batch; a function of the step alone, see `qzo.training.batches`.
+        loss: batch -> scalar loss of the model as it stands; without dropout.
+        evaluate: result of a validation of the model as it stands; needs the run's metric and "loss".
+        progress: what to show it with.
+
+    Raises QzoError where losses are not finite several times in a row, and where the disk is full; what is on disk then
+    is sound, and the run can be resumed.
+    """
+    settings = run.settings
+    run.begin(learner.steps)
+    started = time.monotonic()
+    while True:
+        if _due(learner.steps, settings.steps, settings.eval_every) and not run.validated(learner.steps):
+            _validate(learner, run, evaluate, progress)
+        exhausted = settings.patience is not None and run.stale >= settings.patience
+        if exhausted or learner.steps >= settings.steps:
+            break
+        step, lr = learner.steps, settings.lr_at(learner.steps)
+        batch = batch_at(step)
+        outcome = learner.step(lambda batch=batch: loss(batch), lr)  # type: ignore[misc]
+        entry = {"step": learner.steps, "loss": outcome.loss, learner.slope_name: outcome.slope, "lr": lr}
+        flags = {"clipped": outcome.clipped, "skipped": outcome.skipped}
+        run.write({**entry, **flags, "seconds": round(time.monotonic() - started, 3)})
+        learner.record(_due(learner.steps, settings.steps, settings.eval_every))
+        if progress is not None:
+            progress.step(learner.steps, outcome, lr)
+    assert run.best is not None
+    return Trained(learner.steps, learner.skipped, *run.best, stopped_early=learner.steps < settings.steps)
+
+
+def _due(taken: int, steps: int, every: int) -> bool:
+    return taken % every == 0 or taken == steps
+
+
+@torch.no_grad()
+def _validate(learner: Learner, run: Run, evaluate: Callable[[], Result], progress: Progress | None) -> None:
+    result = evaluate()
+    better = run.add_validation(learner.steps, result, learner.tensors())
+    if progress is not None:
+        progress.validation(learner.steps, result, better)

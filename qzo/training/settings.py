@@ -1,0 +1,154 @@
+"""What a training run is told, with every default, checked before any work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from qzo.errors import QzoError
+from qzo.optim.estimator import SIDES
+
+# lr and C of a method where none is given: of the paper, of MeZO's, and what is usual for AdamW
+DEFAULTS: dict[str, tuple[float, float]] = {
+    "qzo": (1e-7, 100.0),
+    "mezo": (1e-6, math.inf),
+    "lora": (1e-4, math.inf),
+    "qlora": (1e-4, math.inf),
+    "ft": (1e-5, math.inf),
+}
+METHODS = tuple(DEFAULTS)
+ZEROTH_ORDER = ("qzo", "mezo")
+QUANTIZED = ("qzo", "qlora")  # methods that need a quantized model; the others need an unquantized one
+UPDATES: dict[str, dict[str, Any]] = {"sgd": {}, "momentum": {"momentum": 0.9}, "adam": {"betas": (0.9, 0.999)}}
+SCHEDULERS = ("constant", "linear", "cosine")
+DTYPES = ("bfloat16", "float16", "float32")
+EXAMPLES = {"lr": 1e-6, "eps": 1e-3, "clip_threshold": 100}
+MAY_CHANGE = ("steps", "patience")  # on a resume
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train; the defaults are those of the command line.
+
+    Args:
+        method: "qzo" the scales of a quantized model, "mezo" all weights of an unquantized one, both without
+            gradients; "lora" and "qlora" adapters on the two kinds of model, "ft" all weights, by AdamW.
+        steps: in all, not more of them after a resume.
+        batch_size: examples a step.
+        lr: None, the method's: 1e-7 for qzo (the paper's, for 7B; a smaller model has fewer scales and needs more),
+            1e-6 for mezo, 1e-4 for adapters, 1e-5 for ft.
+        eps, relative, clip_threshold, directions: of `qzo.QZO`; those that a method has no use for must be left alone.
+            clip_threshold None is the method's, 100 for qzo and none for mezo; inf is none.
+        estimator: zeroth order only: "two-sided" as in the paper, 2 evaluations a direction; "one-sided" takes them
+            against one common evaluation, so that n directions cost n + 1.
+        centering: share of the label words' mean over the batch that the loss leaves out, see `qzo.tasks.loss`.
+        update: qzo only: "sgd" as in the paper, "momentum" 0.9, or "adam" with betas 0.9 and 0.999.
+        scheduler: of the learning rate over `steps`: "constant", "linear" down to 0, or half a "cosine" down to 0.
+        eval_every: steps between validations; there is one before the first step and one after the last as well.
+        patience: validations without a new best before training stops; None, never.
+        layers: zeroth order only: "14-24" trains what is in these decoder layers, counted from 0; None, everything.
+        seed: of the order of the data, of the split, of z, and of new adapters.
+        dtype: "bfloat16", "float16" or "float32": of the unquantized tensors, and so of the arithmetic. None takes
+            float32 for ft, else what `qzo.load` chooses.
+
+    Raises QzoError for a value out of range and an option that the method has no use for.
+    """
+
+    method: str = "qzo"
+    steps: int = 1000
+    batch_size: int = 16
+    lr: float | None = None
+    eps: float = 1e-3
+    relative: bool = False
+    clip_threshold: float | None = None
+    directions: int = 1
+    estimator: str = "two-sided"
+    centering: float = 0.0
+    update: str = "sgd"
+    scheduler: str = "constant"
+    eval_every: int = 100
+    patience: int | None = None
+    layers: str | None = None
+    seed: int = 0
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        choices = {
+            "method": METHODS,
+            "update": tuple(UPDATES),
+            "scheduler": SCHEDULERS,
+            "dtype": (None, *DTYPES),
+            "estimator": SIDES,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise QzoError(f'{name}="{getattr(self, name)}" is not known; choose {", ".join(filter(None, known))}')
+        lr, clip_threshold = DEFAULTS[self.method]
+        object.__setattr__(self, "lr", lr if self.lr is None else self.lr)
+        object.__setattr__(
+            self, "clip_threshold", clip_threshold if self.clip_threshold is None else self.clip_threshold
+        )
+        for name in ("lr", "eps", "clip_threshold"):
+            value = getattr(self, name)
+            if not value > 0 or (name != "clip_threshold" and math.isinf(value)):
+                raise QzoError(f"{name}={value} is not a positive number; choose e.g. {EXAMPLES[name]}")
+        for name in ("steps", "batch_size", "directions", "eval_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise QzoError(f"{name}={value} is not a positive whole number")
+        if not 0 <= self.centering < 1:
+            raise QzoError(f"centering={self.centering} is not in [0, 1); choose e.g. 0.7, or 0 for none")
+        self._check_method()
+        _ = self.layer_range
+
+    @property
+    def layer_range(self) -> tuple[int, int] | None:
+        """First and last decoder layer that is trained; None, everything. Raises QzoError."""
+        if self.layers is None:
+            return None
+        first, _, last = self.layers.partition("-")
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise QzoError(f'layers="{self.layers}" is not a range of decoder layers; choose e.g. 14-24')
+        return int(first), int(last)
+
+    def _check_method(self) -> None:
+        """Options that a method would silently ignore."""
+        unused: dict[str, tuple[str, ...]] = {"update": ("qzo",), "relative": ("qzo",)}
+        unused |= dict.fromkeys(("eps", "directions", "estimator", "layers"), ZEROTH_ORDER)
+        for name, methods in unused.items():
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default and self.method not in methods:
+                raise QzoError(f'{name}={getattr(self, name)} is for {" and ".join(methods)}, not for "{self.method}"')
+        if self.method not in ZEROTH_ORDER and not math.isinf(self.clip_threshold or 0):
+            raise QzoError(f'clip_threshold={self.clip_threshold} is for qzo and mezo, not for "{self.method}"')
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step `step`, which counts from 0: a function of the step, so a resume needs no state."""
+        done = step / self.steps
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.scheduler]
+        assert self.lr is not None
+        return self.lr * factor
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Keyword arguments of `qzo.QZO` or `qzo.MeZO`."""
+        clip = None if math.isinf(self.clip_threshold or math.inf) else self.clip_threshold
+        common = {"lr": self.lr, "eps": self.eps, "clip_threshold": clip, "seed": self.seed}
+        own = {"relative": self.relative, **UPDATES[self.update]} if self.method == "qzo" else {}
+        return {**common, "directions": self.directions, "estimator": self.estimator, **own}
+
+    def to_json(self) -> dict[str, Any]:
+        """Name -> value as JSON holds it; no clipping is null."""
+        values = asdict(self)
+        return {**values, "clip_threshold": None if math.isinf(values["clip_threshold"]) else values["clip_threshold"]}
+
+    def check_resume(self, saved: dict[str, Any]) -> None:
+        """Raise QzoError where a run was begun with other settings than these, but for those that may change."""
+        own = self.to_json()
+        for field in fields(self):  # a run of an older version lacks the newer settings
+            name, begun = field.name, saved.get(field.name, field.default)
+            if begun != own[name] and (name not in MAY_CHANGE or self._shapes_lr(name)):
+                raise QzoError(f"the run was begun with {name}={begun}, not {own[name]}; give the same")
+
+    def _shapes_lr(self, name: str) -> bool:
+        return name == "steps" and self.scheduler != "constant"

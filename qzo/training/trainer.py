@@ -1,0 +1,255 @@
+"""QZO and MeZO in the Trainer of transformers."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from qzo.checkpoints.save import format_of, save
+from qzo.checkpoints.write import in_own_layout, write_tuned
+from qzo.durable import read_tensors, whole_folder, write_tensors
+from qzo.errors import QzoError
+from qzo.formats.gguf.files import write_gguf
+from qzo.formats.gguf.layer import GgufTensor
+from qzo.journal.journal import Journal
+from qzo.live.check import check_live
+from qzo.live.scales import linear_scales, scales
+from qzo.live.trainable import live_named, scale_group
+from qzo.optim.qzo import QZO
+from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
+from qzo.training.export import TRAINED
+
+OPTIMIZER = "optimizer.pt"  # what Trainer calls it
+LIVE = (".scales", ".offsets")
+
+
+class TakenStep(torch.optim.Optimizer):
+    """A zeroth-order optimizer as Trainer's loop needs it: its `step()` without a closure does nothing.
+
+    By then `QZOTrainer.training_step` has taken the step. Groups and state are those of `optimizer`.
+    """
+
+    def __init__(self, optimizer: SpsaOptimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+
+    def step(self, closure: Any = None) -> Any:
+        """Nothing without a closure, a step with one."""
+        return None if closure is None else self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: there are no gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masters, counters and options."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave; the live tensors are written too."""
+        self.optimizer.load_state_dict(state_dict)
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+
+class QZOTrainer(Trainer):
+    """transformers' Trainer with zeroth-order steps: two evaluations of the loss for each, no backward pass.
+
+        trainer = qzo.QZOTrainer(model, TrainingArguments("out", learning_rate=1e-5), train_dataset=data)
+        trainer.train(resume_from_checkpoint=...)
+
+    Callbacks, schedulers, evaluation, logging, early stopping and checkpoints are Trainer's. What differs:
+
+    - The optimizer is QZO on the scales of linear layers (not of an 8-bit vocabulary), offsets with them, as in
+      `qzo train`, with the arguments' `learning_rate` and `seed`, or the QZO or MeZO given as
+      `optimizers=(optimizer, None)`. Other optimizers of the arguments are not used.
+    - A step is taken when the last of its micro-batches is there; all of them are evaluated with one z. So Trainer's
+      on_pre_optimizer_step and on_optimizer_step both come after it.
+    - Before the first step `qzo.check_live` proves, on its first micro-batch, that the scales are live (QZO).
+    - The model stays in eval mode: both evaluations must see the same function.
+    - Logs hold d of the last step, the share of clipped steps since the last log and the number of skipped ones, and
+      no norm of a gradient.
+    - A checkpoint holds the live scales (`trained.safetensors`) and the optimizer's masters, not the whole model: the
+      model to resume with is loaded as at first. `qzo.export(checkpoint, out)` and `save_model(folder)` write whole
+      models. A resumed run ends with the very scales of an uninterrupted one.
+
+    Args:
+        model: from `qzo.load`, quantized; a model that transformers' own quantizers made is refused by Trainer.
+        qzo_options: for the QZO that is made: eps, clip_threshold, relative, betas, ...
+        journal: file for a `qzo.Journal`, QZO only; a resume from a checkpoint cuts it there.
+        arguments: of Trainer.
+
+    Raises QzoError for an optimizer without closures, several processes, `fp16` (it scales gradients), and tensors that
+    are not on the device of the arguments.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        qzo_options: dict[str, Any] | None = None,
+        journal: str | os.PathLike[str] | None = None,
+        **named: Any,
+    ) -> None:
+        self.qzo_options, self.journal_path = qzo_options or {}, journal
+        self.journal: Journal | None = None
+        self.zeroth_order: SpsaOptimizer | None = None
+        self._closures: list[Closure] = []
+        self._clipped: list[bool] = []
+        self._checked = False
+        super().__init__(*arguments, **named)
+        if self.args.world_size > 1:
+            raise QzoError(f"world_size={self.args.world_size}: zeroth-order steps need a single process")
+        if self.args.fp16:
+            raise QzoError("fp16=True scales gradients, and there are none; leave it out and load a float16 model")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """QZO on linear layers unless an optimizer was given. Raises QzoError for one that needs gradients."""
+        if self.zeroth_order is not None and self.optimizer is not None:
+            if self.journal is not None:
+                raise QzoError("the journal was closed when train() ended; make a new QZOTrainer to go on")
+            return self.optimizer
+        target: Any = self.model if model is None else model
+        made = self.optimizer
+        if made is None:
+            options: dict[str, Any] = {"lr": self.args.learning_rate, "seed": self.args.seed}
+            made = QZO([scale_group(target, linear_scales(target))], **{**options, **self.qzo_options})
+        if not isinstance(made, SpsaOptimizer):
+            raise QzoError(f"a {type(made).__name__} needs gradients; give a qzo.QZO or qzo.MeZO, or no optimizer")
+        places = {tensor.device.type for _, _, _, tensor in made._tensors()}
+        if places != {self.args.device.type}:
+            raise QzoError(
+                f"the optimizer's tensors are on {places}, the Trainer on {self.args.device}; load them there"
+            )
+        self.zeroth_order = made
+        if self.journal_path is not None:
+            self._open_journal(target, made)
+        self.optimizer = TakenStep(made)
+        return self.optimizer
+
+    def _open_journal(self, model: nn.Module, optimizer: SpsaOptimizer) -> None:
+        if not isinstance(optimizer, QZO):
+            raise QzoError(f"a Trainer's journal is for QZO, not for {type(optimizer).__name__}")
+        assert self.journal_path is not None
+        self.journal = Journal(self.journal_path, model, optimizer)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Collect a micro-batch; with the last one of a step, take it. Returns the step's loss then, 0 before."""
+        model.eval()
+        prepared = self._prepare_inputs(inputs)
+        self._closures.append(partial(self._loss_of, model, prepared, num_items_in_batch))
+        if not self.accelerator.sync_gradients:
+            return torch.tensor(0.0, device=self.args.device)
+        closures, self._closures = self._closures, []
+        assert self.zeroth_order is not None
+        if not self._checked and isinstance(self.zeroth_order, QZO):
+            check_live(model, closures[0], self.args.seed)
+        self._checked = True
+        loss = self.zeroth_order.step(closures)
+        if self.journal is not None:
+            self.journal.record()
+        last = self.zeroth_order.last
+        self._clipped.append(last is not None and last.clipped)
+        return torch.tensor(loss, device=self.args.device)
+
+    def _loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """A micro-batch's share of the step's loss, as Trainer's own training_step has it."""
+        with self.compute_loss_context_manager():  # compute_loss may take labels out of its inputs
+            loss: Any = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+        loss = loss.mean() if self.args.n_gpu > 1 else loss
+        scaled: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # transformers >= 5.23
+        if scaled is None:
+            by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_items or self.compute_loss_func is not None
+        share: Tensor = loss if scaled else loss / self.current_gradient_accumulation_steps
+        return share
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's; training logs tell d, clipped and skipped steps in place of a gradient's norm."""
+        if self.zeroth_order is not None and "loss" in logs and "learning_rate" in logs:
+            logs.pop("grad_norm", None)
+            last = self.zeroth_order.last
+            if last is not None:
+                logs["directional_derivative"] = last.directional_derivative
+            logs["clipped_share"] = sum(self._clipped) / max(1, len(self._clipped))
+            logs["skipped_steps"] = self.zeroth_order.skipped_steps
+            self._clipped.clear()
+        super().log(logs, start_time)
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """As Trainer's; the journal is synced and closed at the end, whatever happens."""
+        try:
+            return super().train(*arguments, **named)
+        finally:
+            self._closures.clear()
+            if self.journal is not None:
+                self.journal.close()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model in the format it came in: the GPTQ or AWQ layout, or a .gguf file.
+
+        Trainer's checkpoints, which it writes with `_internal_call`, get the trained tensors alone.
+        With MeZO all is as in Trainer. Raises QzoError for what the layout cannot hold.
+        """
+        if self.zeroth_order is not None and not isinstance(self.zeroth_order, QZO):
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        if _internal_call and self.zeroth_order is not None:
+            metadata = {"model": str(getattr(self.model, "name_or_path", "")), "steps": str(self.zeroth_order.steps)}
+            write_tensors(folder / TRAINED, live_tensors(self.zeroth_order), metadata)
+        else:
+            self._save_whole(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_whole(self, folder: Path) -> None:
+        """Write a checkpoint beside what the folder holds already, each file as a whole."""
+        partial_folder = folder / ".model.part"
+        model: Any = self.model
+        source = Path(getattr(model, "name_or_path", ""))
+        if any(isinstance(module, GgufTensor) for module in model.modules()):
+            tensors = {name: tensor for name, tensor in live_named(model).items() if name.endswith(LIVE)}
+            whole_folder(partial_folder, lambda part: write_gguf(source, tensors, part / source.name))
+        elif in_own_layout(str(source)):
+            tuned = scales(model) if self.zeroth_order is None else live_tensors(self.zeroth_order)
+            write_tuned(str(source), tuned, partial_folder)
+        else:
+            save(model, partial_folder, format_of(source))
+        for file in partial_folder.iterdir():
+            os.replace(file, folder / file.name)
+        partial_folder.rmdir()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Trainer calls this before the optimizer is there; with scales, all is in the optimizer's state."""
+        folder = Path(resume_from_checkpoint)
+        if not (folder / TRAINED).is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif not (folder / OPTIMIZER).is_file():
+            raise QzoError(f"{folder} has no {OPTIMIZER} (save_only_model=True?), so a run cannot go on from it")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer's, which restores the scales too; the journal is cut where the checkpoint was made."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.journal is not None and self.zeroth_order is not None:
+            self.journal.resume(self.zeroth_order.steps)
+
+    @torch.no_grad()
+    def _load_best_model(self) -> None:
+        """As Trainer's, from the trained tensors; masters follow, so that training can go on from there."""
+        best = Path(self.state.best_model_checkpoint or "") / TRAINED
+        if not best.is_file():
+            super()._load_best_model()
+            return
+        assert self.zeroth_order is not None
+        own = live_tensors(self.zeroth_order)
+        for name, value in read_tensors(best)[0].items():
+            own[name].copy_(value)
+        for _, _, _, tensor in self.zeroth_order._tensors():
+            self.zeroth_order.state[tensor]["master"].copy_(tensor)

@@ -1,0 +1,1 @@
+"""The files of a report: Markdown, CSV, HTML and a picture."""

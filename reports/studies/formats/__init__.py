@@ -1,0 +1,1 @@
+"""Every quantization format on one model."""

@@ -1,0 +1,1 @@
+"""GPTQ beside round-to-nearest, layer by layer."""

@@ -1,0 +1,1 @@
+"""The paper's printed memory beside simulations of its protocol."""

@@ -1,0 +1,1 @@
+"""What a QZO step costs on a CPU."""

@@ -1,0 +1,1 @@
+"""How far predicted memory is from what was measured."""

@@ -1,0 +1,1 @@
+"""The tables of a report, each computed from records alone."""

@@ -1,0 +1,107 @@
+"""Records of measured cells as measurements, and the command that makes a file of them."""
+
+import json
+
+import pytest
+
+from bench.cases.case import BenchCase
+from bench.commands.validate import run
+from bench.validation import compare as validate
+from bench.validation import measure, recorded
+from bench.validation.measurement import read_rows
+from bench.worlds import cpu
+from qzo.errors import QzoError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import LlamaConfig
+
+    path = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000,
+        max_position_embeddings=128, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(folder):
+    return {
+        method: cpu.run(BenchCase(str(folder), method, device="cpu", seq_len=64, steps=3))
+        for method in ("ft-mixed", "qzo")
+    }
+
+
+@pytest.mark.parametrize("method", ["ft-mixed", "qzo"])
+def test_a_measured_record_is_predicted_from_its_own_case(measured, method):
+    figures, predicted = recorded.figures(measured[method]), recorded.predict(measured[method])
+    assert predicted["allocated"] == pytest.approx(figures["allocated"], rel=0.02)
+    assert predicted["forward"] == pytest.approx(figures["forward"], rel=0.02)
+    assert "process" in figures and "process" not in predicted  # simulated CPUs have no process
+
+
+def test_the_phases_of_a_zeroth_order_step_are_its_forwards_and_what_is_between(measured):
+    figures = recorded.figures(measured["qzo"])
+    phases = {phase["name"]: phase["peak_allocated"] for phase in measured["qzo"]["phases"]}
+    assert figures["forward"] == max(phases["forward-plus"], phases["forward-minus"])
+    assert figures["step"] == max(phases["perturb"], phases["update"])
+    assert "backward" not in figures
+
+
+def test_the_simulated_case_is_the_measured_one(measured):
+    case = recorded.simulated_case(measured["qzo"])
+    assert (case.method, case.seq_len, case.device, case.gpu, case.group_size) == ("qzo", 64, "sim", "cpu", 128)
+    on_gpu = measured["qzo"] | {
+        "world": "measured-cuda", "case": measured["qzo"]["case"] | {"gpu": "NVIDIA H100 80GB HBM3"}
+    }  # fmt: skip
+    assert recorded.simulated_case(on_gpu).gpu == "h100-80gb"
+
+
+def test_a_simulated_record_is_no_measurement(measured):
+    with pytest.raises(QzoError, match="no measurement"):
+        recorded.simulated_case(measured["qzo"] | {"world": "simulated"})
+
+
+def test_validate_compares_records_and_counts_what_it_cannot_predict(measured, tmp_path, capsys):
+    other = measured["qzo"] | {"world": "measured-cuda", "case": measured["qzo"]["case"] | {"gpu": "Voodoo 2"}}
+    path = tmp_path / "file.jsonl"
+    path.write_text("\n".join(json.dumps(item) for item in (measured["qzo"], other)))
+    assert run(str(path), str(tmp_path / "out.json")) == 1
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [row["status"] for row in report["rows"]] == ["ok", "error"]
+    assert report["statistics"]["allocated"]["worst_abs_percent"] < 2
+    assert "process" not in report["statistics"]
+    assert report["verdicts"] == {"asked": 4, "wrong": 4}  # of the row that could not be predicted
+    assert "Voodoo" in capsys.readouterr().out
+
+
+def test_a_damaged_record_is_told_with_its_line(measured, tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_text(json.dumps(measured["qzo"]) + "\n" + json.dumps(measured["qzo"] | {"world": "imagined"}))
+    with pytest.raises(QzoError, match=r"line 2.*world"):
+        read_rows(path)
+
+
+def test_the_dry_run_writes_records_beside_their_predictions(folder, tmp_path):
+    arguments = ["--device", "cpu", "--models", str(folder), "--methods", "qzo,mezo", "--seq-len", "64"]
+    assert measure.main([*arguments, "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    assert [row["case"]["method"] for row in rows] == ["qzo", "mezo"]
+    assert all(row["world"] == "measured-cpu" and row["predicted"]["allocated"] > 0 for row in rows)
+    assert [row["status"] for row in validate.predict_all(read_rows(tmp_path / "cpu.jsonl"))] == ["ok", "ok"]
+
+
+def test_what_does_not_fit_or_comes_too_late_is_not_measured(folder, tmp_path, capsys):
+    arguments = ["--device", "cpu", "--models", str(folder), "--methods", "qzo", "--seq-len", "64"]
+    assert measure.main([*arguments, "--seconds", "0", "--out", str(tmp_path)]) == 1
+    assert "the time is over" in capsys.readouterr().err
+    record = {"status": "ok", "message": None, "peak": {"allocated": 1, "reserved": 2, "process": 3 << 30}}
+    assert measure.why_not(record, 2 << 30, late=False) == "it needs 3.0 of 2.0 GiB"
+    assert measure.why_not(record, 4 << 30, late=False) is None
+
+
+def test_without_a_gpu_one_line_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert measure.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

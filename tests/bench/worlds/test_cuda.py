@@ -1,0 +1,67 @@
+"""The measured GPU world: what can be tested without a GPU, and (marked cuda) the rest."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.cases.case import BenchCase
+from bench.worlds import cuda
+from qzo.errors import QzoError
+
+ENVIRONMENT = ("torch", "transformers", "python", "platform", "gpu", "driver", "commit", "dirty")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def test_without_a_gpu_the_world_says_so_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(QzoError, match="needs an NVIDIA GPU"):
+        cuda.run(BenchCase("opt-125m", "qzo", device="cuda"))
+
+
+def test_allocator_peak_is_read_from_pytorchs_statistics(monkeypatch):
+    statistics = {"allocated_bytes.all.peak": 700, "reserved_bytes.all.peak": 2048}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: statistics)
+    assert cuda.allocator_peak(resident=500) == {"allocated": 700, "reserved": 2048}
+    assert cuda.allocator_peak(resident=900)["allocated"] == 900
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize(
+    "method", ["ft-bf16", "ft-mixed", "ft-amp", "ft-sgd", "lora", "qlora", "mezo", "qzo", "qzo-full", "qzo-2bit"]
+)
+def test_measured_and_simulated_peaks_agree(method):
+    from bench.worlds import sim
+
+    measured = cuda.run(BenchCase("opt-125m", method, device="cuda"))
+    simulated = sim.run(BenchCase("opt-125m", method, gpu="h100-80gb"))
+    assert sum(measured["at_peak"].values()) == measured["peak"]["allocated"]
+    assert simulated["peak"]["allocated"] == pytest.approx(measured["peak"]["allocated"], rel=0.05)
+
+
+def test_the_world_runs_from_end_to_end_on_a_stand_in_gpu(monkeypatch, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=100,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    large = {"allocated_bytes.all.peak": 50_000_000, "reserved_bytes.all.peak": 60_000_000}
+    stand_ins = {
+        "is_available": lambda: True, "get_device_capability": lambda: (8, 0), "get_device_name": lambda: "Stand-in",
+        "get_device_properties": lambda: SimpleNamespace(uuid="1-2"), "memory_allocated": lambda: 1000,
+        "reset_peak_memory_stats": lambda: None, "memory_stats": lambda: large, "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda.nvml, "process_bytes", lambda uuid: {"GPU-1-2": 90_000_000}[uuid])
+    monkeypatch.setattr(cuda.nvml, "foreign_processes", lambda uuid: [4711])
+    monkeypatch.setattr(cuda, "environment", lambda: dict.fromkeys(ENVIRONMENT))
+    record = cuda.run(BenchCase(str(tmp_path), "qzo", device="cuda", seq_len=16, steps=3))
+    assert record["world"] == "measured-cuda" and record["case"]["gpu"] == "Stand-in"
+    assert record["peak"] == {"allocated": 50_000_000, "reserved": 60_000_000, "process": 90_000_000}
+    assert record["at_peak"]["unattributed"] > 0 and len(record["losses"]) == 3
+    assert any("4711" in note for note in record["notes"])

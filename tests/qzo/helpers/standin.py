@@ -1,0 +1,110 @@
+"""A stand-in for `qzo.tasks`: sentences of random words, one of which tells the label; and a model folder to train."""
+
+from __future__ import annotations
+
+import json
+import random
+import types
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from qzo import label_loss, quantize
+from qzo.checkpoints.save import save
+
+WORDS = 96  # vocabulary; words 0 and 1 are the labels, 2 and 3 tell them
+LENGTH = 8
+
+
+class Example(list):
+    """Numbers of words, the last of which is the label."""
+
+    @property
+    def label(self):
+        return self[-1]
+
+
+class Batch(dict):
+    """Tensors by name."""
+
+    def to(self, device):
+        return Batch({name: tensor.to(device) for name, tensor in self.items()})
+
+
+class Task:
+    metric = "accuracy"
+
+    def splits(self, seed=0, train=64, validation=16, test=16):
+        dice = random.Random(seed)
+        sizes = {"train": train, "validation": validation, "test": test}
+        return {name: [example(dice) for _ in range(size)] for name, size in sizes.items()}
+
+
+def example(dice):
+    label = dice.randrange(2)
+    words = [dice.randrange(5, WORDS) for _ in range(LENGTH - 2)]
+    return Example([*words, 2 + label, label])
+
+
+class Encoder:
+    def __init__(self, task, tokenizer, max_length=256):
+        self.tokenizer = tokenizer
+
+    def length(self, example):
+        return len(example)
+
+    def batch(self, examples):
+        input_ids = torch.tensor(examples)
+        labels = torch.full_like(input_ids, -100)
+        labels[:, -1] = input_ids[:, -1]
+        return Batch(input_ids=input_ids, labels=labels)
+
+
+def evaluate(model, encoder, examples, batch_size=16):
+    batch = encoder.batch(examples)
+    with torch.no_grad():
+        logits = model(batch["input_ids"], logits_to_keep=2).logits[:, 0, :2]
+        right = (logits.argmax(-1) == batch["input_ids"][:, -1]).float().mean()
+        loss, predicted = float(label_loss(model, **batch)), {"0": 1, "1": len(examples) - 1}
+        return {"accuracy": float(right), "loss": loss, "count": len(examples), "predicted": predicted}
+
+
+def module():
+    """What `qzo.tasks` offers, as a module."""
+    made = types.ModuleType("qzo.tasks")
+    made.get = lambda name, data_dir=None: Task()
+    made.Encoder, made.evaluate = Encoder, evaluate
+    made.loss = lambda model, batch, centering=0.0: (1 - centering) * label_loss(model, **batch)
+    return made
+
+
+def write_model(model, folder: Path, quantized: bool, checkpoint_format: str = "gptq") -> Path:
+    """A model folder with a tokenizer; GPTQ of group size 32 where `quantized`."""
+    if quantized:
+        save(quantize(model, 4, 32, symmetric=False), folder, checkpoint_format)
+    else:
+        model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of the words."""
+    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics, without times."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether both hold the same tensors, to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
