@@ -1,9 +1,11 @@
-"""The one exception family of the project."""
+"""The one exception family of the project, and the error of a library that is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 
 class QzoError(ValueError):
@@ -17,3 +19,11 @@ def named(layer: str) -> Iterator[None]:
         yield
     except QzoError as error:
         raise QzoError(f"{layer}: {error}") from error
+
+
+def required(module: str, install: str) -> Any:
+    """A module of a library that may be missing; raises QzoError then, with what `pip install` brings it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise QzoError(f"this needs the package {module.partition('.')[0]}; run: pip install {install}") from error

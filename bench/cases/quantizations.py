@@ -17,18 +17,19 @@ from transformers import PreTrainedModel
 
 from bench.cases.models import default_group_size
 from qzo.errors import QzoError
-from qzo.formats.aqlm.layer import AqlmLayout, AqlmLinear
+from qzo.formats.aqlm.layer import AqlmLayout
 from qzo.formats.awq.layer import AwqLinear
-from qzo.formats.bnb.layer import BnbLinear4bit, BnbLinear8bit, library
+from qzo.formats.bnb import library as bnb
 from qzo.formats.bnb.nesting import nest, unnest
 from qzo.formats.gguf.codes import BLOCK_TYPES
 from qzo.formats.gguf.layer import GgufLinear
 from qzo.formats.gptq.layer import QuantLinear
-from qzo.formats.hqq.layer import HqqLinear
-from qzo.formats.torchao.layer import AoInt4Linear, AoInt8Linear
+from qzo.formats.hqq import library as hqq
+from qzo.formats.torchao import library as torchao
+from qzo.formats.torchao.layer import AoInt4Linear
 from qzo.models.walk import find_sites, freeze, replace_sites
 from qzo.optim.noise import mix_seed
-from qzo.quantizers.aqlm import from_weight
+from qzo.quantizers.aqlm import from_weight, random_layer
 from qzo.quantizers.quantize import quantize_embeddings
 
 EMBEDDING_BITS = 8
@@ -65,16 +66,16 @@ def _awq(weight: Tensor, bias: Tensor | None, group_size: int, _: int) -> nn.Mod
 
 
 def _nf4(nested: bool, weight: Tensor, bias: Tensor | None, group_size: int, _: int) -> nn.Module:
-    layer = BnbLinear4bit.from_weight(weight, bias, "nf4", group_size)
+    layer: Any = bnb.quantize(weight, bias, "nf4", group_size)
     if nested and not weight.is_meta:
-        nested_map = library().functional.create_dynamic_map()
+        nested_map = bnb.quant_map()
         codes, absmax, offset = nest(layer.scales, nested_map)
         layer.assign(layer.qweight, unnest(codes, absmax, nested_map, offset), layer.quant_map, bias)
     return layer
 
 
 def _int8(weight: Tensor, bias: Tensor | None, _: int, __: int) -> nn.Module:
-    return BnbLinear8bit.from_weight(weight, bias)
+    return bnb.quantize(weight, bias, "int8")
 
 
 def _gguf(kind: str, weight: Tensor, bias: Tensor | None, _: int, __: int) -> nn.Module:
@@ -82,12 +83,12 @@ def _gguf(kind: str, weight: Tensor, bias: Tensor | None, _: int, __: int) -> nn
 
 
 def _hqq(n_bits: int, weight: Tensor, bias: Tensor | None, group_size: int, _: int) -> nn.Module:
-    return HqqLinear.from_weight(weight, bias, n_bits, group_size)
+    return hqq.quantize(weight, bias, n_bits, group_size)
 
 
 def _aqlm_random(weight: Tensor, bias: Tensor | None, _: int, seed: int) -> nn.Module:
     std = 0.02 if weight.is_meta else float(weight.float().std())
-    return AqlmLinear.random(weight.shape[1], weight.shape[0], seed, std, bias, weight.dtype, weight.device)
+    return random_layer(weight.shape[1], weight.shape[0], seed, std, bias, weight.dtype, weight.device)
 
 
 def _aqlm_2x8(weight: Tensor, bias: Tensor | None, _: int, seed: int) -> nn.Module:
@@ -95,7 +96,7 @@ def _aqlm_2x8(weight: Tensor, bias: Tensor | None, _: int, seed: int) -> nn.Modu
 
 
 def _torchao_int8(weight: Tensor, bias: Tensor | None, _: int, __: int) -> nn.Module:
-    return AoInt8Linear.from_weight(weight, bias)
+    return torchao.quantize(weight, bias)
 
 
 def _torchao_int4(weight: Tensor, bias: Tensor | None, group_size: int, _: int) -> nn.Module:

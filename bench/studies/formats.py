@@ -36,7 +36,7 @@ from qzo.checkpoints.load import load, load_tokenizer
 from qzo.checkpoints.write import write_tuned
 from qzo.durable import replace_file
 from qzo.errors import QzoError
-from qzo.live.scales import QUANTIZED, quantized_bytes
+from qzo.live.scales import quantized_bytes, quantized_layers
 from qzo.live.trainable import offsets, scale_group
 from qzo.models.prefix import SharedPrefix
 from qzo.training.batches import batch_numbers
@@ -144,7 +144,7 @@ def sizes(model: nn.Module) -> dict[str, int]:
     """Bytes and weights of all quantized layers, tables included, and the number of their scales."""
     parts = quantized_bytes(model)
     count = parts.pop("scale_count")
-    layers = [module for module in model.modules() if isinstance(module, QUANTIZED)]
+    layers = list(quantized_layers(model).values())
     weights = sum(_weights(layer) for layer in layers)
     return {"layers": len(layers), "weights": weights, "quantized_bytes": sum(parts.values()), "scales": count}
 

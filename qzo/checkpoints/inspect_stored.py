@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from qzo.errors import QzoError
-from qzo.formats.hqq.layer import HqqLinear
 from qzo.models.inspection import Inspection
 from qzo.models.skeleton import FLOATING, IMPLIED, dtype_of
 from qzo.models.stored import StoredModel, empty_stored
@@ -39,7 +38,7 @@ def inspect_stored(source: str, stored: StoredModel, config: dict[str, Any], set
     return Inspection(
         source,
         stored.format,
-        ", ".join(sorted({_kind(layer) for layer in layers})),
+        ", ".join(sorted({layer.type_name for layer in layers})),
         _common({layer.n_bits for layer in layers}),
         _common({layer.group_size for layer in layers}),
         settings,
@@ -49,13 +48,6 @@ def inspect_stored(source: str, stored: StoredModel, config: dict[str, Any], set
         trained,
         _obstacle(stored, config),
     )
-
-
-def _kind(layer: Any) -> str:
-    if isinstance(layer, HqqLinear):
-        return f"{layer.layout.packing} axis {layer.layout.axis}"
-    kind = layer.origin.kind
-    return kind if isinstance(kind, str) else kind.__name__
 
 
 def _common(values: set[Any]) -> Any:

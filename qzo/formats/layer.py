@@ -1,13 +1,58 @@
-"""What quantized layers share: a forward that rebuilds the weight part by part, and the dtype of their scales."""
+"""What quantized layers share: what each tells of itself, and a forward that rebuilds the weight part by part."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qzo.kernels.rebuilt import chunk_bounds, chunked_linear
+
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Quantized(nn.Module):
+    """A module whose weight is codes with scales; nothing outside its format asks which of them it is.
+
+    A child has `n_bits`, and `scales`: the live tensor that QZO trains, or None. What else may be asked:
+        offsets     live tensor beside the scales, in formats with w = q s + m; others have none, or None
+        signed      whether a scale may be negative, so that QZO needs `nonnegative=False`
+        is_table    whether it is a vocabulary, whose scales are trained only where they are asked for
+        type_name   what the format calls it
+        origin      what its library needs to have it back, see `qzo.release`; None where it did not come from there
+    """
+
+    scales: Tensor | None
+    signed = False
+    is_table = False
+    _origin: tuple[Any] = (None,)  # in a tuple, so that a module of the library is no child of this one
+
+    @property
+    def origin(self) -> Any:
+        """Where the layer came from."""
+        return self._origin[0]
+
+    @property
+    def type_name(self) -> str:
+        """What the format calls it."""
+        return type(self).__name__
+
+    def views(self) -> dict[str, Tensor]:
+        """Scales and offsets that lie within another buffer, by these names; none, where they are buffers."""
+        return {}
+
+
+class CodesAsQweight:
+    """`codes` under the name that peft knows, which asks it for its device."""
+
+    codes: Tensor
+
+    @property
+    def qweight(self) -> Tensor:
+        """The codes."""
+        return self.codes
 
 
 def frozen(bias: Tensor | None) -> nn.Parameter | None:
@@ -15,7 +60,7 @@ def frozen(bias: Tensor | None) -> nn.Parameter | None:
     return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
 
-class RebuiltLinear(nn.Module, ABC):
+class RebuiltLinear(Quantized, ABC):
     """y = x Wᵀ + bias for a W [N, K] that a child rebuilds from codes and `scales`, a few rows at a time.
 
     `bias` is a frozen parameter [N] or None. `scales` is what QZO trains: the next forward sees a change of it.

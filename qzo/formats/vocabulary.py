@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.formats.gguf.layer import GgufEmbedding
-from qzo.formats.layer import Device, frozen, scale_dtype
+from qzo.formats.layer import Device, Quantized, frozen, scale_dtype
 from qzo.kernels.rebuilt import chunked_linear
 from qzo.kernels.rtn import round_to_nearest
 from qzo.kernels.sizes import check_bits, resolve_group_size
 
 
-class QuantEmbedding(nn.Module):
+class QuantEmbedding(Quantized):
     """E[v, k] = (q[v, k] - 2^(b-1)) * scale[v, k // g]; forward gathers the rows asked for, then dequantizes them.
 
     Buffers: codes uint8 [V, K*b/8], lowest bits first; scales [V, K/g] fp32 or fp16. Rows are gathered from either,
@@ -23,6 +24,7 @@ class QuantEmbedding(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    is_table = True
 
     def __init__(self, codes: Tensor, scales: Tensor, n_bits: int, dtype: torch.dtype) -> None:
         """Take codes [V, K*b/8] and scales [V, K/g] as they are."""
@@ -84,16 +86,23 @@ class QuantEmbedding(nn.Module):
         return (values * scale if scale.requires_grad else values.mul_(scale)).to(dtype)
 
 
+class Table(Protocol):
+    """A vocabulary that multiplies too."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """x Eᵀ, [..., K] -> [..., V]."""
+
+
 class TiedQuantHead(nn.Module):
     """logits = h Eᵀ + bias over a table of codes, shared with the input embedding where the two are tied.
 
     Logits are computed for `CHUNK_ELEMENTS` of the vocabulary at a time. `table` adds no memory when it is shared.
     """
 
-    def __init__(self, table: QuantEmbedding | GgufEmbedding, bias: Tensor | None = None) -> None:
+    def __init__(self, table: Table, bias: Tensor | None = None) -> None:
         """Use `table` as it is; `bias` [V] is frozen."""
         super().__init__()
-        self.table = table
+        self.table: Table = table
         self.bias = frozen(bias)
 
     def forward(self, x: Tensor) -> Tensor:

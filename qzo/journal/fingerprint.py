@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from qzo.live.scales import QUANTIZED
+from qzo.live.scales import quantized_layers
 from qzo.optim.noise import full_noise
 from qzo.optim.spsa import SpsaOptimizer
 
@@ -21,9 +21,8 @@ def model_hash(model: nn.Module, optimizer: SpsaOptimizer) -> str:
     """
     buffers = [
         (f"{path}.{name}", buffer)
-        for path, module in model.named_modules()
-        if isinstance(module, QUANTIZED)
-        for name, buffer in module.named_buffers(recurse=False)
+        for path, layer in quantized_layers(model).items()
+        for name, buffer in layer.named_buffers(recurse=False)
     ]
     return digest([*buffers, *((name, tensor) for _, name, _, tensor in optimizer._tensors())])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.live.scales import QUANTIZED, TABLES, scales
+from qzo.live.scales import quantized_layers, scales
 from qzo.models.walk import freeze
 from qzo.optim.mezo import MeZO
 from qzo.optim.phases import Phases
@@ -32,8 +32,8 @@ def add_adapters(
     from peft.tuners.lora.layer import Linear
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)
-    quantized = [kind for kind in QUANTIZED if kind not in TABLES]
-    config._register_custom_module(dict.fromkeys(quantized, Linear))
+    kinds = {type(layer) for layer in quantized_layers(model).values() if not layer.is_table}
+    config._register_custom_module(dict.fromkeys(kinds, Linear))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # it has in_features and out_features
         try:

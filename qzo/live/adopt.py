@@ -7,15 +7,10 @@ from collections.abc import Callable
 from torch import nn
 
 from qzo.errors import QzoError, named
-from qzo.formats.aqlm import library as aqlm_library
-from qzo.formats.bnb.library import adopt_bnb
-from qzo.formats.gptq import library as gptq_live
-from qzo.formats.hqq.library import adopt_hqq
-from qzo.formats.torchao.library import adopt_torchao
+from qzo.formats.table import LIBRARIES
 from qzo.models.walk import freeze, put
 
-Adapter = Callable[[nn.Module], nn.Module | None]
-ADAPTERS: tuple[Adapter, ...] = (adopt_bnb, adopt_hqq, adopt_torchao, aqlm_library.adopt, gptq_live.adopt)
+Make = Callable[[nn.Module], nn.Module | None]
 
 
 def adopt(model: nn.Module) -> nn.Module:
@@ -29,7 +24,7 @@ def adopt(model: nn.Module) -> nn.Module:
     Raises QzoError, with the layer's name, before the first one is replaced: where there is none, and for a layer in a
     state that cannot be taken over.
     """
-    layers = _each(model, lambda module: next((new for take in ADAPTERS if (new := take(module)) is not None), None))
+    layers = _each(model, _adopted)
     if not layers:
         raise QzoError(f"{type(model).__name__} has no quantized layer of a known library; see qzo.load")
     _replace(model, layers)
@@ -43,7 +38,7 @@ def release(model: nn.Module) -> nn.Module:
 
     In place, on the same codes. Raises QzoError where no layer can be given back.
     """
-    layers = _each(model, lambda module: module.release() if hasattr(module, "release") else None)  # type: ignore[operator]
+    layers = _each(model, _released)
     if not layers:
         raise QzoError(f"{type(model).__name__} has no layer to give back; it is not of qzo.adopt")
     _replace(model, layers)
@@ -52,7 +47,15 @@ def release(model: nn.Module) -> nn.Module:
     return model
 
 
-def _each(model: nn.Module, make: Adapter) -> list[tuple[tuple[str, ...], nn.Module]]:
+def _adopted(module: nn.Module) -> nn.Module | None:
+    return next((layer for library in LIBRARIES if (layer := library.adopt(module)) is not None), None)
+
+
+def _released(module: nn.Module) -> nn.Module | None:
+    return next((library.release(module) for library in LIBRARIES if isinstance(module, library.KINDS)), None)
+
+
+def _each(model: nn.Module, make: Make) -> list[tuple[tuple[str, ...], nn.Module]]:
     """All paths of a module, and what `make` makes of it, where that is something."""
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -5,20 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.formats.aqlm.layer import AqlmLinear
-from qzo.formats.awq.layer import AwqLinear
-from qzo.formats.bnb.layer import BnbLinear4bit, BnbLinear8bit
-from qzo.formats.gguf.layer import GgufEmbedding, GgufLinear, GgufTensor
-from qzo.formats.gptq.layer import QuantLinear
-from qzo.formats.hqq.layer import HqqLinear
-from qzo.formats.torchao.layer import AoInt4Linear, AoInt8Linear
-from qzo.formats.vocabulary import QuantEmbedding
+from qzo.formats.layer import Quantized
 
-TABLES = (QuantEmbedding, GgufEmbedding)
-QUANTIZED = (
-    *(QuantLinear, AwqLinear, AqlmLinear, BnbLinear4bit, BnbLinear8bit, HqqLinear, AoInt8Linear, AoInt4Linear),
-    *(GgufLinear, *TABLES),
-)
 COMPONENT = {"qweight": "codes", "qzeros": "zero_points", "blocks": "codes"}  # other buffers are called what they are
 COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 
@@ -33,18 +21,23 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None) -> dict[str,
     the blocks of a GGUF file; fp32 or fp16. Ask again after `model.to(...)`, which makes new tensors. Raises QzoError
     for a model without quantized layers, and for one that has K-quants only, whose scales are quantized themselves.
     """
-    layers_of_kind = {path: module for path, module in model.named_modules() if isinstance(module, QUANTIZED)}
+    quantized = quantized_layers(model)
     found: dict[str, Tensor] = {
-        f"{path}.scales" if path else "scales": module.scales
-        for path, module in layers_of_kind.items()
-        if module.scales is not None
+        f"{path}.scales" if path else "scales": layer.scales
+        for path, layer in quantized.items()
+        if layer.scales is not None
     }
-    if not layers_of_kind:
+    if not quantized:
         raise QzoError(f"{type(model).__name__} has no quantized layer; call qzo.quantize(model) first")
     if not found:
-        kinds = sorted({module.kind.name for module in layers_of_kind.values() if isinstance(module, GgufTensor)})
-        raise QzoError(f"the scales of {', '.join(kinds)} are quantized themselves; take a Q4_0, Q4_1 or Q8_0 file")
+        names = sorted({layer.type_name for layer in quantized.values()})
+        raise QzoError(f"the scales of {', '.join(names)} are quantized themselves; take a Q4_0, Q4_1 or Q8_0 file")
     return found if layers is None else in_layers(found, *layers)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
+    """Path -> module with codes and scales, of whatever format; a shared one once."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Quantized)}
 
 
 def linear_scales(model: nn.Module) -> dict[str, Tensor]:
@@ -53,7 +46,7 @@ def linear_scales(model: nn.Module) -> dict[str, Tensor]:
     The scales of an 8-bit vocabulary are so much smaller than those of 4-bit layers that no one eps suits both. Raises
     QzoError where `scales` does, and where the vocabulary alone has scales.
     """
-    tables = {f"{path}.scales" for path, module in model.named_modules() if isinstance(module, TABLES)}
+    tables = {f"{path}.scales" for path, layer in quantized_layers(model).items() if layer.is_table}
     found = {name: tensor for name, tensor in scales(model).items() if name not in tables}
     if not found:
         raise QzoError("only the vocabulary has scales that can be trained; take a Q4_0, Q4_1 or Q8_0 file")
@@ -65,11 +58,7 @@ def has_signed_scales(model: nn.Module) -> bool:
 
     QZO then needs `nonnegative=False`.
     """
-    return any(
-        (isinstance(module, GgufTensor) and module.kind.signed)
-        or (isinstance(module, (AqlmLinear, BnbLinear4bit)) and module.signed)
-        for module in model.modules()
-    )
+    return any(layer.signed for layer in quantized_layers(model).values())
 
 
 def in_layers(named: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
@@ -94,10 +83,8 @@ def quantized_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
     """
     tensors: dict[str, list[Tensor]] = {component: [] for component in COMPONENTS}
     seen: set[int] = set()
-    for module in model.modules():
-        if not isinstance(module, QUANTIZED):
-            continue
-        for name, buffer in module.named_buffers(recurse=False):
+    for layer in quantized_layers(model).values():
+        for name, buffer in layer.named_buffers(recurse=False):
             storage = buffer.untyped_storage()._cdata
             if storage not in seen:
                 seen.add(storage)
@@ -110,11 +97,9 @@ def quantized_bytes(model: nn.Module) -> dict[str, int]:
     tensors = quantized_tensors(model)
     sizes = {component: sum(tensor.nbytes for tensor in parts) for component, parts in tensors.items()}
     count = sum(tensor.numel() for tensor in tensors["scales"])
-    for module in model.modules():
-        if isinstance(module, GgufTensor):
-            for component, part in (("scales", module.scales), ("offsets", module.offsets)):
-                if part is not None:
-                    sizes[component] = sizes.get(component, 0) + part.nbytes
-                    sizes["codes"] -= part.nbytes
-            count += 0 if module.scales is None else module.scales.numel()
+    for layer in quantized_layers(model).values():
+        for component, part in layer.views().items():
+            sizes[component] = sizes.get(component, 0) + part.nbytes
+            sizes["codes"] -= part.nbytes
+            count += part.numel() if component == "scales" else 0
     return {**sizes, "scale_count": count}

@@ -7,9 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.formats.aqlm.layer import AqlmLinear
-from qzo.formats.gguf.layer import GgufTensor
-from qzo.live.scales import QUANTIZED, has_signed_scales, scales
+from qzo.live.scales import has_signed_scales, quantized_layers, scales
 from qzo.optim.groups import TRAINABLE
 
 PARTS = ("scales", "offsets", "codebooks", "unquantized")
@@ -69,18 +67,19 @@ def scale_group(model: nn.Module, named: dict[str, Tensor], follow: bool = True)
 def codebooks(model: nn.Module) -> dict[str, Tensor]:
     """Name -> live codebooks [C, 2^b, og, ig] of every AQLM layer; empty where there is none."""
     return {
-        f"{path}.codebooks" if path else "codebooks": module.codebooks
-        for path, module in model.named_modules()
-        if isinstance(module, AqlmLinear)
+        f"{path}.codebooks" if path else "codebooks": buffer
+        for path, layer in quantized_layers(model).items()
+        for name, buffer in layer.named_buffers(recurse=False)
+        if name == "codebooks"
     }
 
 
 def offsets(model: nn.Module) -> dict[str, Tensor]:
     """Name of the scale -> live offset, of every quantized layer that has offsets; empty where none has."""
     found: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        offset = getattr(module, "offsets", None)
-        if isinstance(module, QUANTIZED) and isinstance(offset, Tensor):
+    for path, layer in quantized_layers(model).items():
+        offset = getattr(layer, "offsets", None)
+        if isinstance(offset, Tensor):
             found[f"{path}.scales" if path else "scales"] = offset
     return found
 
@@ -97,8 +96,6 @@ def live_named(model: nn.Module) -> dict[str, Tensor]:
     """Name -> live tensor, of all that any optimizer here may train: parameters, buffers, scales and offsets."""
     found: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False))}
     found |= dict(model.named_buffers(remove_duplicate=False))
-    for path, module in model.named_modules():
-        if isinstance(module, GgufTensor):  # views into a buffer
-            views = {"scales": module.scales, "offsets": module.offsets}
-            found |= {f"{path}.{name}" if path else name: view for name, view in views.items() if view is not None}
+    for path, layer in quantized_layers(model).items():
+        found |= {f"{path}.{name}" if path else name: view for name, view in layer.views().items()}
     return found

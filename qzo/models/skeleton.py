@@ -12,14 +12,15 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.models.folder import Header, one_line
-from qzo.optim.groups import TRAINABLE
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def dtype_of(config: dict[str, Any]) -> torch.dtype:
     """The dtype a config.json names, bf16 where it names none."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or dtype not in TRAINABLE:
+    dtype = DTYPES.get(name)
+    if dtype is None:
         raise QzoError(f'dtype "{name}" in config.json is not known; need float32, float16 or bfloat16')
     return dtype
 

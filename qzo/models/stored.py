@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.formats.layer import RebuiltLinear
 from qzo.models.folder import Header
 from qzo.models.skeleton import IMPLIED, check_architecture, check_counts, check_tensors, finish, skeleton
 from qzo.models.walk import freeze, put
@@ -81,7 +80,7 @@ def empty_stored(stored: StoredModel, config: dict[str, Any], dtype: torch.dtype
     return model
 
 
-def _place(folder: Path, model: Any, path: str, layer: RebuiltLinear) -> None:
+def _place(folder: Path, model: Any, path: str, layer: Any) -> None:
     try:
         old = model.get_submodule(path)
     except AttributeError:

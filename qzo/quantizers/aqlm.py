@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo.formats.aqlm.layer import AqlmLayout, AqlmLinear
-from qzo.formats.layer import frozen
+from qzo.formats.layer import Device, frozen
 from qzo.models.walk import LinearShape, find_sites, freeze, replace_sites
 from qzo.optim.noise import mix_seed
 
@@ -146,4 +146,27 @@ def quantize_random(model: nn.Module, seed: int = 0) -> nn.Module:
 def _random_like(seed: int, index: int, weight: Tensor, bias: Tensor | None) -> AqlmLinear:
     std = 0.02 if weight.is_meta else float(weight.float().std())
     rows, columns = weight.shape
-    return AqlmLinear.random(columns, rows, mix_seed(seed, index), std, bias, weight.dtype, weight.device)
+    return random_layer(columns, rows, mix_seed(seed, index), std, bias, weight.dtype, weight.device)
+
+
+def random_layer(
+    in_features: int,
+    out_features: int,
+    seed: int = 0,
+    std: float = 0.02,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: Device = None,
+) -> AqlmLinear:
+    """A 1x16 layer whose W has standard deviation `std`: uniform codes, normal codebook; global RNG untouched.
+
+    For measuring memory and time, not accuracy.
+    """
+    layer = AqlmLinear.empty(in_features, out_features, None, False, dtype, device)
+    layer.bias = frozen(bias)
+    layer.scales.fill_(std)
+    if not layer.codes.is_meta:
+        generator = torch.Generator(device=layer.codes.device).manual_seed(mix_seed(seed))
+        layer.codes.random_(-(2**15), 2**15, generator=generator)
+        layer.codebooks.normal_(generator=generator)
+    return layer

@@ -15,7 +15,7 @@ from qzo.durable import read_tensors, replace_file
 from qzo.errors import QzoError
 from qzo.journal.journal import Journal
 from qzo.live.adapters import adapters, put_adapters
-from qzo.live.scales import QUANTIZED, in_layers, linear_scales
+from qzo.live.scales import in_layers, linear_scales, quantized_layers
 from qzo.live.trainable import scale_group
 from qzo.models.walk import freeze
 from qzo.optim.mezo import MeZO
@@ -207,7 +207,7 @@ def check_model(model: nn.Module, settings: TrainSettings, source: str) -> None:
 
 def _check_kind(model: nn.Module, method: str, source: str) -> None:
     """Quantized where the method needs that, and not where it needs that."""
-    quantized = any(isinstance(module, QUANTIZED) for module in model.modules())
+    quantized = bool(quantized_layers(model))
     if method in NEED_QUANTIZED and not quantized:
         raise QzoError(f"{source} is not quantized, and {method} needs that; first run: qzo quantize {source} OUT")
     if method not in NEED_QUANTIZED and quantized:

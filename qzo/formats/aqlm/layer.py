@@ -5,8 +5,7 @@
     scales    [N/og, 1, 1, 1]                one for each row of groups
 
 Layout of the `aqlm` library; C x b is "1x16" or "2x8". Egiazarian et al., "Extreme Compression of Large Language Models
-via Additive Quantization", arXiv 2401.06118. `AqlmLinear.random` draws codes: for measuring memory and time, not
-accuracy.
+via Additive Quantization", arXiv 2401.06118.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.formats.layer import Device, RebuiltLinear, frozen
+from qzo.formats.layer import CodesAsQweight, Device, RebuiltLinear, frozen
 from qzo.models.walk import LinearShape
-from qzo.optim.noise import mix_seed
 
 GROUP_SIZE = 8  # weights to a code
 LARGEST = {"num_codebooks": 64, "nbits_per_codebook": 16, "in_group_size": 1024, "out_group_size": 1024}
@@ -71,12 +69,12 @@ class AqlmLayout:
                 )
 
 
-class AqlmLinear(RebuiltLinear):
+class AqlmLinear(CodesAsQweight, RebuiltLinear):
     """y = x Wᵀ + bias with W[og i : og i + og, ig j : ig j + ig] = scale[i] Σ_c codebook[c, code[i, j, c]].
 
     Buffers are the checkpoint's own tensors (above), so that what is written back are the very codes that were read;
     codebooks and scales in any floating dtype. `bias` is a frozen parameter [N] or None. W is rebuilt chunk by chunk
-    and never whole. Build with `empty`, `random` or `from_weight`, or take over a module of the library with `adopt`.
+    and never whole. Build with `empty`; `qzo.quantizers.aqlm` finds or draws codes.
     """
 
     codes: Tensor
@@ -115,27 +113,6 @@ class AqlmLinear(RebuiltLinear):
         scales = torch.empty(out_features // og, 1, 1, 1, dtype=dtype, device=device)
         return cls(codes, codebooks, scales, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
-    @classmethod
-    def random(
-        cls,
-        in_features: int,
-        out_features: int,
-        seed: int = 0,
-        std: float = 0.02,
-        bias: Tensor | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: Device = None,
-    ) -> AqlmLinear:
-        """A 1x16 layer whose W has standard deviation `std`: uniform codes, normal codebook; global RNG untouched."""
-        layer = cls.empty(in_features, out_features, None, False, dtype, device)
-        layer.bias = frozen(bias)
-        layer.scales.fill_(std)
-        if not layer.codes.is_meta:
-            generator = torch.Generator(device=layer.codes.device).manual_seed(mix_seed(seed))
-            layer.codes.random_(-(2**15), 2**15, generator=generator)
-            layer.codebooks.normal_(generator=generator)
-        return layer
-
     @property
     def layout(self) -> AqlmLayout:
         """Sizes, told from the tensors."""
@@ -143,7 +120,7 @@ class AqlmLinear(RebuiltLinear):
         return AqlmLayout(count, size.bit_length() - 1, in_group_size, out_group_size)
 
     @property
-    def signed(self) -> bool:
+    def signed(self) -> bool:  # type: ignore[override]
         """Whether a scale is negative, as training them freely can make them; QZO then needs `nonnegative=False`."""
         return not self.scales.is_meta and bool((self.scales < 0).any())
 
@@ -163,37 +140,6 @@ class AqlmLinear(RebuiltLinear):
         begin = first * out_group_size
         whole: Tensor = rows.reshape(-1, self.in_features)
         return whole[start - begin : stop - begin].to(dtype)
-
-    @property
-    def qweight(self) -> Tensor:
-        """`codes` under the name that peft knows, which asks it for its device."""
-        return self.codes
-
-    def release(self) -> nn.Module:
-        """A module of the `aqlm` library on the same tensors, in the checkpoint's order, its kernel not chosen yet.
-
-        Raises QzoError where the library is missing.
-        """
-        try:
-            from aqlm import QuantizedLinear
-        except ImportError as error:
-            raise QzoError("the aqlm library is not installed; run: pip install 'qzo[aqlm]'") from error
-        layout, bias = self.layout, self.bias
-        module: nn.Module = QuantizedLinear(
-            self.in_features,
-            self.out_features,
-            layout.in_group_size,
-            layout.out_group_size,
-            layout.num_codebooks,
-            layout.nbits_per_codebook,
-            bias=bias is not None,
-            device="meta",
-        )
-        for name, buffer in self.named_buffers(recurse=False):
-            setattr(module, name, nn.Parameter(buffer.contiguous(), requires_grad=False))
-        if bias is not None:
-            module.bias = bias
-        return module
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

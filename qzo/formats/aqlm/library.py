@@ -1,4 +1,4 @@
-"""Modules of the library `aqlm`, taken over to be trained."""
+"""Modules of the library `aqlm`, taken over to be trained, and given back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, required
 from qzo.formats.aqlm.layer import AqlmLinear
+
+KINDS = (AqlmLinear,)
 
 
 def adopt(module: nn.Module) -> AqlmLinear | None:
@@ -28,6 +30,29 @@ def adopt(module: nn.Module) -> AqlmLinear | None:
     if (layer.out_features, layer.in_features) != (module.out_features, module.in_features):
         raise QzoError(f"codes have shape {tuple(codes.shape)}, which does not fit the layer; load it again")
     return layer
+
+
+def release(layer: Any) -> nn.Module:
+    """A module of the library on the same tensors, in the checkpoint's order, its kernel not chosen yet.
+
+    Raises QzoError where the library is missing.
+    """
+    layout, bias = layer.layout, layer.bias
+    module: nn.Module = required("aqlm", "'qzo[aqlm]'").QuantizedLinear(
+        layer.in_features,
+        layer.out_features,
+        layout.in_group_size,
+        layout.out_group_size,
+        layout.num_codebooks,
+        layout.nbits_per_codebook,
+        bias=bias is not None,
+        device="meta",
+    )
+    for name, buffer in layer.named_buffers(recurse=False):
+        setattr(module, name, nn.Parameter(buffer.contiguous(), requires_grad=False))
+    if bias is not None:
+        module.bias = bias
+    return module
 
 
 def _is_turned(module: Any) -> bool:

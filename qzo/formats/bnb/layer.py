@@ -33,10 +33,10 @@ class BnbLinear4bit(RebuiltLinear):
     Buffers: qweight uint8 [ceil(N K / 2), 1], quant_map fp32 [16], scales fp32 [ceil(N K / block_size)], double
     quantization undone. `bias` is a frozen parameter [N] or None. `scales` is what QZO trains: the next forward sees a
     change of it. W is rebuilt in fp32, some rows at a time, and rounded once to the dtype of x, which is the arithmetic
-    of the library too where its compute dtype is that of x. Build with `empty` or `from_weight`.
+    of the library too where its compute dtype is that of x. Build with `empty`, or `quantize` of library.py.
 
     `quant_type` is "nf4" or "fp4". `signed`: double quantization turned some scale negative, so a step of QZO needs
-    `nonnegative=False`, see `qzo.trainable`. For `release`: `nested`, whether the scales are quantized where they are
+    `nonnegative=False`, see `qzo.trainable`. To give it back: `nested`, whether the scales are quantized where they are
     stored, `weight_dtype`, of the weight that was quantized, and `options` of the library's module.
     """
 
@@ -80,22 +80,6 @@ class BnbLinear4bit(RebuiltLinear):
             torch.empty(out_features, dtype=dtype, device=device) if bias else None,
         )
 
-    @classmethod
-    def from_weight(
-        cls, weight: Tensor, bias: Tensor | None = None, quant_type: str = "nf4", block_size: int = 64
-    ) -> BnbLinear4bit:
-        """Quantize `weight` [N, K] by the library; a weight on `meta` gives `empty`. The bias is not copied.
-
-        Extra memory: about 12 bytes a weight. Raises QzoError.
-        """
-        rows, columns = weight.shape
-        if weight.is_meta:
-            return cls.empty(columns, rows, quant_type, block_size, bias is not None, weight.dtype, weight.device)
-        layer = cls(columns, rows, quant_type, block_size)
-        layer.weight_dtype = weight.dtype
-        qweight, state = library().functional.quantize_4bit(weight, blocksize=block_size, quant_type=quant_type)
-        return layer.assign(qweight, state.absmax, state.code, bias)
-
     def assign(self, qweight: Tensor, scales: Tensor, quant_map: Tensor, bias: Tensor | None) -> BnbLinear4bit:
         """Take tensors of these shapes as they are; returns the layer."""
         for name, tensor in (("qweight", qweight), ("scales", scales), ("quant_map", quant_map)):
@@ -127,12 +111,6 @@ class BnbLinear4bit(RebuiltLinear):
         table = self.quant_map.float()
         return torch.stack((table.repeat_interleave(TABLE), table.repeat(TABLE)), -1).view(torch.int64).view(-1)
 
-    def release(self) -> nn.Module:
-        """The library's Linear4bit on the same codes, with these scales. Raises QzoError without the library."""
-        from qzo.formats.bnb.library import linear4bit
-
-        return linear4bit(self)
-
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return (
@@ -150,7 +128,7 @@ class BnbLinear8bit(RebuiltLinear):
     The product is a plain one of dequantized weights: activations are not quantized, and outliers not computed apart.
     This is what the library computes in train mode on a CPU; in eval mode, and on a GPU, it rounds activations to 8
     bits as well, which moves the outputs of a layer by 0.4 to 0.9 % of their spread (rms; random normal data, K up to
-    4096). Build with `empty` or `from_weight`.
+    4096). Build with `empty`, or `quantize` of library.py.
     """
 
     qweight: Tensor
@@ -180,38 +158,12 @@ class BnbLinear8bit(RebuiltLinear):
         scales = torch.empty(out_features, dtype=torch.float32, device=device)
         return cls(qweight, scales, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
-    @classmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None = None) -> BnbLinear8bit:
-        """Quantize `weight` [N, K] by the library, through fp16; a weight on `meta` gives `empty`. No bias is copied.
-
-        Extra memory: about 8 bytes a weight. Raises QzoError.
-        """
-        if weight.is_meta:
-            return cls.empty(weight.shape[1], weight.shape[0], bias is not None, weight.dtype, weight.device)
-        qweight, scales, _ = library().functional.int8_vectorwise_quant(weight.half())
-        return cls(qweight, scales, bias)
-
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`."""
         scale = (scales[start:stop].float() * (1 / INT8_TOP))[:, None]
         values = self.qweight[start:stop].float()
         return (values * scale if scale.requires_grad else values.mul_(scale)).to(dtype)
 
-    def release(self) -> nn.Module:
-        """The library's Linear8bitLt on the same codes, with these scales. Raises QzoError without the library."""
-        from qzo.formats.bnb.library import linear8bit
-
-        return linear8bit(self)
-
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def library() -> Any:
-    """The package bitsandbytes. Raises QzoError where it is missing."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise QzoError("this needs the package bitsandbytes; run: pip install bitsandbytes") from error
-    return bitsandbytes

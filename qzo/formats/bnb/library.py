@@ -1,4 +1,4 @@
-"""Modules of bitsandbytes itself: taken over on the same codes, and made again with the trained scales."""
+"""bitsandbytes itself: its modules taken over and made again with the trained scales, and weights it quantizes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.errors import QzoError
-from qzo.formats.bnb.layer import BnbLinear4bit, BnbLinear8bit, library
-from qzo.formats.bnb.nesting import NESTED_BLOCK, nest, unnest
+from qzo.errors import QzoError, required
+from qzo.formats.bnb.layer import BnbLinear4bit, BnbLinear8bit
+from qzo.formats.bnb.nesting import NAME, NESTED_BLOCK, nest, unnest
 
+KINDS = (BnbLinear4bit, BnbLinear8bit)
 SAVED_4BIT = ("compute_dtype", "compute_type_is_set")
 AVX512 = "packing_format_for_cpu"  # what the library calls it in a quant_state
 
 
-def adopt_bnb(module: nn.Module) -> nn.Module | None:
+def adopt(module: nn.Module) -> BnbLinear4bit | BnbLinear8bit | None:
     """Our layer on the codes of a Linear4bit or Linear8bitLt; None for any other module.
 
     Double quantization is undone, 4 bytes a block; the library's own tensors of it are kept until `release`. Raises
@@ -72,12 +73,43 @@ def _check_there(weight: Tensor, state: Any) -> None:
         raise QzoError("its weight is not quantized yet; call model.to(device) first")
 
 
-def linear4bit(layer: BnbLinear4bit) -> nn.Module:
-    """The library's module on the same codes; scales that were nested are nested again, as they were where unchanged.
+def release(layer: nn.Module) -> nn.Module:
+    """The library's Linear4bit or Linear8bitLt on the layer's codes, with its scales. Raises QzoError without it."""
+    return _linear4bit(layer) if isinstance(layer, BnbLinear4bit) else _linear8bit(layer)
 
-    Raises QzoError without the library.
+
+def quantize(
+    weight: Tensor, bias: Tensor | None = None, quant_type: str = "nf4", block_size: int = 64
+) -> BnbLinear4bit | BnbLinear8bit:
+    """Quantize `weight` [N, K] by the library: quant_type "nf4" or "fp4", or "int8", through fp16, a scale a row.
+
+    A weight on `meta` gives an empty layer. The bias is not copied. Extra memory: 8 to 12 bytes a weight. Raises
+    QzoError, also without the library.
     """
-    bnb, options = library(), layer.options
+    rows, columns = weight.shape
+    rest = (bias is not None, weight.dtype, weight.device)
+    if quant_type == "int8":
+        if weight.is_meta:
+            return BnbLinear8bit.empty(columns, rows, *rest)
+        codes, scales, _ = _library().functional.int8_vectorwise_quant(weight.half())
+        return BnbLinear8bit(codes, scales, bias)
+    if weight.is_meta:
+        return BnbLinear4bit.empty(columns, rows, quant_type, block_size, *rest)
+    layer = BnbLinear4bit(columns, rows, quant_type, block_size)
+    layer.weight_dtype = weight.dtype
+    codes, state = _library().functional.quantize_4bit(weight, blocksize=block_size, quant_type=quant_type)
+    return layer.assign(codes, state.absmax, state.code, bias)
+
+
+def quant_map() -> Tensor:
+    """fp32 [256]: what the library rounds scales to in double quantization."""
+    table: Tensor = _library().functional.create_dynamic_map()
+    return table
+
+
+def _linear4bit(layer: BnbLinear4bit) -> nn.Module:
+    """Its module on the same codes; scales that were nested are nested again, as they were where unchanged."""
+    bnb, options = _library(), layer.options
     storage = options.get("quant_storage", torch.uint8)
     names = {"compress_statistics": layer.nested, "quant_type": layer.quant_type, "quant_storage": storage}
     module = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta", **names)
@@ -111,18 +143,18 @@ def _quant_state(layer: BnbLinear4bit, make: Any) -> Any:
     if layer.nested:
         stored = layer.options.get("nested")
         if stored is None or not torch.equal(unnest(*stored).to(scales.device), scales):
-            quant_map = library().functional.create_dynamic_map() if stored is None else stored[2]
-            codes, absmax, offset = nest(scales, quant_map)
-            stored = codes, absmax, quant_map, offset
-        codes, absmax, quant_map, mean = (torch.as_tensor(part, device=scales.device) for part in stored)
+            table = quant_map() if stored is None else stored[2]
+            codes, absmax, offset = nest(scales, table)
+            stored = codes, absmax, table, offset
+        codes, absmax, table, mean = (torch.as_tensor(part, device=scales.device) for part in stored)
         state.absmax, state.offset, state.nested = codes, mean, True
-        state.state2 = make(absmax=absmax, code=quant_map, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        state.state2 = make(absmax=absmax, code=table, blocksize=NESTED_BLOCK, dtype=torch.float32)
     return state
 
 
-def linear8bit(layer: BnbLinear8bit) -> nn.Module:
-    """The library's module on the same codes, in the state before its first forward. Raises QzoError without it."""
-    bnb, options = library(), layer.options
+def _linear8bit(layer: Any) -> nn.Module:
+    """The library's module on the same codes, in the state before its first forward."""
+    bnb, options = _library(), layer.options
     module = bnb.nn.Linear8bitLt(
         layer.in_features,
         layer.out_features,
@@ -144,3 +176,7 @@ def _with_source(module: Any, options: dict[str, Any]) -> nn.Module:
     if options.get("source_cls") is not None:
         module.source_cls = options["source_cls"]
     return module
+
+
+def _library() -> Any:
+    return required(NAME, NAME)

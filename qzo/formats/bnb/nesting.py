@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qzo.formats.bnb.layer import library
+from qzo.errors import required
 
+NAME = "bitsandbytes"
 NESTED_BLOCK = 256
 
 
@@ -30,7 +31,7 @@ def nest(scales: Tensor, quant_map: Tensor) -> tuple[Tensor, Tensor, float]:
     """
     scales = scales.detach().to("cpu", torch.float32)
     offset = scales.mean()
-    codes, state = library().functional.quantize_blockwise(
+    codes, state = required(NAME, NAME).functional.quantize_blockwise(
         scales - offset, code=quant_map.cpu(), blocksize=NESTED_BLOCK
     )
     return codes, state.absmax, float(offset)

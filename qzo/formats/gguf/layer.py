@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import BlockType, half_at
-from qzo.formats.layer import Device, frozen
+from qzo.formats.layer import Device, Quantized, frozen
 from qzo.kernels.rebuilt import chunk_bounds, chunked_linear
 
 
-class GgufTensor(nn.Module):
+class GgufTensor(Quantized):
     """A weight [N, K] as the blocks of a GGUF file; the base of `GgufLinear` and `GgufEmbedding`.
 
     The only tensor is the buffer `blocks`, uint8 [N, K / n_weights, n_bytes], as in the file. `scales` and `offsets`
@@ -35,7 +35,17 @@ class GgufTensor(nn.Module):
         self.register_buffer("blocks", blocks)
 
     @property
-    def scales(self) -> Tensor | None:
+    def signed(self) -> bool:  # type: ignore[override]
+        """Whether scales of this type may be negative."""
+        return self.kind.signed
+
+    @property
+    def type_name(self) -> str:
+        """E.g. Q4_0."""
+        return self.kind.name
+
+    @property
+    def scales(self) -> Tensor | None:  # type: ignore[override]
         """The fp16 scales [N, K / 32], with a flat view; None for types whose scales are not plain numbers."""
         return half_at(self.blocks, 0) if self.kind.has_scale else None
 
@@ -54,7 +64,12 @@ class GgufTensor(nn.Module):
 
     def trained(self) -> list[Tensor]:
         """Scales and offsets, as far as there are any."""
-        return [tensor for tensor in (self.scales, self.offsets) if tensor is not None]
+        return list(self.views().values())
+
+    def views(self) -> dict[str, Tensor]:
+        """Scales and offsets, as far as there are any: parts of the blocks."""
+        both = {"scales": self.scales, "offsets": self.offsets}
+        return {name: tensor for name, tensor in both.items() if tensor is not None}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight [N, K], for tests; forward never calls it."""
@@ -127,6 +142,8 @@ class GgufEmbedding(GgufTensor):
 
     A tied head is a `qzo.formats.vocabulary.TiedQuantHead` on it.
     """
+
+    is_table = True
 
     def __init__(self, blocks: Tensor, kind: BlockType, dtype: torch.dtype) -> None:
         """Take the blocks as they are."""

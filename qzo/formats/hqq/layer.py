@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.formats.hqq.codes import HqqLayout, unpacked
-from qzo.formats.layer import Device, RebuiltLinear, frozen
-from qzo.optim.groups import TRAINABLE
+from qzo.formats.layer import SCALE_DTYPES, CodesAsQweight, Device, RebuiltLinear, frozen
 
 
 @dataclass(frozen=True)
 class HqqOrigin:
-    """What the library's own module needs besides the tensors, for `release`.
+    """What the library's own module needs besides the tensors, for `qzo.release`.
 
     Args:
         meta: its dictionary of that name, without the tensors of this layer.
@@ -46,7 +45,7 @@ class HqqOrigin:
     module: nn.Module | None = None
 
 
-class HqqLinear(RebuiltLinear):
+class HqqLinear(CodesAsQweight, RebuiltLinear):
     """y = x Wᵀ + bias with W = (codes - zero_points) * scales, group by group.
 
     Buffers: codes, the words of the table above; scales and zero_points, both [N K / g, 1] (axis 1) or [1, N K / g]
@@ -54,8 +53,8 @@ class HqqLinear(RebuiltLinear):
     as a whole with its scale: the paper's Δ ⊙ W_int. `bias` is a frozen parameter [N] or None.
 
     Rows are rebuilt with whole rows of the matrix of groups: up to 2 C weights too many, with axis 0 a share 2 / g of
-    the layer, with axis 1 two groups. `compute_dtype` is that of the inputs of the library's module. Build with `empty`
-    or `from_weight`.
+    the layer, with axis 1 two groups. `compute_dtype` is that of the inputs of the library's module. Build with
+    `empty`, or `quantize` of library.py.
     """
 
     codes: Tensor
@@ -75,7 +74,7 @@ class HqqLinear(RebuiltLinear):
         super().__init__()
         self.layout, self.n_bits, self.group_size = layout, layout.n_bits, layout.group_size
         self.in_features, self.out_features = layout.in_features, layout.out_features
-        self._origin = (origin or HqqOrigin(),)  # in a tuple, so that its module is no child of this one
+        self._origin = (origin or HqqOrigin(),)
         self.compute_dtype: torch.dtype = self.origin.meta.get("compute_dtype", scales.dtype)
         if codes.dtype != layout.word_dtype or tuple(codes.shape) != layout.words_shape:
             raise QzoError(
@@ -83,7 +82,7 @@ class HqqLinear(RebuiltLinear):
                 f"{layout.group_size} imply {layout.word_dtype} {layout.words_shape}"
             )
         for name, tensor in (("scales", scales), ("zero points", zero_points)):
-            if tensor.dtype not in TRAINABLE or tuple(tensor.shape) != layout.scales_shape:
+            if tensor.dtype not in SCALE_DTYPES or tuple(tensor.shape) != layout.scales_shape:
                 raise QzoError(
                     f"{name} are {tensor.dtype} {tuple(tensor.shape)}, but groups of {layout.group_size} imply "
                     f"floating {layout.scales_shape}"
@@ -115,31 +114,10 @@ class HqqLinear(RebuiltLinear):
             layout, codes, scales, zeros, torch.empty(out_features, dtype=dtype, device=device) if bias else None
         )
 
-    @classmethod
-    def from_weight(
-        cls,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        n_bits: float = 4,
-        group_size: int = 64,
-        axis: int = 1,
-    ) -> HqqLinear:
-        """Quantize `weight` [N, K] with the library; one on `meta` gives `empty`. The bias is not copied.
-
-        Extra memory: several fp32 copies of the weight. Raises QzoError, also where the library is missing.
-        """
-        rows, columns = weight.shape
-        if weight.is_meta:
-            return cls.empty(columns, rows, n_bits, group_size, axis, bias is not None, weight.dtype, weight.device)
-        from qzo.formats.hqq.library import quantize
-
-        layout = HqqLayout(columns, rows, n_bits, group_size, axis)
-        return cls(layout, *quantize(weight, layout), bias)
-
     @property
-    def origin(self) -> HqqOrigin:
-        """Where the layer came from."""
-        return self._origin[0]
+    def type_name(self) -> str:
+        """Packing and axis, e.g. "4bit_u8 axis 1"."""
+        return f"{self.layout.packing} axis {self.layout.axis}"
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`."""
@@ -152,17 +130,6 @@ class HqqLinear(RebuiltLinear):
         begin = start * self.in_features - first * wide
         rows = numbers.view(-1)[begin : begin + (stop - start) * self.in_features]
         return rows.view(stop - start, self.in_features).to(dtype)
-
-    @property
-    def qweight(self) -> Tensor:
-        """`codes` under the name that peft knows, which asks it for its device."""
-        return self.codes
-
-    def release(self) -> nn.Module:
-        """The library's module, see `qzo.release`."""
-        from qzo.formats.hqq.library import give_back
-
-        return give_back(self)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

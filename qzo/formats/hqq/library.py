@@ -1,4 +1,4 @@
-"""Modules of the library `hqq`, taken over to be trained, and given back."""
+"""The library `hqq`: its modules taken over to be trained and given back, and weights it quantizes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, required
 from qzo.formats.hqq.codes import CODE_BITS, HqqLayout
 from qzo.formats.hqq.layer import HqqLinear, HqqOrigin
 from qzo.formats.hqq.nesting import nest, unnest
 
+KINDS = (HqqLinear,)
 PATCHED = ("hqq.backends.", "gemlite")  # modules that hold the scales in the order of a kernel
 TENSORS = ("scale", "zero", "scale_q", "zero_q", "meta_scale", "meta_zero")
 
 
-def adopt_hqq(module: nn.Module) -> HqqLinear | None:
+def adopt(module: nn.Module) -> HqqLinear | None:
     """The layer for an HQQLinear, on its tensors; None for any other module.
 
     Its forward is never called again, so that no backend keeps a copy of the scales. Scales and zero points that are
@@ -76,7 +77,7 @@ def layout_of(meta: dict[str, Any]) -> HqqLayout:
     return layout
 
 
-def give_back(layer: HqqLinear) -> nn.Module:
+def release(layer: Any) -> nn.Module:
     """The library's module with the layer's tensors and its scales, nested again where they were."""
     origin = layer.origin
     module: Any = origin.module if origin.module is not None else _new(layer)
@@ -101,8 +102,18 @@ def parts(layer: HqqLinear, scales: Tensor) -> dict[str, Any]:
     return found
 
 
-def quantize(weight: Tensor, layout: HqqLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Words, scales and zero points of a weight [N, K], as the library finds them by default."""
+def quantize(
+    weight: Tensor, bias: Tensor | None = None, n_bits: float = 4, group_size: int = 64, axis: int = 1
+) -> HqqLinear:
+    """Quantize `weight` [N, K] as the library does by default; one on `meta` gives an empty layer. No bias is copied.
+
+    Extra memory: several fp32 copies of the weight. Raises QzoError, also where the library is missing.
+    """
+    rows, columns = weight.shape
+    if weight.is_meta:
+        rest = (bias is not None, weight.dtype, weight.device)
+        return HqqLinear.empty(columns, rows, n_bits, group_size, axis, *rest)
+    layout = HqqLayout(columns, rows, n_bits, group_size, axis)
     library = _library()
     words, meta = library.Quantizer.quantize(
         weight.detach(),
@@ -112,7 +123,7 @@ def quantize(weight: Tensor, layout: HqqLayout) -> tuple[Tensor, Tensor, Tensor]
         round_zero=layout.n_bits == 4,
         device=str(weight.device),
     )
-    return words.contiguous(), meta["scale"].to(weight.dtype), meta["zero"].to(weight.dtype)
+    return HqqLinear(layout, words.contiguous(), meta["scale"].to(weight.dtype), meta["zero"].to(weight.dtype), bias)
 
 
 def _viewed(words: Tensor, layout: HqqLayout) -> Tensor:
@@ -136,8 +147,4 @@ def _new(layer: HqqLinear) -> Any:
 
 
 def _library() -> Any:
-    try:
-        import hqq.core.quantize as library
-    except ImportError as error:
-        raise QzoError("this needs the library hqq; install it with: pip install 'qzo[hqq]'") from error
-    return library
+    return required("hqq.core.quantize", "'qzo[hqq]'")

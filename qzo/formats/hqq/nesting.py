@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.formats.hqq.codes import unpacked
-from qzo.optim.groups import TRAINABLE
+from qzo.formats.layer import SCALE_DTYPES
 
 LEAST_SCALE = 5e-5  # the library's too: below it, zero points leave the range of fp16
 
@@ -27,7 +27,7 @@ def unnest(codes: Any, meta: Any, shape: tuple[int, int]) -> Tensor:
     tensors = [tensor for tensor in (codes, scale, zero) if isinstance(tensor, Tensor)]
     if len(tensors) < 3 or settings.get("packing") != "8bit_u8" or codes.dtype != torch.uint8 or codes.ndim != 2:
         raise QzoError("scales or zero points are quantized in a way that is not known; need 8 bits")
-    if dtype not in TRAINABLE or codes.numel() != shape[0] * shape[1] or not _fits(codes, scale, zero):
+    if dtype not in SCALE_DTYPES or codes.numel() != shape[0] * shape[1] or not _fits(codes, scale, zero):
         raise QzoError(f"scales or zero points are {codes.numel()} quantized numbers, need {shape}")
     numbers = unpacked(codes, 8, 0, len(codes), dtype)
     return ((numbers - zero) * scale).to(dtype).reshape(shape)

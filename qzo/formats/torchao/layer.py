@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.formats.layer import Device, RebuiltLinear, frozen
+from qzo.formats.layer import SCALE_DTYPES, CodesAsQweight, Device, RebuiltLinear, frozen
 from qzo.formats.torchao.codes import WORD_DTYPE, unpacked, words_shape
-from qzo.optim.groups import TRAINABLE
 
 
 @dataclass(frozen=True)
 class AoOrigin:
-    """What the library's tensor needs besides its data, for `release`.
+    """What the library's tensor needs besides its data, for `qzo.release`.
 
     Args:
         kind: its class, or the name of it.
@@ -34,7 +33,7 @@ class AoOrigin:
     module: nn.Module | None = None
 
 
-class _AoLinear(RebuiltLinear):
+class _AoLinear(CodesAsQweight, RebuiltLinear):
     """What both kinds share: buffers, bias and the way back."""
 
     codes: Tensor
@@ -42,9 +41,9 @@ class _AoLinear(RebuiltLinear):
     def __init__(self, shape: tuple[int, int], codes: Tensor, scales: Tensor, bias: Tensor | None, origin: AoOrigin):
         super().__init__()
         self.out_features, self.in_features = shape
-        self._origin = (origin,)  # in a tuple, so that its module is no child of this one
+        self._origin = (origin,)
         self.compute_dtype: torch.dtype = origin.attributes.get("dtype", scales.dtype)
-        if scales.dtype not in TRAINABLE:
+        if scales.dtype not in SCALE_DTYPES:
             raise QzoError(f"scales are {scales.dtype}; only float32, float16 and bfloat16 can be trained")
         if bias is not None and tuple(bias.shape) != shape[:1]:
             raise QzoError(f"the bias has shape {tuple(bias.shape)}, need {shape[:1]}")
@@ -53,20 +52,10 @@ class _AoLinear(RebuiltLinear):
         self.bias = frozen(bias)
 
     @property
-    def origin(self) -> AoOrigin:
-        """Where the layer came from."""
-        return self._origin[0]
-
-    @property
-    def qweight(self) -> Tensor:
-        """`codes` under the name that peft knows, which asks it for its device."""
-        return self.codes
-
-    def release(self) -> nn.Module:
-        """An nn.Linear with the library's tensor, see `qzo.release`."""
-        from qzo.formats.torchao.library import give_back
-
-        return give_back(self)  # type: ignore[arg-type]
+    def type_name(self) -> str:
+        """The library's class, e.g. Int8Tensor."""
+        kind = self.origin.kind
+        return kind if isinstance(kind, str) else str(kind.__name__)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
@@ -127,16 +116,6 @@ class AoInt8Linear(_AoLinear):
         bias_data = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         attributes = {"block_size": [1, in_features // groups], "dtype": dtype}
         return cls(codes, scales, zeros, bias_data, AoOrigin("Int8Tensor", attributes))
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group_size: int = -1) -> AoInt8Linear:
-        """Quantize `weight` [N, K] with the library; one on `meta` gives `empty`. The bias is not copied."""
-        rows, columns = weight.shape
-        if weight.is_meta:
-            return cls.empty(columns, rows, group_size, bias is not None, weight.dtype, weight.device)
-        from qzo.formats.torchao.library import quantize_int8
-
-        return quantize_int8(weight, bias, group_size)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`."""

@@ -1,4 +1,4 @@
-"""Tensor subclasses of torchao, taken over to be trained, and given back."""
+"""torchao: its tensor subclasses taken over to be trained and given back, and weights it quantizes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, required
 from qzo.formats.torchao.layer import AoInt4Linear, AoInt8Linear, AoOrigin
 
+KINDS = (AoInt8Linear, AoInt4Linear)
 INT8 = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
 INT4 = {"Int4Tensor": "plain", "Int4TilePackedTo4dTensor": "tiles", "Int4OpaqueTensor": "cpu"}
 DATA = ("qdata", "scale", "zero_point", "scale_and_zero")
@@ -20,7 +21,7 @@ OF_INPUTS = (  # what is set where inputs are changed too
 AoLinear = AoInt8Linear | AoInt4Linear
 
 
-def adopt_torchao(module: nn.Module) -> AoLinear | None:
+def adopt(module: nn.Module) -> AoLinear | None:
     """The layer for an nn.Linear whose weight is a quantized tensor of torchao, on its data; None for other modules.
 
     Raises QzoError for weights that torchao quantizes in another way, and where it quantizes the inputs too.
@@ -69,7 +70,7 @@ def data_of(layer: AoLinear) -> dict[str, Tensor]:
     return {"qdata": layer.codes, "scale_and_zero": torch.stack((layer.scales, layer.offsets), dim=-1)}
 
 
-def give_back(layer: AoLinear) -> nn.Module:
+def release(layer: Any) -> nn.Module:
     """An nn.Linear with the library's tensor on the layer's codes and scales."""
     origin = layer.origin
     kind: Any = getattr(_library(), origin.kind) if isinstance(origin.kind, str) else origin.kind
@@ -84,8 +85,14 @@ def give_back(layer: AoLinear) -> nn.Module:
     return module
 
 
-def quantize_int8(weight: Tensor, bias: Tensor | None, group_size: int) -> AoInt8Linear:
-    """A weight [N, K] as Int8WeightOnlyConfig quantizes it; -1 is a scale for the whole row."""
+def quantize(weight: Tensor, bias: Tensor | None = None, group_size: int = -1) -> AoInt8Linear:
+    """Quantize `weight` [N, K] as Int8WeightOnlyConfig does; -1 is a scale for the whole row.
+
+    One on `meta` gives an empty layer. The bias is not copied. Raises QzoError, also where the library is missing.
+    """
+    if weight.is_meta:
+        rest = (bias is not None, weight.dtype, weight.device)
+        return AoInt8Linear.empty(weight.shape[1], weight.shape[0], group_size, *rest)
     library = _library()
     granularity = library.PerRow() if group_size == -1 else library.PerGroup(group_size)
     tensor = library.Int8Tensor.from_hp(weight.detach(), granularity)
@@ -101,8 +108,4 @@ def _parts(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _library() -> Any:
-    try:
-        import torchao.quantization as library
-    except ImportError as error:
-        raise QzoError("this needs the library torchao; install it with: pip install 'qzo[torchao]'") from error
-    return library
+    return required("torchao.quantization", "'qzo[torchao]'")

@@ -25,7 +25,7 @@ from bench.ledger.ledger import Ledger
 from qzo import QZO, trainable
 from qzo.formats.layer import RebuiltLinear
 from qzo.kernels import rebuilt as chunked
-from qzo.live.scales import QUANTIZED, TABLES, quantized_bytes
+from qzo.live.scales import quantized_bytes, quantized_layers
 from qzo.training.export import TRAINED
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -85,17 +85,12 @@ def loss_of(model: nn.Module) -> Tensor:
     return nn.functional.cross_entropy(outputs.flatten(0, 1), INPUT_IDS[:, 1:].flatten())
 
 
-def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> layer with scales to train."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, QUANTIZED)}
-
-
 def dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The same function with plain weights."""
     twin = copy.deepcopy(model)
-    for path, layer in layers_of(model).items():
+    for path, layer in quantized_layers(model).items():
         rows, columns = (weight := layer.dequantize(torch.float32)).shape
-        if isinstance(layer, TABLES):
+        if layer.is_table:
             plain: nn.Module = nn.Embedding(rows, columns)
         else:
             plain = nn.Linear(columns, rows, layer.bias is not None)
@@ -167,7 +162,7 @@ def test_the_scales_are_live_and_perturbing_them_is_undone_to_the_bit(made):
 def test_d_is_the_directional_derivative_of_the_dense_model_within_one_percent(made):
     """Along the way that the weights really took: scales in 16 bits are the rounding of master ± eps z."""
     model = made.model()
-    layers = layers_of(model)
+    layers = quantized_layers(model)
     optimizer = QZO(trainable(model), lr=0.0, **WITH)
     twin = dense(model, torch.float64)
     weights = {path: twin.get_submodule(path).weight for path in layers}
@@ -191,7 +186,7 @@ def test_d_is_the_directional_derivative_of_the_dense_model_within_one_percent(m
 def test_gradients_of_the_scales_are_those_of_the_dense_model(made):
     """By the chain rule along one random way of the scales, in which weights are linear."""
     model = made.model()
-    layers = {path: layer for path, layer in layers_of(model).items() if isinstance(layer, RebuiltLinear)}
+    layers = {path: layer for path, layer in quantized_layers(model).items() if isinstance(layer, RebuiltLinear)}
     if not layers:
         return  # the views of GGUF blocks have gradients in tests of their own
     twin = dense(model, torch.float64)
@@ -242,7 +237,7 @@ def test_export_changes_scales_alone_and_the_library_reads_the_tuned_model(made,
 def test_peak_of_a_step_is_below_floor_one_dequantized_layer_and_activations(made, monkeypatch):
     """With chunks of a quarter of the largest layer, as those of real models are; masters are the optimizer's own."""
     model = made.model()
-    largest = max(layer.dequantize().numel() for layer in layers_of(model).values())
+    largest = max(layer.dequantize().numel() for layer in quantized_layers(model).values())
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", largest // 4)
     twin = dense(model, torch.float32)
     plain = peak_of(twin, lambda: float(twin(INPUT_IDS, labels=INPUT_IDS).loss))

@@ -18,8 +18,8 @@ import qzo
 from qzo.checkpoints.inspect import inspect
 from qzo.checkpoints.write import write_checkpoint
 from qzo.commands.main import main
-from qzo.formats.hqq.layer import HqqLinear
-from qzo.formats.torchao.layer import AoInt8Linear
+from qzo.formats.hqq import library as hqq
+from qzo.formats.torchao import library as torchao
 
 pytest.importorskip("hqq", reason="needs hqq")
 pytest.importorskip("torchao", reason="needs torchao")
@@ -109,9 +109,9 @@ def test_training_needs_neither_library_and_what_does_names_the_command(folders,
         extra = "hqq" if kind in ("pt", "hqq") else "torchao"
         with pytest.raises(qzo.QzoError, match=rf"pip install 'qzo\[{extra}\]'"):
             qzo.release(model)
-    for layer, extra in ((HqqLinear, "hqq"), (AoInt8Linear, "torchao")):
+    for library, extra in ((hqq, "hqq"), (torchao, "torchao")):
         with pytest.raises(qzo.QzoError, match=rf"pip install 'qzo\[{extra}\]'"):
-            layer.from_weight(torch.randn(64, 64))
+            library.quantize(torch.randn(64, 64))
 
 
 def test_importing_qzo_imports_neither_library():

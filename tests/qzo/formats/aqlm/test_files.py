@@ -240,7 +240,7 @@ def test_codes_that_do_not_fit_are_told_with_the_layers_name(library):
 def test_without_the_library_the_install_command_is_told(make_model, monkeypatch):
     model = quantize_aqlm(make_model())
     monkeypatch.setitem(sys.modules, "aqlm", None)
-    with pytest.raises(QzoError, match=r"aqlm library is not installed; run: pip install 'qzo\[aqlm\]'"):
+    with pytest.raises(QzoError, match=r"needs the package aqlm; run: pip install 'qzo\[aqlm\]'"):
         release(model)
     assert len(scales(model)) == 14
 

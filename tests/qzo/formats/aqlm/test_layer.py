@@ -8,7 +8,7 @@ from qzo.errors import QzoError
 from qzo.formats.aqlm.layer import AqlmLayout, AqlmLinear
 from qzo.kernels import rebuilt as chunked
 from qzo.live.scales import quantized_bytes
-from qzo.quantizers.aqlm import from_weight, quantize_aqlm, quantize_random
+from qzo.quantizers.aqlm import from_weight, quantize_aqlm, quantize_random, random_layer
 
 LAYOUTS = [AqlmLayout(1, 16), AqlmLayout(2, 8), AqlmLayout(1, 8, 16), AqlmLayout(3, 5, 4), AqlmLayout(2, 8, 8, 3)]
 
@@ -122,7 +122,7 @@ def test_a_model_is_quantized_layer_by_layer(make_model, input_ids):
 
 
 def test_weight_is_scale_times_codebook_entry():
-    layer = AqlmLinear.random(32, 6, dtype=torch.float32)
+    layer = random_layer(32, 6, dtype=torch.float32)
     layer.scales.normal_()
     weight = layer.dequantize()
     for row, group in [(0, 0), (5, 3), (2, 1)]:
@@ -132,14 +132,14 @@ def test_weight_is_scale_times_codebook_entry():
 
 def test_forward_equals_the_dense_product(monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 5 * 64)
-    layer = AqlmLinear.random(64, 24, bias=torch.randn(24), dtype=torch.float32)
+    layer = random_layer(64, 24, bias=torch.randn(24), dtype=torch.float32)
     x = torch.randn(2, 3, 64)
     expected = nn.functional.linear(x, layer.dequantize(), layer.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_of_the_scales_is_that_of_the_dense_product():
-    layer = AqlmLinear.random(64, 24, dtype=torch.float32)
+    layer = random_layer(64, 24, dtype=torch.float32)
     layer.scales.requires_grad_()
     x = torch.randn(3, 64)
     ours = torch.autograd.grad(layer(x).square().sum(), layer.scales)[0]
@@ -149,7 +149,7 @@ def test_gradient_of_the_scales_is_that_of_the_dense_product():
 
 def test_random_codes_come_from_the_seed_alone():
     state = torch.get_rng_state()
-    a, b, c = (AqlmLinear.random(64, 24, seed=seed, std=0.3) for seed in (1, 1, 2))
+    a, b, c = (random_layer(64, 24, seed=seed, std=0.3) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(a.codes, b.codes) and torch.equal(a.codebooks, b.codebooks)
     assert not torch.equal(a.codes, c.codes)

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 import qzo
 from qzo import QZO, QzoError, check_live, scales
 from qzo.formats.bnb.layer import BnbLinear4bit, BnbLinear8bit
+from qzo.formats.bnb.library import quantize, release
 from qzo.formats.bnb.nesting import nest, unnest
 from qzo.kernels import rebuilt as chunked
 from qzo.live.scales import has_signed_scales, quantized_bytes
@@ -35,7 +36,7 @@ def test_weights_of_4_bits_are_those_of_the_library_to_the_bit(monkeypatch, shap
     expected = bnb.functional.dequantize_4bit(
         *bnb.functional.quantize_4bit(weight, blocksize=block_size, quant_type=quant_type)
     )
-    layer = BnbLinear4bit.from_weight(weight, None, quant_type, block_size)
+    layer = quantize(weight, None, quant_type, block_size)
     assert torch.equal(layer.dequantize(), expected)
     assert torch.equal(layer.dequantize(torch.bfloat16), expected.bfloat16())
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 3 * shape[1])
@@ -47,7 +48,7 @@ def test_weights_of_4_bits_are_those_of_the_library_to_the_bit(monkeypatch, shap
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_gradients_equal_those_of_the_dense_product(monkeypatch, kind):
     weight, bias, x = torch.randn(33, 96), torch.randn(33), torch.randn(4, 96, requires_grad=True)
-    layer = (BnbLinear8bit if kind == "int8" else BnbLinear4bit).from_weight(weight, bias)
+    layer = quantize(weight, bias, kind)
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 10 * 96)
     layer.scales.requires_grad_()
     layer(x).square().sum().backward()
@@ -61,10 +62,10 @@ def test_gradients_equal_those_of_the_dense_product(monkeypatch, kind):
 def test_int8_weights_are_codes_times_scale_and_the_library_rounds_activations_too():
     torch.manual_seed(0)
     weight, x = torch.randn(256, 576) * 0.02, torch.randn(64, 576)
-    layer = BnbLinear8bit.from_weight(weight)
+    layer = quantize(weight, quant_type="int8")
     expected = layer.qweight.double() * layer.scales.double()[:, None] / 127
     torch.testing.assert_close(layer.dequantize().double(), expected, rtol=2e-7, atol=0)
-    own = layer.release()
+    own = release(layer)
     with torch.no_grad():
         assert torch.equal(own.train()(x), layer(x))
         distance = (own.eval()(x) - layer(x)).norm() / layer(x).norm()
@@ -74,7 +75,7 @@ def test_int8_weights_are_codes_times_scale_and_the_library_rounds_activations_t
 def test_layers_on_meta_answer_with_shapes_and_sizes_are_exact():
     for layer in (BnbLinear4bit.empty(100, 30, bias=True, device="meta"), BnbLinear8bit.empty(100, 30, device="meta")):
         assert layer(torch.empty(2, 3, 100, device="meta", dtype=torch.bfloat16)).shape == (2, 3, 30)
-    assert type(BnbLinear4bit.from_weight(torch.empty(8, 64, device="meta"))) is BnbLinear4bit
+    assert type(quantize(torch.empty(8, 64, device="meta"))) is BnbLinear4bit
     model = nn.Sequential(BnbLinear4bit.empty(100, 30), BnbLinear8bit.empty(30, 10))
     sizes = {name: size for name, size in quantized_bytes(model).items() if size}
     assert sizes == {"codes": 1500 + 300, "scales": 4 * (47 + 10), "quant_map": 64, "scale_count": 57}
@@ -111,7 +112,7 @@ def test_scales_that_double_quantization_turns_negative_train_without_being_clip
     weight = torch.randn(64, 64)
     weight[:32] *= 0.05 * torch.rand(32, 1)
     _, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    layer = model.model.layers[0].mlp.down_proj = BnbLinear4bit.from_weight(weight)
+    layer = model.model.layers[0].mlp.down_proj = quantize(weight)
     assert not layer.signed and not has_signed_scales(model)
     nested = unnest(state.absmax, state.state2.absmax, state.state2.code, float(state.offset))
     layer.assign(layer.qweight, nested, layer.quant_map, None)
@@ -242,7 +243,7 @@ def test_models_without_such_layers_and_bare_layers_are_told(make_model):
     with pytest.raises(QzoError, match="has no layer to give back"):
         qzo.release(make_model())
     with pytest.raises(QzoError, match="cannot be replaced in place; pass the module that holds it"):
-        qzo.release(BnbLinear4bit.from_weight(torch.randn(8, 64)))
+        qzo.release(quantize(torch.randn(8, 64)))
 
 
 def test_the_trainer_takes_an_adopted_model(plain, tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 import qzo
 from qzo.formats.hqq.codes import HqqLayout
 from qzo.formats.hqq.layer import HqqLinear
+from qzo.formats.hqq.library import quantize, release
 from qzo.kernels import rebuilt as chunked
 from qzo.kernels.rebuilt import chunk_bounds
 
@@ -56,7 +57,7 @@ def test_any_rows_of_any_layout_are_those_of_the_library(n_bits, axis, view_as_f
         assert len(chunk_bounds(64, 96)) > 5 and torch.equal(layer.dequantize(), expected)
         x = torch.randn(3, 96)
         torch.testing.assert_close(layer(x), library(x))
-        assert layer.release() is library and library.W_q.dtype == words.dtype
+        assert release(layer) is library and library.W_q.dtype == words.dtype
         assert torch.equal(library.W_q.view(torch.uint8), words.view(torch.uint8))
 
 
@@ -205,12 +206,12 @@ def test_adopted_models_train_and_are_live(tmp_path):
 def test_layers_from_weights_and_on_meta():
     weight = torch.randn(64, 96)
     for n_bits, axis in ((4, 1), (2, 0), (1.58, 1)):
-        layer = HqqLinear.from_weight(weight, n_bits=n_bits, group_size=32, axis=axis)
-        empty = HqqLinear.from_weight(weight.to("meta"), n_bits=n_bits, group_size=32, axis=axis)
+        layer = quantize(weight, n_bits=n_bits, group_size=32, axis=axis)
+        empty = quantize(weight.to("meta"), n_bits=n_bits, group_size=32, axis=axis)
         assert {name: (t.shape, t.dtype) for name, t in layer.state_dict().items()} == {
             name: (t.shape, t.dtype) for name, t in empty.state_dict().items()
         }
-    layer = HqqLinear.from_weight(weight, n_bits=8, group_size=32)
+    layer = quantize(weight, n_bits=8, group_size=32)
     assert (layer.dequantize() - weight).abs().max() < 0.02
 
 

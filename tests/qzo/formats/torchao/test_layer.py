@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import qzo
+from qzo.formats.torchao import library
 from qzo.formats.torchao.codes import unpacked, words_shape
 from qzo.formats.torchao.layer import AoInt4Linear, AoInt8Linear
 
@@ -237,9 +238,9 @@ def test_what_changes_inputs_too_and_unknown_kinds_are_refused():
 
 def test_layers_from_weights_and_on_meta():
     weight = torch.randn(64, 96)
-    for kind, size in ((AoInt8Linear, -1), (AoInt8Linear, 32), (AoInt4Linear, 32)):
-        layer = kind.from_weight(weight, group_size=size)
-        empty = kind.from_weight(weight.to("meta"), group_size=size)
+    for quantize, size in ((library.quantize, -1), (library.quantize, 32), (AoInt4Linear.from_weight, 32)):
+        layer = quantize(weight, group_size=size)
+        empty = quantize(weight.to("meta"), group_size=size)
         assert {name: (t.shape, t.dtype) for name, t in layer.state_dict().items()} == {
             name: (t.shape, t.dtype) for name, t in empty.state_dict().items()
         }
