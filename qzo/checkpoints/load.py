@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qzo.errors import QzoError
-from qzo.formats.bnb.files import load_bnb
-from qzo.formats.hqq.files import find_hqq
-from qzo.formats.packed import load_packed
-from qzo.formats.torchao.files import find_torchao
-from qzo.models.folder import download, headers_in, one_line, read_json, weight_files
-from qzo.models.settings import settings_of, understood
-from qzo.models.skeleton import check_architecture, check_counts, dtype_of, skeleton
-from qzo.models.stored import load_stored
+from qzo.formats.table import find
+from qzo.models.folder import download, headers_in, one_line, weight_files
+from qzo.models.settings import source_of
+from qzo.models.skeleton import check_architecture, check_counts, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,10 +50,9 @@ def load(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise QzoError(f"{path} is not a file; give the path of a .gguf file")
-        if not dequantize:
-            from qzo.formats.gguf.files import load_gguf
-
-            return load_gguf(path, dtype or torch.bfloat16, torch.device(device))
+        found = find(source_of(path))
+        if found is not None and not dequantize:
+            return found.load(dtype, torch.device(device))
         from transformers import GgufConfig
 
         from qzo.formats.gguf.header import read_gguf_header
@@ -67,20 +62,20 @@ def load(
         dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
         return _from_pretrained(path.parent, dtype, device, gguf_file=path.name, quantization_config=dense)
     folder = path if path.is_dir() else download(str(source))
-    config = read_json(folder / "config.json")
-    settings = settings_of(folder, config)
-    stored = find_hqq(folder, settings) or find_torchao(folder, settings)
-    if stored is not None:
-        return load_stored(stored, config, dtype or dtype_of(config), torch.device(device))
-    quantization = None if settings is None else understood(folder, settings)
+    about = source_of(folder)
+    found = find(about)
+    if found is not None:
+        return found.load(dtype, torch.device(device))
+    if about.settings is not None:
+        raise QzoError(
+            f'{folder}: quant_method="{about.method}" is not supported; give a checkpoint of GPTQ, AWQ, AQLM or '
+            "bitsandbytes, or an unquantized one"
+        )
     headers = headers_in(weight_files(folder))
-    check_counts(folder, config, len(headers))
-    check_architecture(folder, config)
-    if quantization is None:
-        skeleton(folder, headers, torch.bfloat16)
-        return _from_pretrained(folder, dtype, device)
-    reader = load_bnb if quantization.method == "bitsandbytes" else load_packed
-    return reader(folder, quantization, headers, dtype or dtype_of(config), torch.device(device))
+    check_counts(folder, about.config, len(headers))
+    check_architecture(folder, about.config)
+    skeleton(folder, headers, torch.bfloat16)
+    return _from_pretrained(folder, dtype, device)
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from pathlib import Path
 
@@ -10,31 +9,27 @@ from torch import Tensor
 
 from qzo.durable import whole_folder
 from qzo.errors import QzoError
-from qzo.formats.bnb.files import bnb_tensors
-from qzo.formats.gguf.files import write_gguf
-from qzo.formats.hqq.files import QMODEL, holds_hqq, hqq_tensors, write_qmodel
-from qzo.formats.torchao.files import torchao_tensors
-from qzo.models.folder import download, headers_in, opened, read_json, weight_files
-from qzo.models.settings import method_of, settings_of
+from qzo.formats.table import find
+from qzo.models.folder import download
+from qzo.models.rewrite import Write, rewriting
+from qzo.models.settings import source_of
 
-LAYOUTS = {
-    "bitsandbytes": bnb_tensors,
-    "hqq": hqq_tensors,
-    "torchao": torchao_tensors,
-}  # methods whose checkpoints keep scales under other names or in other numbers
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def in_own_layout(model: str) -> bool:
-    """Whether a model's scales are written by `write_tuned` alone: a .gguf file, or a method of `LAYOUTS`."""
-    return model.endswith(".gguf") or ((Path(model) / "config.json").is_file() and _method(Path(model)) in LAYOUTS)
+    """Whether a model's scales are written by `write_tuned` alone, into the files they came in."""
+    path = Path(model)
+    if path.suffix != ".gguf" and not (path / "config.json").is_file():
+        return False
+    found = find(source_of(path))
+    return found is not None and not found.saved_anew
 
 
 def write_tuned(model: str, tensors: dict[str, Tensor], out: Path) -> int:
     """Write `model` with some tensors replaced, a .gguf file as a .gguf file; returns how many."""
     if model.endswith(".gguf") and all(name.endswith((".scales", ".offsets")) for name in tensors):
-        file = Path(model)
-        whole_folder(out, lambda folder: write_gguf(file, tensors, folder / file.name))
+        whole_folder(out, _writing(Path(model), tensors))
         return len(tensors)
     return write_checkpoint(checkpoint_folder(model), tensors, out)
 
@@ -54,29 +49,20 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
 
     Extra memory: the tensors of one file. Raises QzoError, and leaves nothing, where a tensor has no place.
     """
-    if (source / QMODEL).is_file():
-        whole_folder(out, functools.partial(_write_qmodel, source, tensors))
-        return len(tensors)
-    weights = weight_files(source)
-    headers = headers_in(weights)
-    count, method = len(tensors), _method(source)
-    stored = LAYOUTS[method](source, headers, tensors) if method in LAYOUTS else {}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in stored}
-    shapes = {name: header.shape for name, header in headers.items()}
-    for name, tensor in tensors.items():
-        if shapes.get(name) != tuple(tensor.shape):
-            has = f"with shape {shapes[name]}" if name in shapes else "not at all"
-            raise QzoError(f"{source} has {name} {has}, the tuned one has shape {tuple(tensor.shape)}")
-    for own in stored.values():
-        tensors |= own
+    write_weights = _writing(source, tensors)
 
     def write(folder: Path) -> None:
-        for file in weights:
-            _rewrite(file, tensors, folder / file.name)
+        write_weights(folder)
         _copy_rest(source, folder)
 
     whole_folder(out, write)
-    return count
+    return len(tensors)
+
+
+def _writing(source: Path, tensors: dict[str, Tensor]) -> Write:
+    """What writes the weights of a checkpoint, of whatever format or none."""
+    found = find(source_of(source))
+    return rewriting(source, tensors) if found is None else found.writing(tensors)
 
 
 def _copy_rest(source: Path, folder: Path) -> None:
@@ -84,30 +70,3 @@ def _copy_rest(source: Path, folder: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
             shutil.copyfile(file, folder / file.name)
-
-
-def _write_qmodel(source: Path, tensors: dict[str, Tensor], folder: Path) -> None:
-    write_qmodel(source, tensors, folder)
-    _copy_rest(source, folder)
-
-
-def _method(folder: Path) -> str | None:
-    """The quant_method of a checkpoint; None of an unquantized one."""
-    settings = settings_of(folder, read_json(folder / "config.json"))
-    if settings is None:
-        return "hqq" if holds_hqq(folder) else None
-    return method_of(settings)
-
-
-def _rewrite(file: Path, tensors: dict[str, Tensor], target: Path) -> None:
-    from safetensors.torch import save_file
-
-    with opened(file) as tensors_of:
-        names = list(tensors_of.keys())
-        if not tensors.keys() & set(names):
-            shutil.copyfile(file, target)
-            return
-        old, metadata = {name: tensors_of.get_tensor(name) for name in names}, tensors_of.metadata()
-    new = {name: tensors.get(name, tensor).to("cpu", tensor.dtype).contiguous() for name, tensor in old.items()}
-    save_file(new, target, metadata)
-    target.chmod(file.stat().st_mode)

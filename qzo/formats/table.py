@@ -1,18 +1,57 @@
-"""The one place that knows all formats; adopting and releasing walk along it."""
+"""The one place that knows all formats: reading, writing, adopting and releasing walk along it.
+
+A new format is a package beside this file, with `files.py` (checkpoints) and `library.py` (modules in memory) as far as
+there are any, and a name in the tuples below.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from qzo.formats.aqlm import files as aqlm_files
 from qzo.formats.aqlm import library as aqlm
+from qzo.formats.awq import files as awq_files
 from qzo.formats.awq import library as awq
+from qzo.formats.bnb import files as bnb_files
 from qzo.formats.bnb import library as bnb
+from qzo.formats.gguf import files as gguf_files
+from qzo.formats.gptq import files as gptq_files
 from qzo.formats.gptq import library as gptq
+from qzo.formats.hqq import files as hqq_files
 from qzo.formats.hqq import library as hqq
 from qzo.formats.layer import Quantized
+from qzo.formats.torchao import files as torchao_files
 from qzo.formats.torchao import library as torchao
+from qzo.models.inspection import Inspection
+from qzo.models.rewrite import Write
+from qzo.models.settings import Source
+
+
+class Checkpoint(Protocol):
+    """What a format found in a folder, or in a file."""
+
+    @property
+    def saved_anew(self) -> bool:
+        """Whether `qzo.checkpoints.save` writes models of this format, rather than the files with other tensors."""
+
+    def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
+        """The model with quantized layers, everything frozen; unquantized tensors in `dtype`, or that of its config."""
+
+    def inspect(self, name: str) -> Inspection:
+        """What it holds, under the name that was asked for; no tensor is read."""
+
+    def writing(self, tensors: dict[str, Tensor]) -> Write:
+        """What writes the weights into a folder with some tensors replaced, which have their names in the model."""
+
+
+class Files(Protocol):
+    """What reading and writing ask of a format."""
+
+    def find(self, source: Source) -> Checkpoint | None:
+        """Its checkpoint, where there is one of its kind. Raises QzoError for a damaged one."""
 
 
 class Library(Protocol):
@@ -32,4 +71,10 @@ class Library(Protocol):
         """
 
 
+FILES: tuple[Files, ...] = (gguf_files, hqq_files, torchao_files, bnb_files, gptq_files, awq_files, aqlm_files)
 LIBRARIES: tuple[Library, ...] = (bnb, hqq, torchao, aqlm, gptq, awq)
+
+
+def find(source: Source) -> Checkpoint | None:
+    """The quantized checkpoint that lies somewhere; None where no format here knows it. Raises QzoError."""
+    return next((found for files in FILES if (found := files.find(source)) is not None), None)

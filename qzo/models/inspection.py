@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from qzo.errors import QzoError
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,12 @@ class Inspection:
         record = asdict(self)
         record["bytes"] = record.pop("sizes")
         return {**record, "trains_here": self.reason is None}
+
+
+def obstacle(path: Path, build: Callable[[], object]) -> str | None:
+    """Why a model cannot be built, by the QzoError of `build`; None where nothing but the data could be at fault."""
+    try:
+        build()
+    except QzoError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None

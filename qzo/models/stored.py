@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.models.folder import Header
-from qzo.models.skeleton import IMPLIED, check_architecture, check_counts, check_tensors, finish, skeleton
+from qzo.models.inspection import Inspection, obstacle
+from qzo.models.rewrite import Write
+from qzo.models.settings import Source
+from qzo.models.skeleton import (
+    FLOATING,
+    IMPLIED,
+    check_architecture,
+    check_counts,
+    check_tensors,
+    dtype_of,
+    finish,
+    skeleton,
+)
 from qzo.models.walk import freeze, put
 
 PER_NUMBER = 32  # codes that a stored number may hold: of one bit, shown as fp32
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.int8: "I8"}
+PARTS = ("scales", "codes", "zero_points", "offsets")
 OWN_DTYPE = ("codes", "scales", "zero_points", "offsets")  # buffers of quantized layers, not cast
 
 
@@ -27,49 +40,99 @@ class StoredModel:
 
     Args:
         format: "hqq" or "torchao".
-        folder: of the checkpoint.
+        source: the folder and its settings.
         headers: of all stored tensors, by their stored names.
         layers: path -> quantized layer, its tensors on meta or on mapped memory.
         batches: () -> the tensors by their names in the model, file by file.
+        writing: tuned tensors by their names in the model -> what writes the weights with them into a folder.
     """
 
     format: str
-    folder: Path
+    source: Source
     headers: dict[str, Header]
     layers: dict[str, Any]
     batches: Callable[[], Iterable[dict[str, Tensor]]]
+    writing: Callable[[dict[str, Tensor]], Write]
+    saved_anew: ClassVar = False
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint."""
+        return self.source.path
 
     @property
     def plain(self) -> dict[str, Header]:
         """Headers of the tensors outside of quantized layers."""
         return {name: h for name, h in self.headers.items() if name.rpartition(".")[0] not in self.layers}
 
+    def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
+        """The model with quantized layers on the tensors of the files, everything frozen; the rest is cast to `dtype`.
 
-def load_stored(stored: StoredModel, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with quantized layers on the tensors of the files, everything frozen; the rest is cast to `dtype`.
+        Memory: itself and the tensors of one file. Raises QzoError for what does not belong together, before data is
+        read.
+        """
+        dtype = dtype or dtype_of(self.source.config)
+        model = empty_stored(self, dtype)
+        for layer in self.layers.values():
+            layer.compute_dtype = dtype  # of all around it
+        for tensors in self.batches():
+            ready = {}
+            for name, tensor in tensors.items():
+                own = name.endswith(OWN_DTYPE) or not tensor.is_floating_point()
+                if not name.endswith(IMPLIED):
+                    ready[name] = tensor.to(device, tensor.dtype if own else dtype, copy=True)
+            model.load_state_dict(ready, strict=False, assign=True)
+        finish(model, device)
+        return freeze(model).eval()
 
-    Memory: itself and the tensors of one file. Raises QzoError for what does not belong together, before data is read.
-    """
-    model = empty_stored(stored, config, dtype)
-    for layer in stored.layers.values():
-        layer.compute_dtype = dtype  # of all around it
-    for tensors in stored.batches():
-        ready = {}
-        for name, tensor in tensors.items():
-            own = name.endswith(OWN_DTYPE) or not tensor.is_floating_point()
-            if not name.endswith(IMPLIED):
-                ready[name] = tensor.to(device, tensor.dtype if own else dtype, copy=True)
-        model.load_state_dict(ready, strict=False, assign=True)
-    finish(model, device)
-    return freeze(model).eval()
+    def inspect(self, name: str) -> Inspection:
+        """Counts and bytes of the layers' tensors; `reason` is None just where loading needs no more than sound data.
+
+        Bits and group size are None where the layers have several; settings that are stored as tensors are not counted.
+        """
+        layers = list(self.layers.values())
+        counts = dict.fromkeys((*PARTS, "unquantized"), 0)
+        sizes = dict.fromkeys(counts, 0)
+        for layer in layers:
+            for part in PARTS:
+                tensor = getattr(layer, part, None)
+                if tensor is not None:
+                    counts[part] += layer.in_features * layer.out_features if part == "codes" else tensor.numel()
+                    sizes[part] += tensor.nbytes
+            if layer.bias is not None:
+                counts["unquantized"] += layer.bias.numel()
+                sizes["unquantized"] += layer.bias.nbytes
+        for stored, header in self.plain.items():
+            sizes["unquantized"] += header.nbytes
+            if header.dtype in FLOATING and not stored.endswith(IMPLIED):
+                counts["unquantized"] += header.numel
+        trained = {"scales": counts["scales"], "scales+offsets": counts["scales"] + counts["offsets"]}
+        trained["scales+unquantized"] = counts["scales"] + counts["unquantized"]
+        return Inspection(
+            name,
+            self.format,
+            ", ".join(sorted({layer.type_name for layer in layers})),
+            _common({layer.n_bits for layer in layers}),
+            _common({layer.group_size for layer in layers}),
+            self.source.settings or {},
+            len(layers),
+            counts,
+            sizes,
+            trained,
+            obstacle(self.folder, lambda: empty_stored(self, dtype_of(self.source.config))),
+        )
 
 
-def empty_stored(stored: StoredModel, config: dict[str, Any], dtype: torch.dtype) -> Any:
+def _common(values: set[Any]) -> Any:
+    return next(iter(values)) if len(values) == 1 else None
+
+
+def empty_stored(stored: StoredModel, dtype: torch.dtype) -> Any:
     """The model on meta, with quantized layers in the places of its linear layers; no data is read.
 
     Raises QzoError for layers and tensors that the model has no place for, and for tensors that are missing.
     """
-    folder = stored.folder
+    folder, config = stored.folder, stored.source.config
     check_counts(folder, config, len(stored.headers))
     check_architecture(folder, config)
     model = skeleton(folder, stored.headers, dtype, PER_NUMBER)

@@ -13,13 +13,11 @@ from transformers import Trainer
 
 from qzo.checkpoints.save import format_of, save
 from qzo.checkpoints.write import in_own_layout, write_tuned
-from qzo.durable import read_tensors, whole_folder, write_tensors
+from qzo.durable import read_tensors, write_tensors
 from qzo.errors import QzoError
-from qzo.formats.gguf.files import write_gguf
-from qzo.formats.gguf.layer import GgufTensor
 from qzo.journal.journal import Journal
 from qzo.live.check import check_live
-from qzo.live.scales import linear_scales, scales
+from qzo.live.scales import linear_scales, quantized_layers, scales
 from qzo.live.trainable import live_named, scale_group
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
@@ -214,9 +212,9 @@ class QZOTrainer(Trainer):
         partial_folder = folder / ".model.part"
         model: Any = self.model
         source = Path(getattr(model, "name_or_path", ""))
-        if any(isinstance(module, GgufTensor) for module in model.modules()):
+        if any(layer.views() for layer in quantized_layers(model).values()):  # offsets too
             tensors = {name: tensor for name, tensor in live_named(model).items() if name.endswith(LIVE)}
-            whole_folder(partial_folder, lambda part: write_gguf(source, tensors, part / source.name))
+            write_tuned(str(source), tensors, partial_folder)
         elif in_own_layout(str(source)):
             tuned = scales(model) if self.zeroth_order is None else live_tensors(self.zeroth_order)
             write_tuned(str(source), tuned, partial_folder)

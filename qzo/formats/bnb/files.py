@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError, named
-from qzo.formats.bnb.layer import BnbLinear4bit, BnbLinear8bit
+from qzo.formats.bnb.layer import QUANT_TYPES, BnbLinear4bit, BnbLinear8bit
 from qzo.formats.bnb.nesting import nest, unnest
 from qzo.formats.bnb.state import (
     ABSMAX,
@@ -26,38 +26,128 @@ from qzo.formats.bnb.state import (
     quantized_paths,
     read_states,
 )
-from qzo.models.folder import Header, opened, read_tensors_of
-from qzo.models.settings import Quantization
-from qzo.models.skeleton import FLOATING, IMPLIED, check_tensors, finish, skeleton
+from qzo.models.folder import Header, headers_in, opened, read_tensors_of, weight_files
+from qzo.models.inspection import Inspection, obstacle
+from qzo.models.rewrite import Write, rewriting
+from qzo.models.settings import Source
+from qzo.models.skeleton import (
+    FLOATING,
+    IMPLIED,
+    check_architecture,
+    check_counts,
+    check_tensors,
+    dtype_of,
+    finish,
+    skeleton,
+)
 from qzo.models.walk import freeze, is_conv1d, put, weight_of
 
 PER_NUMBER = 8  # codes of four bits, the most that a number (fp32) can hold
 
 
-def load_bnb(
-    folder: Path, quantization: Quantization, headers: dict[str, Header], dtype: torch.dtype, device: torch.device
-) -> Any:
-    """Build the model on meta, put quantized layers in, and give every tensor its value file by file.
+def find(source: Source) -> BnbCheckpoint | None:
+    """The bitsandbytes checkpoint in a folder; None where there is another one."""
+    return BnbCheckpoint(source) if source.method == "bitsandbytes" else None
 
-    Double quantization is undone: the scales become fp32 [N K / block_size]. Arguments and errors as
-    `qzo.formats.packed.load_packed`. Extra memory: the tensors of one file, until they are in place.
-    """
-    model, states = empty_bnb(folder, quantization, headers, dtype)
-    parts: dict[str, dict[str, Tensor]] = {path: {} for path in states}
-    for file in dict.fromkeys(header.file for header in headers.values()):
-        plain = {}
-        for name, tensor in read_tensors_of(file, str(device)):
-            path = layer_of(name, states)
-            if path is not None:
-                parts[path][name.removeprefix(f"{path}.")] = tensor
-            elif not name.endswith(IMPLIED):
-                plain[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        model.load_state_dict(plain, strict=False, assign=True)
-        for path in [path for path, own in parts.items() if _is_whole(own, states[path])]:
-            with named(f"{file}: {path}"):
-                _fill(model.get_submodule(path), parts.pop(path), states[path])
-    finish(model, device)
-    return freeze(model).eval()
+
+@dataclass(frozen=True)
+class BnbCheckpoint:
+    """A folder with such a checkpoint."""
+
+    source: Source
+    saved_anew: ClassVar = False
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint."""
+        return self.source.path
+
+    def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
+        """Build the model on meta, put quantized layers in, and give every tensor its value file by file.
+
+        Double quantization is undone: the scales become fp32 [N K / block_size]. Extra memory: the tensors of one file,
+        until they are in place. Raises QzoError for files that are damaged or do not belong together.
+        """
+        n_bits = _bits(self.source)
+        headers = headers_in(weight_files(self.folder))
+        dtype = dtype or dtype_of(self.source.config)
+        model, states = self._empty(n_bits, headers, dtype)
+        parts: dict[str, dict[str, Tensor]] = {path: {} for path in states}
+        for file in dict.fromkeys(header.file for header in headers.values()):
+            plain = {}
+            for name, tensor in read_tensors_of(file, str(device)):
+                path = layer_of(name, states)
+                if path is not None:
+                    parts[path][name.removeprefix(f"{path}.")] = tensor
+                elif not name.endswith(IMPLIED):
+                    plain[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            model.load_state_dict(plain, strict=False, assign=True)
+            for path in [path for path, own in parts.items() if _is_whole(own, states[path])]:
+                with named(f"{file}: {path}"):
+                    _fill(model.get_submodule(path), parts.pop(path), states[path])
+        finish(model, device)
+        return freeze(model).eval()
+
+    def inspect(self, name: str) -> Inspection:
+        """What headers, settings and quant_states tell; `reason` is None where loading needs but sound data."""
+        headers = headers_in(weight_files(self.folder))
+        settings = self.source.settings or {}
+        facts = _facts(settings, headers)
+        counts, sizes = _parts(headers, facts["n_bits"])
+        scales, unquantized = counts["scales"], counts["unquantized"]
+        return Inspection(
+            name,
+            "bitsandbytes",
+            **facts,
+            settings=settings,
+            layers=len(quantized_paths(headers)),
+            counts=counts,
+            sizes=sizes,
+            trainable={"scales": scales, "scales+offsets": scales, "scales+unquantized": scales + unquantized},
+            reason=obstacle(self.folder, lambda: self._buildable(headers)),
+        )
+
+    def writing(self, tensors: dict[str, Tensor]) -> Write:
+        """Scales become the tensors that the library keeps them in."""
+        stored = _stored(self.folder, headers_in(weight_files(self.folder)), tensors)
+        return rewriting(self.folder, tensors, stored)
+
+    def _buildable(self, headers: dict[str, Header]) -> None:
+        n_bits = _bits(self.source)
+        check_counts(self.folder, self.source.config, len(headers))
+        check_architecture(self.folder, self.source.config)
+        if not quantized_paths(headers):
+            raise QzoError("no tensor holds codes, and config.json says bitsandbytes")
+        self._empty(n_bits, headers, dtype_of(self.source.config))
+
+    def _empty(
+        self, n_bits: int, headers: dict[str, Header], dtype: torch.dtype
+    ) -> tuple[Any, dict[str, QuantState | None]]:
+        """The model on meta with quantized layers, and path -> quant_state (None of int8) of each.
+
+        All headers are then known to be those of its tensors. Raises QzoError.
+        """
+        folder = self.folder
+        check_counts(folder, self.source.config, len(headers))
+        check_architecture(folder, self.source.config)
+        model = skeleton(folder, headers, dtype, PER_NUMBER)
+        states = _insert_layers(folder, model, headers, n_bits)
+        plain = {name: header for name, header in headers.items() if layer_of(name, states) is None}
+        checked = {f"{path}.{name}" for path in states for name, _ in model.get_submodule(path).named_buffers()}
+        check_tensors(folder, model, plain, checked)
+        return model, states
+
+
+def _bits(source: Source) -> int:
+    """4 or 8. Raises QzoError unless one of transformers' two flags is set, and for another table than NF4 and FP4."""
+    folder, settings = source.path, source.settings or {}
+    n_bits = [bits for bits in (4, 8) if settings.get(f"load_in_{bits}bit") is True]
+    if len(n_bits) != 1:
+        raise QzoError(f"{folder}: quantization_config must have one of load_in_4bit and load_in_8bit set to true")
+    version = str(settings.get("bnb_4bit_quant_type", "fp4"))
+    if n_bits == [4] and version not in QUANT_TYPES:
+        raise QzoError(f'{folder}: bnb_4bit_quant_type="{version}" is not supported; need nf4 or fp4')
+    return n_bits[0]
 
 
 def layer_of(name: str, paths: Container[str]) -> str | None:
@@ -93,23 +183,8 @@ def _fill(layer: Any, parts: dict[str, Tensor], state: QuantState | None) -> Non
         layer.assign(parts["weight"].view(-1).view(torch.uint8).view(-1, 1), scales, parts[QUANT_MAP], layer.bias)
 
 
-def empty_bnb(
-    folder: Path, quantization: Quantization, headers: dict[str, Header], dtype: torch.dtype
-) -> tuple[Any, dict[str, QuantState | None]]:
-    """The model on meta with quantized layers, and path -> quant_state (None of int8) of each.
-
-    All headers are then known to be those of its tensors. Raises QzoError.
-    """
-    model = skeleton(folder, headers, dtype, PER_NUMBER)
-    states = _insert_layers(folder, model, headers, quantization)
-    plain = {name: header for name, header in headers.items() if layer_of(name, states) is None}
-    checked = {f"{path}.{name}" for path in states for name, _ in model.get_submodule(path).named_buffers()}
-    check_tensors(folder, model, plain, checked)
-    return model, states
-
-
 def _insert_layers(
-    folder: Path, model: nn.Module, headers: dict[str, Header], quantization: Quantization
+    folder: Path, model: nn.Module, headers: dict[str, Header], n_bits: int
 ) -> dict[str, QuantState | None]:
     """A quantized layer for each one whose codes are in the checkpoint; all else stays as it is.
 
@@ -124,8 +199,8 @@ def _insert_layers(
         with named(f"{folder}: {path}"):
             if not (isinstance(module, nn.Linear) or is_conv1d(module)):
                 raise QzoError(f"it is quantized, and a {type(module).__name__} cannot be")
-            if (found[path] is None) != (quantization.n_bits == 8):
-                raise QzoError(f"it is not quantized to {quantization.n_bits} bits, as config.json says")
+            if (found[path] is None) != (n_bits == 8):
+                raise QzoError(f"it is not quantized to {n_bits} bits, as config.json says")
             layer = _layer(path, weight_of(module), module.bias, headers, found[path])
         put(model, (path,), layer)
     unknown = sorted((paths | states.keys()) - found.keys())
@@ -152,7 +227,7 @@ def _layer(
     return layer
 
 
-def bnb_tensors(source: Path, headers: dict[str, Header], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _stored(source: Path, headers: dict[str, Header], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Name of a scale, as `qzo.scales` has it -> the tensors of the checkpoint that it becomes.
 
     Plain scales get another name. With double quantization they are quantized again as the library does it, all scales
@@ -212,7 +287,7 @@ def _read(name: str, headers: dict[str, Header]) -> Tensor:
 PARTS = {"weight": "codes", ABSMAX: "scales", SCB: "scales", NESTED_ABSMAX: "scales"}
 
 
-def bnb_parts(headers: dict[str, Header], n_bits: int) -> tuple[dict[str, int], dict[str, int]]:
+def _parts(headers: dict[str, Header], n_bits: int) -> tuple[dict[str, int], dict[str, int]]:
     """Numbers and bytes of "scales", "codes", "tables" and "unquantized", of which only floating numbers count.
 
     Scales count once, whether they take four bytes or, with double quantization, one and a share of the second level.
@@ -232,7 +307,7 @@ def bnb_parts(headers: dict[str, Header], n_bits: int) -> tuple[dict[str, int], 
     return counts, sizes
 
 
-def bnb_facts(settings: dict[str, Any], headers: dict[str, Header]) -> dict[str, Any]:
+def _facts(settings: dict[str, Any], headers: dict[str, Header]) -> dict[str, Any]:
     """`version`, `n_bits` and `group_size` of an Inspection, as far as settings and quant_states tell."""
     if settings.get("load_in_8bit") is True:
         return {"version": "int8", "n_bits": 8, "group_size": -1}

@@ -6,46 +6,125 @@ Llama 3.1) is left out, as transformers leaves it out.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import BLOCK_TYPES, PLAIN_TYPES, half_at
-from qzo.formats.gguf.header import TensorInfo
+from qzo.formats.gguf.header import GgufHeader, TensorInfo, read_gguf_header
 from qzo.formats.gguf.layer import GgufEmbedding, GgufLinear
-from qzo.formats.gguf.source import GgufSource, _type_name, from_pairs, open_gguf, read_tensor, to_pairs
+from qzo.formats.gguf.source import (
+    GgufSource,
+    _type_name,
+    check_packed,
+    from_pairs,
+    open_gguf,
+    read_tensor,
+    to_pairs,
+)
 from qzo.formats.vocabulary import TiedQuantHead
 from qzo.models.folder import one_line
+from qzo.models.inspection import Inspection
+from qzo.models.rewrite import Write
+from qzo.models.settings import Source
 from qzo.models.skeleton import finish
 from qzo.models.walk import freeze, output_head
 
 LEFT_OUT = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def load_gguf(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model of a GGUF file, its quantized tensors as GgufLinear and GgufEmbedding, everything frozen.
+def find(source: Source) -> GgufCheckpoint | None:
+    """A .gguf file; None for a folder."""
+    return GgufCheckpoint(source.path) if source.path.suffix == ".gguf" else None
 
-    Memory: that of the blocks, and one tensor more while its rows are put in order. Raises QzoError.
-    """
-    source = open_gguf(path)
-    model = _skeleton(source, dtype)
-    places = _places(source, model)
-    heads = {name: source.heads(name) for name in places}
-    for name, place in places.items():
-        _check_shape(path, name, source.header.tensors[name], place, heads[name])
-    with path.open("rb") as file:
+
+@dataclass(frozen=True)
+class GgufCheckpoint:
+    """A .gguf file, whose blocks stay packed."""
+
+    path: Path
+    saved_anew: ClassVar = False
+
+    def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
+        """The model, its quantized tensors as GgufLinear and GgufEmbedding, everything frozen.
+
+        Memory: that of the blocks, and one tensor more while its rows are put in order. Raises QzoError.
+        """
+        path, dtype = self.path, dtype or torch.bfloat16
+        source = open_gguf(path)
+        model = _skeleton(source, dtype)
+        places = _places(source, model)
+        heads = {name: source.heads(name) for name in places}
         for name, place in places.items():
-            info = source.header.tensors[name]
-            tensor = from_pairs(read_tensor(file, path, name, info), heads[name]).to(device)
-            _put(model, place, info, tensor, dtype)
-    _finish_model(model, path, device)
-    return freeze(model).eval()
+            _check_shape(path, name, source.header.tensors[name], place, heads[name])
+        with path.open("rb") as file:
+            for name, place in places.items():
+                info = source.header.tensors[name]
+                tensor = from_pairs(read_tensor(file, path, name, info), heads[name]).to(device)
+                _put(model, place, info, tensor, dtype)
+        _finish_model(model, path, device)
+        return freeze(model).eval()
+
+    def inspect(self, name: str) -> Inspection:
+        """By the header; scales and minima are taken out of the blocks that hold them, those of K-quants are not."""
+        header = read_gguf_header(self.path)
+        counts = dict.fromkeys(("scales", "offsets", "codes", "unquantized"), 0)
+        sizes, kinds = dict.fromkeys(counts, 0), set()
+        for info in header.tensors.values():
+            kind, numbers = BLOCK_TYPES.get(info.kind), math.prod(info.shape)
+            part = "unquantized" if info.kind in PLAIN_TYPES else "codes"
+            counts[part] += numbers
+            sizes[part] += info.n_bytes
+            kinds |= set() if part == "unquantized" else {GGMLQuantizationType(info.kind).name}
+            for quantity, has in (("scales", kind and kind.has_scale), ("offsets", kind and kind.has_offset)):
+                if kind is not None and has:
+                    counts[quantity] += numbers // kind.n_weights
+                    sizes[quantity] += numbers // kind.n_weights * torch.float16.itemsize
+                    sizes["codes"] -= numbers // kind.n_weights * torch.float16.itemsize
+        return Inspection(
+            name,
+            "gguf",
+            ", ".join(sorted(kinds)) or None,
+            group_size=next((kind.n_weights for kind in BLOCK_TYPES.values() if kind.has_scale), None)
+            if kinds
+            else None,
+            settings={"architecture": header.metadata.get("general.architecture")},
+            layers=sum(info.kind not in PLAIN_TYPES for info in header.tensors.values()),
+            counts=counts,
+            sizes=sizes,
+            trainable={
+                "scales": counts["scales"],
+                "scales+offsets": counts["scales"] + counts["offsets"],
+                "scales+unquantized": counts["scales"] + counts["unquantized"],
+            },
+            reason=_obstacle(self.path, header, counts["scales"]),
+        )
+
+    def writing(self, tensors: dict[str, Tensor]) -> Write:
+        """The file under its own name, with other scales and offsets."""
+        return lambda folder: write_gguf(self.path, tensors, folder / self.path.name)
+
+
+def _obstacle(path: Path, header: GgufHeader, scales: int) -> str | None:
+    """Why a .gguf file cannot be trained packed; None where nothing but the data could still speak against it."""
+    unknown = sorted({info.kind for info in header.tensors.values()} - set(BLOCK_TYPES) - set(PLAIN_TYPES))
+    if unknown:
+        return f"it has tensors of the type {GGMLQuantizationType(unknown[0]).name}, which is not known here"
+    if not scales:
+        return "no tensor has scales that are not quantized themselves; take a Q4_0, Q4_1 or Q8_0 file"
+    try:
+        check_packed(path, header)
+    except QzoError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
 
 
 def _skeleton(source: GgufSource, dtype: torch.dtype) -> Any:

@@ -20,7 +20,8 @@ from qzo.errors import QzoError, named
 from qzo.formats.hqq.layer import HqqLinear, HqqOrigin
 from qzo.formats.hqq.library import from_meta, parts
 from qzo.models.folder import Header, headers_in, one_line, opened, read_tensors_of, weight_files
-from qzo.models.settings import method_of
+from qzo.models.rewrite import Write, rewriting
+from qzo.models.settings import Source
 from qzo.models.stored import DTYPES, StoredModel, on_meta
 
 QMODEL = "qmodel.pt"
@@ -35,21 +36,22 @@ MARKS = ("encoded_state_dict", "stores_quant_config")  # of the container
 MOST_CHARACTERS = 64  # of a setting
 
 
-def find_hqq(folder: Path, settings: dict[str, Any] | None) -> StoredModel | None:
+def find(source: Source) -> StoredModel | None:
     """The HQQ checkpoint in a folder; None where it holds something else. Raises QzoError for a damaged one."""
-    if settings is not None and method_of(settings) != "hqq":
+    folder = source.path
+    if source.method not in (None, "hqq") or not folder.is_dir():
         return None
     if (folder / QMODEL).is_file():
-        return _from_pickle(folder)[0]
+        return _from_pickle(source)[0]
     headers = headers_in(weight_files(folder))
     if any(name.endswith(WORDS) for name in headers):
-        return _from_safetensors(folder, headers)
-    if settings is not None:
+        return _from_safetensors(source, headers)
+    if source.settings is not None:
         raise QzoError(f"{folder}: no tensor holds codes, and config.json says hqq")
     return None
 
 
-def write_qmodel(source: Path, tensors: dict[str, Tensor], target: Path) -> None:
+def _write_qmodel(source: Source, tensors: dict[str, Tensor], target: Path) -> None:
     """Write `target`/qmodel.pt with some tensors replaced, named as in the model, each in the dtype it has there.
 
     Raises QzoError where a tensor has no place.
@@ -60,7 +62,7 @@ def write_qmodel(source: Path, tensors: dict[str, Tensor], target: Path) -> None
         layer, about = found.layers.get(path), state.get(path, {})
         old = layer.scales if layer is not None and last == "scales" else about.get(last)
         if not isinstance(old, Tensor) or old.shape != tensor.shape:
-            raise QzoError(f"{source / QMODEL} has no place for {name} with shape {tuple(tensor.shape)}")
+            raise QzoError(f"{source.path / QMODEL} has no place for {name} with shape {tuple(tensor.shape)}")
         new = tensor.to("cpu", old.dtype)
         if layer is not None and last == "scales":
             about.get("meta", about).update({key: part for key, part in parts(layer, new).items() if "zero" not in key})
@@ -69,9 +71,9 @@ def write_qmodel(source: Path, tensors: dict[str, Tensor], target: Path) -> None
     torch.save(state, target / QMODEL)
 
 
-def _from_pickle(folder: Path) -> tuple[StoredModel, State]:
+def _from_pickle(source: Source) -> tuple[StoredModel, State]:
     """What a qmodel.pt holds, and its content."""
-    file = folder / QMODEL
+    file = source.path / QMODEL
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of the unpickler, the archive or the file: all of them mean that it cannot be used
@@ -85,7 +87,8 @@ def _from_pickle(folder: Path) -> tuple[StoredModel, State]:
         if "W_q" in about:
             with named(f"{file}: {path}"):
                 layers[path] = _layer(about, about.get("meta", about))
-    return StoredModel("hqq", folder, headers, layers, partial(_mapped, state, layers)), state
+    writing = partial(partial, _write_qmodel, source)
+    return StoredModel("hqq", source, headers, layers, partial(_mapped, state, layers), writing), state
 
 
 def _mapped(state: State, layers: dict[str, HqqLinear]) -> Iterator[dict[str, Tensor]]:
@@ -99,7 +102,7 @@ def _tensors(about: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in about.items() if isinstance(tensor, Tensor)}
 
 
-def _from_safetensors(folder: Path, headers: dict[str, Header]) -> StoredModel:
+def _from_safetensors(source: Source, headers: dict[str, Header]) -> StoredModel:
     paths = {name.removesuffix(WORDS) for name in headers if name.endswith(WORDS)}
     about: dict[str, dict[str, Any]] = {path: {} for path in paths}
     settings: dict[Path, list[str]] = {}
@@ -122,7 +125,8 @@ def _from_safetensors(folder: Path, headers: dict[str, Header]) -> StoredModel:
     for path, found in about.items():
         with named(f"{headers[path + WORDS].file}: {path}"):
             layers[path] = _layer(found, found)
-    return StoredModel("hqq", folder, headers, layers, partial(_read, headers, layers))
+    writing = partial(_writing, source.path, headers)
+    return StoredModel("hqq", source, headers, layers, partial(_read, headers, layers), writing)
 
 
 def _read(headers: dict[str, Header], layers: dict[str, HqqLinear]) -> Iterator[dict[str, Tensor]]:
@@ -139,13 +143,8 @@ def _read(headers: dict[str, Header], layers: dict[str, HqqLinear]) -> Iterator[
         yield tensors
 
 
-def holds_hqq(folder: Path) -> bool:
-    """Whether a folder whose configuration names no quantizer holds codes of HQQ all the same, as the library saves."""
-    return (folder / QMODEL).is_file() or any(name.endswith(WORDS) for name in headers_in(weight_files(folder)))
-
-
-def hqq_tensors(source: Path, headers: dict[str, Header], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Name of a scale, as `qzo.scales` has it -> the tensor of a safetensors file that it becomes. Raises QzoError."""
+def _writing(source: Path, headers: dict[str, Header], tensors: dict[str, Tensor]) -> Write:
+    """Scales, as `qzo.scales` names them, into the tensors of the safetensors files. Raises QzoError."""
     found = {}
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")
@@ -154,7 +153,7 @@ def hqq_tensors(source: Path, headers: dict[str, Header], tensors: dict[str, Ten
             if stored not in headers or headers[stored].shape != tuple(tensor.shape):
                 raise QzoError(f"{source} has no place for {name} with shape {tuple(tensor.shape)}")
             found[name] = {stored: tensor}
-    return found
+    return rewriting(source, tensors, found)
 
 
 def _layer(about: dict[str, Any], meta: Any) -> HqqLinear:

@@ -19,16 +19,18 @@ from qzo.errors import QzoError, named
 from qzo.formats.torchao.layer import AoInt4Linear, AoOrigin
 from qzo.formats.torchao.library import INT4, AoLinear, build
 from qzo.models.folder import Header, headers_in, opened, read_tensors_of, weight_files
-from qzo.models.settings import method_of
+from qzo.models.rewrite import Write, rewriting
+from qzo.models.settings import Source
 from qzo.models.stored import StoredModel, on_meta
 
 PART = "._weight_"
 
 
-def find_torchao(folder: Path, settings: dict[str, Any] | None) -> StoredModel | None:
+def find(source: Source) -> StoredModel | None:
     """The torchao checkpoint in a folder; None where there is another one. Raises QzoError for a damaged one."""
-    if settings is None or method_of(settings) != "torchao":
+    if source.method != "torchao":
         return None
+    folder = source.path
     files = weight_files(folder)
     headers = headers_in(files)
     parts: dict[str, dict[str, Header]] = {}
@@ -46,13 +48,12 @@ def find_torchao(folder: Path, settings: dict[str, Any] | None) -> StoredModel |
     for path, found in parts.items():
         with named(f"{folder}: {path}"):
             layers[path] = _layer(path, metadata.get(f"{path}.weight"), found, headers.get(f"{path}.bias"))
-    return StoredModel("torchao", folder, headers, layers, partial(_read, files, layers))
+    writing = partial(_writing, folder, headers)
+    return StoredModel("torchao", source, headers, layers, partial(_read, files, layers), writing)
 
 
-def torchao_tensors(
-    source: Path, headers: dict[str, Header], tensors: dict[str, Tensor]
-) -> dict[str, dict[str, Tensor]]:
-    """Name of a scale or offset, as `qzo.trainable` has it -> the tensor of the checkpoint that it becomes.
+def _writing(source: Path, headers: dict[str, Header], tensors: dict[str, Tensor]) -> Write:
+    """Scales and offsets, as `qzo.trainable` names them, into the tensors of the checkpoint.
 
     Where scales and offsets are stored as one tensor, what was not tuned is taken from the file. Raises QzoError for a
     shape that is not that of the checkpoint.
@@ -78,7 +79,7 @@ def torchao_tensors(
             raise QzoError(f"{source} has no place for {name} with shape {tuple(tensor.shape)}")
         if both in whole:
             place.copy_(tensor)
-    return found
+    return rewriting(source, tensors, found)
 
 
 def _layer(path: str, about: str | None, parts: dict[str, Header], bias: Header | None) -> AoLinear:

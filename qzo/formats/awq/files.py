@@ -1,0 +1,39 @@
+"""Checkpoints of AWQ, as AutoAWQ writes them: 4 bits, version "gemm"."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from qzo.errors import QzoError
+from qzo.formats.awq.layer import AwqLinear
+from qzo.formats.packed import Layout, PackedCheckpoint, facts
+from qzo.models.settings import Source, either, whole_number
+
+
+def find(source: Source) -> PackedCheckpoint | None:
+    """The AWQ checkpoint in a folder; None where there is another one."""
+    if source.method != "awq":
+        return None
+    return PackedCheckpoint("awq", source, "qweight", facts(source.settings or {}), partial(_layout, source))
+
+
+def _layout(source: Source) -> Layout:
+    """Raises QzoError for bits and groups that are no numbers, and for another version than AutoAWQ's default."""
+    folder, settings = source.path, source.settings or {}
+    n_bits = whole_number(folder, settings, "bits", "w_bit")
+    group_size = whole_number(folder, settings, "group_size", "q_group_size")
+    version = str(either(settings, "version") or "gemm").lower()
+    if version != "gemm":
+        raise QzoError(f'{folder}: AWQ version="{version}" is not supported; need gemm, AutoAWQ\'s default')
+    if n_bits != AwqLinear.n_bits:
+        raise QzoError(f"{folder}: AWQ with bits={n_bits} is not supported; need {AwqLinear.n_bits}")
+    if settings.get("zero_point") is False:
+        raise QzoError(f"{folder}: AWQ with zero_point=false is not supported; need true, AutoAWQ's default")
+
+    def build(weight: Tensor, bias: Tensor | None) -> AwqLinear:
+        rows, columns = weight.shape
+        return AwqLinear.empty(columns, rows, group_size, bias is not None, weight.dtype, weight.device)
+
+    return Layout(n_bits, build)
