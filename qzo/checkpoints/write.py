@@ -23,7 +23,7 @@ def in_own_layout(model: str) -> bool:
     if path.suffix != ".gguf" and not (path / "config.json").is_file():
         return False
     found = find(source_of(path))
-    return found is not None and not found.saved_anew
+    return found is not None and found.saved_as is None
 
 
 def write_tuned(model: str, tensors: dict[str, Tensor], out: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class PackedCheckpoint:
         codes: last part of the name of the tensor that tells a quantized layer.
         about: version, bits and group size as the settings have them, whatever they are.
         layout: what they mean. Raises QzoError for what is not supported.
+        saved_as: `checkpoint_format` of `qzo.checkpoints.save`.
         with_scales: the set of `qzo.trainable` that trains more than scales, of quantized layers.
     """
 
@@ -69,8 +70,8 @@ class PackedCheckpoint:
     codes: str
     about: dict[str, Any]
     layout: Callable[[], Layout]
+    saved_as: str
     with_scales: str = "scales+offsets"
-    saved_anew: ClassVar = True
 
     @property
     def folder(self) -> Path:
@@ -137,6 +138,23 @@ class PackedCheckpoint:
         _insert_layers(model, headers, self.codes, layout)
         check_tensors(self.folder, model, headers)
         return model
+
+
+def in_common(layers: dict[str, Any]) -> tuple[int, int]:
+    """n_bits and group size of all layers, -1 for whole rows; one whose row is one group fits where K divides so.
+
+    Raises QzoError, with the layer's name, where there are several.
+    """
+    n_bits = next(iter(layers.values())).n_bits
+    sizes = (layer.group_size for layer in layers.values() if layer.group_size != layer.in_features)
+    group_size = min(sizes, default=-1)
+    for path, layer in layers.items():
+        if (layer.n_bits, layer.group_size) != (n_bits, layer.in_features if group_size == -1 else group_size):
+            raise QzoError(
+                f"{path}: n_bits={layer.n_bits}, group_size={layer.group_size}, but another layer has n_bits={n_bits}, "
+                f"group_size={group_size}; a checkpoint holds one of each"
+            )
+    return n_bits, group_size
 
 
 def facts(settings: dict[str, Any]) -> dict[str, Any]:

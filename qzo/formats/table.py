@@ -34,8 +34,8 @@ class Checkpoint(Protocol):
     """What a format found in a folder, or in a file."""
 
     @property
-    def saved_anew(self) -> bool:
-        """Whether `qzo.checkpoints.save` writes models of this format, rather than the files with other tensors."""
+    def saved_as(self) -> str | None:
+        """Its name for `qzo.checkpoints.save`; None where models are written as the files with other tensors alone."""
 
     def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
         """The model with quantized layers, everything frozen; unquantized tensors in `dtype`, or that of its config."""
@@ -52,6 +52,24 @@ class Files(Protocol):
 
     def find(self, source: Source) -> Checkpoint | None:
         """Its checkpoint, where there is one of its kind. Raises QzoError for a damaged one."""
+
+
+class Saver(Protocol):
+    """What writing a new checkpoint asks of a format."""
+
+    @property
+    def LAYER(self) -> type[Quantized]:
+        """The layers that it holds."""
+
+    @property
+    def NAMES(self) -> tuple[str, ...]:
+        """What `checkpoint_format` may be, the usual first."""
+
+    def settings(self, model: nn.Module, layers: dict[str, Any], name: str) -> dict[str, Any]:
+        """The quantization_config. Raises QzoError for layers that it cannot hold together."""
+
+    def stored(self, layers: dict[str, Any], name: str) -> dict[str, Tensor]:
+        """Tensors that the file has otherwise than the layers, by their names in the model."""
 
 
 class Library(Protocol):
@@ -72,6 +90,7 @@ class Library(Protocol):
 
 
 FILES: tuple[Files, ...] = (gguf_files, hqq_files, torchao_files, bnb_files, gptq_files, awq_files, aqlm_files)
+SAVERS: tuple[Saver, ...] = (gptq_files, awq_files, aqlm_files)
 LIBRARIES: tuple[Library, ...] = (bnb, hqq, torchao, aqlm, gptq, awq)
 
 

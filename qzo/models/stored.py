@@ -53,7 +53,7 @@ class StoredModel:
     layers: dict[str, Any]
     batches: Callable[[], Iterable[dict[str, Tensor]]]
     writing: Callable[[dict[str, Tensor]], Write]
-    saved_anew: ClassVar = False
+    saved_as: ClassVar[str | None] = None
 
     @property
     def folder(self) -> Path:

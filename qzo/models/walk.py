@@ -95,6 +95,12 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return None if getter is None else getter()
 
 
+def left_plain(model: nn.Module) -> list[str]:
+    """Paths of the linear layers without codes, but for the output head."""
+    head = output_head(model)
+    return [path for path, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """Turn off the gradients of every parameter; returns the model."""
     return model.requires_grad_(False)

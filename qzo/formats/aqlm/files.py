@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from qzo.errors import named
+from qzo.errors import QzoError, named
 from qzo.formats.aqlm.layer import AqlmLayout, AqlmLinear
 from qzo.formats.packed import Layout, PackedCheckpoint
 from qzo.models.settings import Source
+from qzo.models.walk import left_plain, output_head
+
+LAYER = AqlmLinear
+NAMES = ("aqlm",)
 
 
 def find(source: Source) -> PackedCheckpoint | None:
@@ -23,7 +28,7 @@ def find(source: Source) -> PackedCheckpoint | None:
         "n_bits": settings.get("nbits_per_codebook"),
         "group_size": settings.get("in_group_size"),
     }
-    return PackedCheckpoint("aqlm", source, "codes", about, partial(_layout, source), "scales+codebooks")
+    return PackedCheckpoint("aqlm", source, "codes", about, partial(_layout, source), "aqlm", "scales+codebooks")
 
 
 def _layout(source: Source) -> Layout:
@@ -38,3 +43,20 @@ def _layout(source: Source) -> Layout:
         return AqlmLinear.empty(columns, rows, sizes, bias is not None, weight.dtype, weight.device)
 
     return Layout(sizes.nbits_per_codebook, build, per_number=sizes.in_group_size * sizes.out_group_size)
+
+
+def settings(model: nn.Module, layers: dict[str, Any], name: str) -> dict[str, Any]:
+    """The quantization_config of a model with these layers. Raises QzoError where they have several layouts."""
+    layout = next(iter(layers.values())).layout
+    for path, layer in layers.items():
+        if layer.layout != layout:
+            raise QzoError(f"{path}: {layer.layout}, but another layer has {layout}; a checkpoint holds one")
+    head = [path for path, module in model.named_modules() if module is output_head(model)]
+    plain = [*head, *left_plain(model)]
+    both = [*plain, *(f"{path}.weight" for path in plain)]  # transformers 5 looks for layers, 4 for their weights
+    return {"quant_method": name, **asdict(layout), "linear_weights_not_to_quantize": both}
+
+
+def stored(layers: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """Nothing: tensors are stored as the layers have them."""
+    return {}

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.formats.awq.layer import AwqLinear
-from qzo.formats.packed import Layout, PackedCheckpoint, facts
+from qzo.formats.packed import Layout, PackedCheckpoint, facts, in_common
 from qzo.models.settings import Source, either, whole_number
+from qzo.models.walk import left_plain
+
+LAYER = AwqLinear
+NAMES = ("awq",)
 
 
 def find(source: Source) -> PackedCheckpoint | None:
     """The AWQ checkpoint in a folder; None where there is another one."""
     if source.method != "awq":
         return None
-    return PackedCheckpoint("awq", source, "qweight", facts(source.settings or {}), partial(_layout, source))
+    return PackedCheckpoint("awq", source, "qweight", facts(source.settings or {}), partial(_layout, source), "awq")
 
 
 def _layout(source: Source) -> Layout:
@@ -37,3 +42,16 @@ def _layout(source: Source) -> Layout:
         return AwqLinear.empty(columns, rows, group_size, bias is not None, weight.dtype, weight.device)
 
     return Layout(n_bits, build)
+
+
+def settings(model: nn.Module, layers: dict[str, Any], name: str) -> dict[str, Any]:
+    """The quantization_config of a model with these layers. Raises QzoError where it takes more than one."""
+    n_bits, group_size = in_common(layers)
+    plain = left_plain(model) or None
+    own = {"zero_point": True, "version": "gemm", "modules_to_not_convert": plain}
+    return {"quant_method": name, "bits": n_bits, "group_size": group_size, **own}
+
+
+def stored(layers: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """Nothing: tensors are stored as the layers have them."""
+    return {}

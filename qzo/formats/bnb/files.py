@@ -55,7 +55,7 @@ class BnbCheckpoint:
     """A folder with such a checkpoint."""
 
     source: Source
-    saved_anew: ClassVar = False
+    saved_as: ClassVar[str | None] = None
 
     @property
     def folder(self) -> Path:

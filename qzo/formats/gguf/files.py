@@ -51,7 +51,7 @@ class GgufCheckpoint:
     """A .gguf file, whose blocks stay packed."""
 
     path: Path
-    saved_anew: ClassVar = False
+    saved_as: ClassVar[str | None] = None
 
     def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
         """The model, its quantized tensors as GgufLinear and GgufEmbedding, everything frozen.

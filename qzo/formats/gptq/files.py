@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.formats.gptq.codes import zeros_from_v1
+from qzo.formats.gptq.codes import zeros_from_v1, zeros_to_v1
 from qzo.formats.gptq.layer import QuantLinear
-from qzo.formats.packed import Layout, PackedCheckpoint, facts
+from qzo.formats.packed import Layout, PackedCheckpoint, facts, in_common
 from qzo.models.settings import FORMATS, Source, either, whole_number
+
+LAYER = QuantLinear
+NAMES = FORMATS
 
 
 def find(source: Source) -> PackedCheckpoint | None:
     """The GPTQ checkpoint in a folder; None where there is another one."""
     if source.method != "gptq":
         return None
-    return PackedCheckpoint("gptq", source, "qweight", facts(source.settings or {}), partial(_layout, source))
+    settings = source.settings or {}
+    saved_as = str(either(settings, "checkpoint_format", "format") or "gptq")
+    return PackedCheckpoint("gptq", source, "qweight", facts(settings), partial(_layout, source), saved_as)
 
 
 def _layout(source: Source) -> Layout:
@@ -34,3 +40,26 @@ def _layout(source: Source) -> Layout:
 
     read = (".qzeros", partial(zeros_from_v1, n_bits=n_bits)) if version == "gptq" else None
     return Layout(n_bits, build, read)
+
+
+def settings(model: nn.Module, layers: dict[str, Any], name: str) -> dict[str, Any]:
+    """The quantization_config of a model with these layers. Raises QzoError where it takes more than one."""
+    n_bits, group_size = in_common(layers)
+    return {
+        "quant_method": "gptq",
+        "bits": n_bits,
+        "group_size": group_size,
+        "sym": all(bool((layer.zero_points() == 2 ** (n_bits - 1)).all()) for layer in layers.values()),
+        "desc_act": any(layer.act_order for layer in layers.values()),
+        "lm_head": False,
+        "true_sequential": True,
+        "checkpoint_format": name,
+        "pack_dtype": "int32",
+    }
+
+
+def stored(layers: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """Zero points minus 1, of format "gptq"."""
+    if name != "gptq":
+        return {}
+    return {f"{path}.qzeros": zeros_to_v1(layer.qzeros, layer.n_bits) for path, layer in layers.items()}
