@@ -51,10 +51,11 @@ $(GPTQMODEL)/.ready: pyproject.toml
 test: $(READY) ## all tests that need no GPU, each process with THREADS threads, which do not spin while they wait
 	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## ruff, mypy, and who may import whom
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(READY) ## let ruff rewrite what it can
 	$(RUN) -m ruff check --fix .
