@@ -24,6 +24,7 @@ AFFECTED = (
     "tests/bench/simulator/cpu/test_kernels.py",
     "tests/bench/cases/test_quantizations.py::test_the_simulated_cpu_agrees_with_the_measured_one_in_every_format",
     "tests/bench/worlds/test_sim_cpu.py",
+    "tests/qzo/formats/bnb/test_layer.py",
     "tests/qzo/formats/gptq/test_layer.py",
     "tests/qzo/kernels/test_native.py",
 )
