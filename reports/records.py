@@ -15,6 +15,7 @@ ROLES = ("weights", "quantization", "gradients", "optimizer", "activations", "no
 METHODS = ("ft-bf16", "ft-mixed", "ft-amp", "ft-sgd", "lora", "qlora", "mezo", "qzo", "qzo-full", "qzo-2bit")
 QUANTIZABLE = ("qzo", "qzo-full")  # methods whose format is a choice
 BASELINES = ("ft-bf16", "ft-mixed", "ft-amp")
+PAPER_BASELINE = "ft-mixed"  # the one that the paper measured: its AdamW column
 SAME_CASE = ("model", "batch_size", "seq_len", "gpu")  # what two methods must share for their ratio to mean anything
 CPU = "measured-cpu"
 RSS_NOTE = f"Process bytes in the world {CPU} are the process's peak RSS: Python and all libraries are in it."

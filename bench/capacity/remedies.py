@@ -8,9 +8,8 @@ from typing import Any
 
 from bench.capacity.capacity import HELD, Capacity, Question
 from bench.cases.case import BenchCase
-from bench.cases.methods import SMALLER, STREAMABLE
+from bench.cases.methods import BY_NAME, smaller_methods
 
-CHANGE = {"qzo-full": "qzo-full: embeddings and head in 8 bits"}
 LOGIT_BYTES = 2 + 4 + 4  # a logit in bf16, in fp32 for the loss, and the gradient of that
 WORTHWHILE = 1.05  # a change helps if it makes the batch at least so many times larger
 AT_A_TIME = 2  # streamed layers: one computes while the next arrives
@@ -39,7 +38,7 @@ def further_questions(asked: Iterable[Question], known: Known) -> list[Question]
         if _can_checkpoint(question, known[case.method, _checkpoints(case)]):
             variants = [replace(case, gradient_checkpointing=True)]
         else:
-            variants = [replace(case, method=method) for method in SMALLER[case.method]]
+            variants = [replace(case, method=method) for method in smaller_methods(case.method)]
         for variant in variants:
             name = variant.method, _checkpoints(variant)
             if name not in known:
@@ -71,10 +70,10 @@ def _checkpointed(question: Question, known: Known) -> Iterator[Remedy]:
 
 
 def _smaller(question: Question, known: Known) -> Iterator[Remedy]:
-    for method in SMALLER[question.case.method]:
+    for method in smaller_methods(question.case.method):
         found = known.get((method, _checkpoints(replace(question.case, method=method))))
         if found:
-            yield {"change": CHANGE.get(method, method), "batch": _batch(found), "checked": "simulated"}
+            yield {"change": BY_NAME[method].change or method, "batch": _batch(found), "checked": "simulated"}
 
 
 def _fewer_logits(question: Question, answer: Capacity, sizes: Sizes) -> Iterator[Remedy]:
@@ -89,7 +88,7 @@ def _fewer_logits(question: Question, answer: Capacity, sizes: Sizes) -> Iterato
 
 def _streamed(question: Question, answer: Capacity, sizes: Sizes) -> Iterator[Remedy]:
     """Layers fetched from CPU memory when their turn comes."""
-    if question.case.method in STREAMABLE and sizes.layers > AT_A_TIME:
+    if BY_NAME[question.case.method].streamable and sizes.layers > AT_A_TIME:
         parts = answer["base"]["components"]
         layers = sum(parts.values()) - parts.get("embeddings", 0) - parts.get("working_buffers", 0)
         saved = layers * (sizes.layers - AT_A_TIME) // sizes.layers

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.cases.methods import EXTRA_METHODS, METHODS, ZEROTH_ORDER
+from bench.cases.methods import BY_NAME
 from bench.cases.quantizations import FORMATS, check_group_size
 from qzo.errors import QzoError
 
@@ -30,7 +30,7 @@ class BenchCase:
 
     Attributes:
         model: catalog name, folder with a config.json, .gguf file or hub id.
-        method: one of `bench.cases.methods.METHODS` or `EXTRA_METHODS`.
+        method: the name of a row of `bench.cases.methods.TABLE`.
         device: "cuda", "cpu" or "sim" ("auto" is resolved before a case is run).
         gpu: what `sim` stands for, a name from `bench list gpus` or "cpu"; None on a real device.
         batch_size, seq_len: sequences a step and tokens a sequence.
@@ -60,7 +60,7 @@ class BenchCase:
     quantization: str | None = None
 
     def __post_init__(self) -> None:
-        choose("method", self.method, METHODS + EXTRA_METHODS)
+        choose("method", self.method, BY_NAME)
         choose("device", self.device, DEVICES)
         if self.attention is not None:
             choose("attention", self.attention, ATTENTIONS)
@@ -77,4 +77,4 @@ class BenchCase:
     @property
     def first_order(self) -> bool:
         """Whether the method runs a backward pass."""
-        return self.method not in ZEROTH_ORDER
+        return BY_NAME[self.method].first_order

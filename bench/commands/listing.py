@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.cases import gpus
 from bench.cases import models as catalog
-from bench.cases.methods import EXTRA_METHODS, METHODS
+from bench.cases.methods import TABLE
 from bench.cases.quantizations import FORMATS
 
 GIB = 1 << 30
@@ -28,9 +28,9 @@ def print_names(what: str) -> int:
             groups = "one scale a row" if known.group_size is None else groups
             print(f"{name:<13} {known.bits} bits, {groups}")
     else:
-        from bench.methods import METHODS as functions
+        from bench.methods import METHODS
 
-        for name in METHODS + EXTRA_METHODS:
-            mark = "[only where asked for] " if name in EXTRA_METHODS else ""
-            print(f"{name:<18} {mark}{(functions[name].__doc__ or '').splitlines()[0]}")
+        for method in TABLE:
+            mark = "" if method.by_default else "[only where asked for] "
+            print(f"{method.name:<18} {mark}{(METHODS[method.name].__doc__ or '').splitlines()[0]}")
     return 0

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.cases import gpus, weights
-from bench.cases.case import EXTRA_METHODS, METHODS, BenchCase
-from bench.cases.methods import ZEROTH_ORDER
+from bench.cases.case import BenchCase
+from bench.cases.methods import BY_NAME, ZEROTH_ORDER
 from bench.cases.models import ModelSource
 from bench.records.files import SUMMARY, make_folder, read_record, write_json
 from bench.records.record import Record
@@ -89,4 +89,4 @@ def forget_other_cases(out: Path, cases: Sequence[BenchCase]) -> None:
 
 
 def _earlier(out: Path) -> list[Record]:
-    return [read_record(path) for path in sorted(out.glob("*.json")) if path.stem in METHODS + EXTRA_METHODS]
+    return [read_record(path) for path in sorted(out.glob("*.json")) if path.stem in BY_NAME]

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from bench.cases import gpus
-from bench.cases.case import METHODS, BenchCase
+from bench.cases.case import BenchCase
+from bench.cases.methods import METHODS
 from bench.records.record import Record
 from bench.validation.recorded import figures
 from bench.worlds import plan

@@ -61,6 +61,7 @@ FAMILIES = {  # part of a model's id -> model_type, for models that are not in t
 }
 ATTENTIONS = {"eager": "eager", "sdpa-efficient": "efficient", "sdpa-flash": "flash"}
 DTYPES = ("fp16", "bf16")
+METHODS = ("lora", "qlora")  # those that the archive has; bench/validation/predict.py tells how they were run
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def parse(row: Mapping[str, Any]) -> Measurement:
     """The row as a case that can be predicted. Raises QzoError saying what cannot."""
     try:
         method, attention, dtype = row["method"], row["attention"], row["base_dtype"]
-        if method not in ("lora", "qlora"):
-            raise QzoError(f"method {method!r} of a measurement is not known; lora and qlora are")
+        if method not in METHODS:
+            raise QzoError(f"method {method!r} of a measurement is not known; {' and '.join(METHODS)} are")
         if attention not in ATTENTIONS:
             raise QzoError(f"attention {attention!r} of a measurement is not known; {', '.join(ATTENTIONS)} are")
         if dtype not in DTYPES:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from bench.cases import gpus, weights
-from bench.cases.case import EXTRA_METHODS, METHODS, BenchCase, choose
-from bench.cases.methods import QUANTIZABLE
+from bench.cases.case import BenchCase, choose
+from bench.cases.methods import BY_NAME, METHODS, QUANTIZABLE
 from bench.cases.models import ModelSource, build_empty, linear_widths, resolve
 from bench.records.record import Record
 from bench.simulator.cuda.attention import attention_of
@@ -29,7 +29,7 @@ def parse_methods(text: str | None) -> tuple[str, ...]:
     if not names:
         raise QzoError(f"methods={text!r} names no method; choose from {', '.join(METHODS)}")
     for name in names:
-        choose("method", name, METHODS + EXTRA_METHODS)
+        choose("method", name, BY_NAME)
     return names
 
 

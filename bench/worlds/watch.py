@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bench.cases.case import BenchCase
+from bench.cases.methods import BY_NAME
 from bench.cases.text import Batch
 from bench.ledger.ledger import Ledger
 from bench.methods.prepared import Prepared
@@ -66,7 +67,7 @@ def describe(
     at_peak = {name: peak.roles.get(name, 0) for name in ROLES}
     at_peak["unattributed"] = max(0, allocated - peak.nbytes)
     trained = sum(parameter.numel() for group in prepared.optimizer.param_groups for parameter in group["params"])
-    adapters = trained if case.method in ("lora", "qlora") else 0
+    adapters = trained if BY_NAME[case.method].trains == "adapters" else 0
     return build_record(
         case_of(case, prepared),
         world,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reports.records import CPU, Record, find, is_ok, needed_bytes, ratio
+from reports.records import BASELINES, CPU, PAPER_BASELINE, Record, find, is_ok, needed_bytes, ratio
 from reports.tables.cards import CARDS_GIB, smallest_card, verdict
 from reports.tables.reduction import times
 from reports.tables.sizes import unit_for
 
-QUOTED = ("ft-mixed", "ft-bf16", "ft-amp")  # the convention that the paper measured stands first
+QUOTED = (PAPER_BASELINE, *(name for name in BASELINES if name != PAPER_BASELINE))
 
 
 def headline(records: Sequence[Record]) -> str:

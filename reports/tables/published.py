@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reports.records import Record, find, method_of, ratio, world_of
+from reports.records import PAPER_BASELINE, Record, find, method_of, ratio, world_of
 from reports.tables.reduction import times
 from reports.tables.sizes import GIGA, NOT_KNOWN
 from reports.tables.table import Table
@@ -65,5 +65,5 @@ def _protocols(records: Sequence[Record]) -> list[str]:
 
 def _ratios(records: Sequence[Record], printed: float) -> str:
     record = find(records, "qzo")
-    ours = None if record is None else ratio(find(records, "ft-mixed"), record, "allocated")
-    return f"AdamW over QZO: the paper {printed}x, our ft-mixed over qzo by allocated bytes {times(ours)}."
+    ours = None if record is None else ratio(find(records, PAPER_BASELINE), record, "allocated")
+    return f"AdamW over QZO: the paper {printed}x, our {PAPER_BASELINE} over qzo by allocated bytes {times(ours)}."

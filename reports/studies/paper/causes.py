@@ -5,6 +5,7 @@ from __future__ import annotations
 from reports.records import Record
 from reports.tables.sizes import GIBI
 
+CHECKPOINTED = ("lora", "qlora")  # the paper trains adapters with gradient checkpointing
 MOVING = ("noise", "temporaries")
 
 
@@ -34,7 +35,7 @@ def cause(method: str, own: Record, tried: Record) -> str:
             "The unquantized parts are trained too, by out-of-place steps: four tensors of the embedding's size "
             f"({at_peak}; {slack})."
         )
-    if method in ("lora", "qlora"):
+    if method in CHECKPOINTED:
         kept = tried["at_peak"]["activations"] - own["at_peak"]["activations"]
         return (
             f"Without gradient checkpointing {GIBI.show(kept)} GiB more activations are kept. The printed number is "

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from reports.records import PAPER_BASELINE
 from reports.tables.sizes import GIBI
 from reports.tables.table import Table
 
-ADAMW = "ft-mixed"  # the row of paper.json that holds the AdamW column
 Setting = tuple[str, str, int]  # precision, mode, GPUs
 WORDS = {
     "bf16": "bf16 weights, gradients and moments, 8 bytes a parameter, fused AdamW",
@@ -33,7 +33,7 @@ def printed_adamw(paper: dict[str, Any]) -> dict[str, float]:
         model: entry["gb"]
         for model, content in paper["models"].items()
         for entry in content["rows"]
-        if entry["method"] == ADAMW
+        if entry["method"] == PAPER_BASELINE
     }
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from reports.errors import ReportError
-from reports.records import Record
-from reports.studies.paper.causes import cause
+from reports.records import PAPER_BASELINE, Record
+from reports.studies.paper.causes import CHECKPOINTED, cause
 from reports.studies.paper.fsdp import fsdp_tables
 from reports.tables.published import PAPER
 from reports.tables.sizes import GIBI, GIGA, Unit
@@ -25,8 +25,6 @@ from reports.tables.table import Table
 HERE = Path(__file__).parent
 RECORDS, REPORT = HERE / "paper_records.json", HERE / "paper_validation.md"
 AS_RELEASED = {"mezo": "mezo-reference", "qzo": "qzo-reference", "qzo-2bit": "qzo-2bit-reference"}
-CHECKPOINTED = ("lora", "qlora")  # the paper trains adapters with gradient checkpointing
-SHARDED = "ft-mixed"  # the AdamW column; it has tables of its own
 READINGS = [(kind, unit) for unit in (GIGA, GIBI) for kind in ("allocated", "reserved", "process")]
 FAR = 0.05  # a row further off than this gets its cause
 
@@ -71,7 +69,7 @@ def printed_rows(paper: dict[str, Any], records: Sequence[Record]) -> list[Row]:
             pick(records, model, AS_RELEASED.get(entry["method"], entry["method"])))
         for model, printed in paper["models"].items()
         for entry in printed["rows"]
-        if entry["method"] != SHARDED
+        if entry["method"] != PAPER_BASELINE  # was sharded: tables of its own
     ]  # fmt: skip
 
 

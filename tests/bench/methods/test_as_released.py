@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig
 
 import qzo
-from bench.cases.case import EXTRA_METHODS, METHODS, BenchCase
+from bench.cases.case import BenchCase
+from bench.cases.methods import EXTRA_METHODS, METHODS
 from bench.ledger.ledger import Ledger
 from bench.methods.as_released import AUTOTUNE_BYTES, OutOfPlace, whole_product
 from bench.worlds import cpu, sim
