@@ -72,7 +72,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def _limit_of(marker: pytest.Mark) -> int:
-    from bench.records.thresholds import parse_bytes
+    from bench.ledger.sizes import parse_bytes
 
     if len(marker.args) != 1 or marker.kwargs or not isinstance(marker.args[0], str):
         pytest.fail('limit_memory takes one size, as in @pytest.mark.limit_memory("24 MB")', pytrace=False)

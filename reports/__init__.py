@@ -7,6 +7,6 @@ Reads JSON only and imports no torch; every number comes from a record.
 """
 
 from reports.errors import ReportError
-from reports.render.files import DEFAULT_FORMATS, FORMATS, tables, write
+from reports.files import DEFAULT_FORMATS, FORMATS, tables, write
 
 __all__ = ["DEFAULT_FORMATS", "FORMATS", "ReportError", "tables", "write"]

@@ -10,9 +10,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from bench.ledger.sizes import UNITS
 from bench.records.compare import Comparison, Row, compare
 from bench.records.files import load_cells
-from bench.records.thresholds import DEFAULT_FAIL, UNITS, Threshold
+from bench.records.thresholds import DEFAULT_FAIL, Threshold
 from qzo.errors import QzoError
 
 

@@ -1,1 +1,1 @@
-"""The files of a report: Markdown, CSV, HTML and a picture."""
+"""A report's records as CSV and as a picture."""
