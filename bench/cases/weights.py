@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
-from transformers.utils.quantization_config import GgufConfig
 
 from bench.cases.models import ModelSource, check_attention, check_parameters, one_line, resolve
+from bench.cases.pretrained import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    logging,
+    modeling_gguf_pytorch_utils,
+)
 from qzo.errors import QzoError
 
 RANDOM_SEED = 0  # of the weights that are drawn
@@ -80,7 +88,8 @@ def unpack(source: ModelSource, folder: Path) -> ModelSource:
     if kind(source) != "gguf":
         return source
     tokens = tokenizer(source)
-    load(source, torch.float32).save_pretrained(folder)
+    with without_progress_bars():
+        load(source, torch.float32).save_pretrained(folder)
     if tokens is not None:
         tokens.save_pretrained(folder)
     return replace(source, weights=folder)
@@ -127,28 +136,39 @@ def _read(source: ModelSource, weights: Path | str, dtype: torch.dtype, attentio
         options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
     else:
         options = {"use_safetensors": True}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **_place(weights),
-            config=copy.deepcopy(source.config),
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with without_progress_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **_place(weights),
+                config=copy.deepcopy(source.config),
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
+            )
     except Exception as error:
         raise QzoError(f"the weights of {source.name} do not load: {one_line(error)}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise QzoError(f"{weights} lacks {len(missing)} tensors, first {missing[0]}; download or convert it again")
     return model
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers' progress bars are off inside, that of its GGUF reader too, which does not heed the switch."""
+    reader: Any = modeling_gguf_pytorch_utils
+    shown, bar = logging.is_progress_bar_enabled(), reader.tqdm
+    reader.tqdm = logging.tqdm  # heeds it
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _own_memory(model: PreTrainedModel) -> None:

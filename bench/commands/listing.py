@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bench.cases import gpus
-from bench.cases import models as catalog
+from bench.cases import catalog, gpus
 from bench.cases.methods import TABLE
 from bench.cases.quantizations import FORMATS
 
@@ -14,9 +13,9 @@ def print_names(what: str) -> int:
     """Print models with parameters, methods with their summary, GPUs with memory, or quantizations with their bits."""
     if what == "models":
         for name in catalog.names():
-            source = catalog.resolve(name)
-            weights = "weights here" if source.weights else "architecture"
-            print(f"{name:<16} {source.parameters or 0:>15,} parameters  {weights:<13} {source.hub}")
+            entry = catalog.entry(name)
+            weights = "weights here" if entry.weights else "architecture"
+            print(f"{name:<16} {entry.parameters:>15,} parameters  {weights:<13} {entry.hub}")
     elif what == "gpus":
         for name in gpus.names():
             gpu = gpus.get(name)

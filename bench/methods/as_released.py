@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import qzo
 from bench.cases.case import BenchCase
-from bench.cases.models import default_group_size
+from bench.cases.group_sizes import default_group_size
 from bench.cases.text import IGNORED, Batch
 from bench.methods.prepared import Enter, Prepared
 from bench.methods.world import World

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PreTrainedModel
 
 from bench.cases.case import BenchCase
 from bench.methods.adamw import MixedAdamW, fused_adamw
 from bench.methods.prepared import Prepared, checkpoint_options, first_order_step
 from bench.methods.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LR = 1e-5
 

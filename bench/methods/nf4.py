@@ -5,48 +5,51 @@ bitsandbytes is imported where it is used: the other methods run on machines tha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+
+from bench.cases.notices import without_notices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK_SIZE = 64  # weights that share an absmax
 
 
 def to_nf4(model: PreTrainedModel) -> PreTrainedModel:
     """Replace all linear layers but the output head in place; no double quantization, computes in the model's dtype."""
+    from bench.cases.pretrained import Conv1D
+
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
-                setattr(parent, name, _nf4_linear(layer))
+                weight = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data  # [N, K]
+                setattr(parent, name, _nf4_linear(weight, layer.bias))
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what transformers sets; PEFT looks at it
     return model
 
 
-def _nf4_linear(layer: nn.Linear | Conv1D) -> nn.Module:
-    import bitsandbytes as bnb
-
-    weight = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data  # [N, K]
+def _nf4_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    bnb = _library()
     out_features, in_features = weight.shape
     with torch.device("meta"):
         quantized: Any = bnb.nn.Linear4bit(
-            in_features, out_features, layer.bias is not None, compute_dtype=weight.dtype,
+            in_features, out_features, bias is not None, compute_dtype=weight.dtype,
             compress_statistics=False, quant_type="nf4",
         )  # fmt: skip
     quantized.weight = _nf4_weight(weight.contiguous())
     quantized.weight.module = quantized
     quantized.quant_state = quantized.weight.quant_state
-    if layer.bias is not None:
-        quantized.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    if bias is not None:
+        quantized.bias = nn.Parameter(bias.data, requires_grad=False)
     return quantized
 
 
 def _nf4_weight(weight: torch.Tensor) -> Any:
-    import bitsandbytes as bnb
-
+    bnb = _library()
     if weight.device.type != "meta":
         parameter: Any = bnb.nn.Params4bit(
             weight, requires_grad=False, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4"
@@ -62,6 +65,12 @@ def _nf4_weight(weight: torch.Tensor) -> Any:
         packed, requires_grad=False, quant_state=state, blocksize=BLOCK_SIZE, compress_statistics=False,
         quant_type="nf4", bnb_quantized=True,
     )  # fmt: skip
+
+
+def _library() -> Any:
+    with without_notices():
+        import bitsandbytes
+    return bitsandbytes
 
 
 def nf4_tensors(model: nn.Module) -> dict[str, list[torch.Tensor]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 import qzo
 from bench.cases.case import BenchCase
-from bench.cases.models import default_group_size
+from bench.cases.group_sizes import default_group_size
 from bench.cases.quantizations import FORMATS, quantize_as
 from bench.cases.text import Batch
 from bench.methods.prepared import Enter, Prepared
@@ -16,6 +17,9 @@ from bench.methods.world import World
 from qzo.formats.aqlm import layer as aqlm
 from qzo.live.scales import has_signed_scales
 from qzo.quantizers.aqlm import quantize_random
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EPS = 1e-3
 LABELS_AT_END = 1  # a batch asks for the last token of each sequence

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 
 @cache
 def environment() -> dict[str, Any]:
     """The record's `environment`; gpu and driver are null without a GPU, commit and dirty outside a checkout."""
+    from bench.cases.pretrained import transformers
+
     return {
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases.case import BenchCase
+from bench.cases.notices import ignore_future_warnings
 from bench.records.files import write_json
 from bench.studies.fsdp import MODES, PRECISIONS, FsdpSetting, simulate
 from bench.worlds import sim
@@ -80,7 +81,7 @@ def fsdp_entry(job: tuple[str, FsdpSetting]) -> dict[str, Any]:
 def collect(models: Sequence[str] = MODELS) -> dict[str, Any]:
     """Everything that the file holds: protocol, records, and the FSDP grid of `models`."""
     jobs = [(model, setting) for model in models for setting in settings()]
-    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
+    with multiprocessing.get_context("spawn").Pool(WORKERS, ignore_future_warnings) as pool:
         records = _watched("cases", pool.imap, sim.run, cases())
         grid = _watched("FSDP settings", pool.imap, fsdp_entry, jobs)
     return {"protocol": PROTOCOL, "records": records, "fsdp": grid}

@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 import qzo
 from bench.cases import text, weights
 from bench.cases.case import BenchCase
-from bench.cases.models import default_group_size, resolve
+from bench.cases.group_sizes import default_group_size
+from bench.cases.models import resolve
 from bench.commands.parser import Parser
 from bench.ledger.events import highest_rise
 from bench.methods.as_released import OutOfPlace, full_loss

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bench.cases.notices import ignore_future_warnings
 from bench.validation import recorded
 from bench.validation.measurement import METRICS, measured_bytes, parse
 from qzo.errors import QzoError
@@ -22,7 +23,7 @@ def predict_all(rows: Sequence[Row]) -> list[Row]:
     """The result of each row, in order; simulated in two processes, with a line of progress on stderr."""
     context = multiprocessing.get_context("spawn")
     results = []
-    with context.Pool(min(WORKERS, len(rows))) as pool:
+    with context.Pool(min(WORKERS, len(rows)), ignore_future_warnings) as pool:
         for number, result in enumerate(pool.imap(compare_row, rows), 1):
             print(f"\r[{number}/{len(rows)}] predicted", end="", file=sys.stderr, flush=True)
             results.append(result)

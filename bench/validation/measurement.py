@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cases import gpus
-from bench.cases import models as catalog
+from bench.cases import catalog, gpus, models
+from bench.cases.pretrained import AutoConfig
 from bench.records.record import validate_record
 from bench.validation.recorded import is_record
 from qzo.errors import QzoError
@@ -68,7 +68,7 @@ METHODS = ("lora", "qlora")  # those that the archive has; bench/validation/pred
 class Measurement:
     """One row. `measured` holds bytes by the names of `METRICS`, as far as the row has them."""
 
-    source: catalog.ModelSource
+    source: models.ModelSource
     gpu: gpus.Gpu
     method: str
     dtype: str
@@ -138,19 +138,17 @@ def parse(row: Mapping[str, Any]) -> Measurement:
         raise QzoError(f"a measurement has no {error}") from error
 
 
-def source_of(model_id: str, architecture: Mapping[str, Any]) -> catalog.ModelSource:
+def source_of(model_id: str, architecture: Mapping[str, Any]) -> models.ModelSource:
     """The model by its hub id: the catalog's architecture, or that family's; sizes are those of the row."""
-    from transformers import AutoConfig
-
     sizes = {field: architecture[key] for key, field in ARCHITECTURE.items() if architecture.get(key) is not None}
     plain = model_id.lower()
     for name in catalog.names():
-        source = catalog.resolve(name)
+        source = models.resolve(name)
         same_name = plain.startswith((source.hub or "?").lower().removesuffix("-hf").removesuffix("-instruct"))
         if same_name and all(getattr(source.config, field, value) == value for field, value in sizes.items()):
-            return catalog.ModelSource(name, source.config, hub=model_id)
+            return models.ModelSource(name, source.config, hub=model_id)
     for part, model_type in FAMILIES.items():
         if part in plain:
             config = AutoConfig.for_model(model_type, **sizes, max_position_embeddings=1 << 17)
-            return catalog.ModelSource(plain.replace("/", "--"), config, hub=model_id)
+            return models.ModelSource(plain.replace("/", "--"), config, hub=model_id)
     raise QzoError(f"the architecture of {model_id!r} is not known; families: {', '.join(FAMILIES)}")

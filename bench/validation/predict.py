@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from transformers import PreTrainedModel
 
+from bench.cases.pretrained import PreTrainedModel
 from bench.cases.text import Batch
 from bench.ledger.ledger import Block, Ledger
 from bench.methods.adapters import add_adapters, frozen_base, prepared_nf4

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from bench.cases import text, weights
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource, resolve
+from bench.cases.pretrained import PreTrainedModel
 
 
 class MeasuredWorld:

@@ -11,8 +11,9 @@ import torch
 
 from bench.cases import gpus, weights
 from bench.cases.case import BenchCase, choose
+from bench.cases.group_sizes import linear_widths
 from bench.cases.methods import BY_NAME, METHODS, QUANTIZABLE
-from bench.cases.models import ModelSource, build_empty, linear_widths, resolve
+from bench.cases.models import ModelSource, build_empty, resolve
 from bench.records.record import Record
 from bench.simulator.cuda.attention import attention_of
 from qzo.errors import QzoError

@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource, build_empty, resolve
+from bench.cases.pretrained import PreTrainedModel
 from bench.cases.text import Batch
 from bench.ledger.ledger import Ledger
 from bench.ledger.repeat import repeated_layers

@@ -14,10 +14,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.utils import import_utils
 
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource, resolve
+from bench.cases.pretrained import import_utils
 from bench.cases.text import Batch
 from bench.ledger.ledger import Ledger
 from bench.methods import METHODS

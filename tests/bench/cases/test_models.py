@@ -10,7 +10,9 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import LlamaConfig, PreTrainedConfig
 
 from bench.cases import models as catalog
-from bench.cases.models import ModelSource, build_empty, default_group_size, linear_widths, names, resolve
+from bench.cases.catalog import WEIGHT_PACKAGES, entry, names
+from bench.cases.group_sizes import default_group_size, linear_widths
+from bench.cases.models import ModelSource, build_empty, resolve
 from qzo.errors import QzoError
 from qzo.formats.gguf.header import read_gguf_header
 
@@ -94,7 +96,7 @@ def test_counts_are_those_of_the_published_models(name, parameters):
 
 @pytest.mark.parametrize("name", names())
 def test_every_config_field_is_one_that_the_architecture_has(name):
-    fields = set(catalog._catalog()[name]["config"]) - {"model_type"}
+    fields = set(entry(name).config) - {"model_type"}
     config = resolve(name).config
     assert type(config) is not PreTrainedConfig
     assert fields <= set(type(config)().to_dict())
@@ -145,14 +147,14 @@ def tiny(model_type, **fields):
 
 @pytest.mark.parametrize(("intermediate_size", "group_size"), [(256, 64), (128, 64), (192, 64), (96, 32), (32, 32)])
 def test_default_group_size_is_the_largest_that_divides_every_layer(intermediate_size, group_size):
-    assert default_group_size(LlamaConfig(**TINY | {"intermediate_size": intermediate_size})) == group_size
+    assert default_group_size(tiny("llama", **TINY | {"intermediate_size": intermediate_size})) == group_size
 
 
 def test_default_group_size_names_the_width_that_nothing_divides():
     with pytest.raises(
         QzoError, match="128, 64, 32 divides in_features=100 of LlamaForCausalLM; choose 4 or a divisor"
     ):
-        default_group_size(LlamaConfig(**TINY | {"intermediate_size": 100}))
+        default_group_size(tiny("llama", **TINY | {"intermediate_size": 100}))
 
 
 def test_a_folder_is_a_source_and_its_name_a_folder_name(folder):
@@ -264,7 +266,7 @@ def test_the_packaged_gguf_has_the_architecture_of_the_catalog():
 
 
 def test_without_the_package_the_architecture_remains(monkeypatch):
-    monkeypatch.setitem(catalog.WEIGHT_PACKAGES, "smollm2-135m", "no_such_package")
+    monkeypatch.setitem(WEIGHT_PACKAGES, "smollm2-135m", "no_such_package")
     assert resolve("smollm2-135m").weights is None
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.cases.methods import EXTRA_METHODS, METHODS
 
 ROOT = Path(__file__).parents[3]
 
@@ -69,6 +68,8 @@ def test_a_run_writes_records_summary_tables_and_picture(tmp_path):
     command = [sys.executable, "-m", "bench", "run", "opt-125m", "--device", "sim", "--methods", "ft-mixed,qzo"]
     done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    told = done.stderr.splitlines()  # by us: libraries' notices are not passed on
+    assert told and all(line.startswith(("[", "wrote ")) for line in told), told
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"ft-mixed.json", "qzo.json", "summary.json", "tables.md", "tables.csv", "memory.png"}
     assert "ft-mixed" in done.stdout and "What fits" in done.stdout
@@ -84,16 +85,3 @@ def test_records_of_other_settings_do_not_mix_with_new_ones(tmp_path):
         assert done.returncode == 0, done.stderr
     assert "removing" in done.stderr
     assert not (tmp_path / "ft-sgd.json").exists() and (tmp_path / "qzo.json").exists()
-
-
-@pytest.mark.parametrize(("what", "name"), [("models", "llama2-13b"), ("methods", "qzo-2bit"), ("gpus", "rtx-4090")])
-def test_lists(what, name, capsys):
-    assert main(["list", what]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith(name) for line in lines)
-    if what == "methods":
-        names = [line.split()[0] for line in lines]
-        assert names == [*METHODS, *EXTRA_METHODS]
-        assert [name for name, line in zip(names, lines, strict=True) if "only where asked for" in line] == list(
-            EXTRA_METHODS
-        )

@@ -109,10 +109,11 @@ def test_a_verdict_is_wrong_where_prediction_and_measurement_fall_on_two_sides_o
     assert validate.verdicts([result]) == {"asked": 4, "wrong": 0}
 
 
-def test_the_command_prints_rows_and_statistics_and_writes_the_contracts_json(tmp_path, capsys):
+def test_the_command_prints_rows_and_statistics_and_writes_the_contracts_json(tmp_path, capfd):
     source = write(tmp_path / "rows.jsonl", row(), row(gpu="Abacus 9"))
     assert main(["validate", source, "--json", str(tmp_path / "report.json")]) == 1  # a row is not predicted
-    shown = capsys.readouterr().out
+    shown, told = capfd.readouterr()
+    assert told.strip().split("\r") == ["[1/2] predicted", "[2/2] predicted"]  # workers' libraries say nothing
     assert "not predicted: unknown GPU" in shown and "mean, signed" in shown and "verdicts wrong" in shown
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["statistics"]) == {"allocated", "reserved", "process", "forward"}
