@@ -5,28 +5,28 @@ optimizer = qzo.QZO(qzo.scales(model))
 loss = optimizer.step(lambda: model(**batch).loss)  # two forward passes, no backward
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qzo import tasks
-from qzo.checkpoints.load import load
-from qzo.errors import QzoError
-from qzo.formats.gptq.layer import QuantLinear
-from qzo.journal.journal import Journal
-from qzo.journal.replay import replay
-from qzo.kernels.heap import keep_freed_memory
-from qzo.live.adapters import adapters, adapters_then_scales, add_adapters
-from qzo.live.adopt import adopt, release
-from qzo.live.check import check_live
-from qzo.live.scales import scales
-from qzo.live.trainable import trainable
-from qzo.models.loss import label_loss
-from qzo.optim.mezo import MeZO
-from qzo.optim.phases import Phases
-from qzo.optim.qzo import QZO
-from qzo.quantizers.quantize import quantize
-from qzo.training.export import export
-
 if TYPE_CHECKING:
+    from qzo import tasks
+    from qzo.checkpoints.load import load
+    from qzo.errors import QzoError
+    from qzo.formats.gptq.layer import QuantLinear
+    from qzo.journal.journal import Journal
+    from qzo.journal.replay import replay
+    from qzo.kernels.heap import keep_freed_memory
+    from qzo.live.adapters import adapters, adapters_then_scales, add_adapters
+    from qzo.live.adopt import adopt, release
+    from qzo.live.check import check_live
+    from qzo.live.scales import scales
+    from qzo.live.trainable import trainable
+    from qzo.models.loss import label_loss
+    from qzo.optim.mezo import MeZO
+    from qzo.optim.phases import Phases
+    from qzo.optim.qzo import QZO
+    from qzo.quantizers.quantize import quantize
+    from qzo.training.export import export
     from qzo.training.trainer import QZOTrainer
 
 __all__ = [
@@ -54,11 +54,42 @@ __all__ = [
     "trainable",
 ]
 
+# Where each name is from, as above for type checkers: imported when it is first asked for, so that `import qzo` and
+# `qzo --help` wait neither for PyTorch nor for transformers.
+_PLACES = {
+    "QZO": "qzo.optim.qzo",
+    "Journal": "qzo.journal.journal",
+    "MeZO": "qzo.optim.mezo",
+    "Phases": "qzo.optim.phases",
+    "QZOTrainer": "qzo.training.trainer",
+    "QuantLinear": "qzo.formats.gptq.layer",
+    "QzoError": "qzo.errors",
+    "adapters": "qzo.live.adapters",
+    "adapters_then_scales": "qzo.live.adapters",
+    "add_adapters": "qzo.live.adapters",
+    "adopt": "qzo.live.adopt",
+    "check_live": "qzo.live.check",
+    "export": "qzo.training.export",
+    "keep_freed_memory": "qzo.kernels.heap",
+    "label_loss": "qzo.models.loss",
+    "load": "qzo.checkpoints.load",
+    "quantize": "qzo.quantizers.quantize",
+    "release": "qzo.live.adopt",
+    "replay": "qzo.journal.replay",
+    "scales": "qzo.live.scales",
+    "trainable": "qzo.live.trainable",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """QZOTrainer is imported when asked for: it needs transformers, which takes seconds."""
-    if name == "QZOTrainer":
-        from qzo.training.trainer import QZOTrainer
+    """A public name when it is first asked for; afterwards the module has it."""
+    if name == "tasks":
+        return import_module("qzo.tasks")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_PLACES[name]), name)
+    return value
 
-        return QZOTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,10 +6,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qzo.errors import QzoError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

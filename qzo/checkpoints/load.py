@@ -13,6 +13,7 @@ from qzo.formats.table import find
 from qzo.models.folder import download, headers_in, one_line, weight_files
 from qzo.models.settings import source_of
 from qzo.models.skeleton import check_architecture, check_counts, skeleton
+from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +86,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     path = Path(source)
     place, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
     try:
-        return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **options)
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **options)
     except Exception as error:  # as in _from_pretrained
         raise QzoError(f"{source} has no tokenizer that loads: {one_line(error)}") from error
 
@@ -95,14 +97,15 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
 
     source = folder / options.get("gguf_file", "")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or torch.bfloat16,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        with quiet_libraries():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or torch.bfloat16,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
         raise QzoError(f"{source}: {one_line(error)}") from error
     model, report = loaded

@@ -18,6 +18,7 @@ from qzo.formats.table import SAVERS, Saver, find
 from qzo.formats.vocabulary import QuantEmbedding
 from qzo.models.folder import WEIGHTS
 from qzo.models.settings import FORMATS, QUANTIZE_CONFIG, source_of
+from qzo.quiet import quiet_libraries
 
 BESIDE_WEIGHTS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "generation_config.json", "*.jinja")
 
@@ -131,6 +132,8 @@ def _copy_beside(source: Path, target: Path) -> None:
         from qzo.checkpoints.load import load_tokenizer
 
         try:
-            load_tokenizer(source).save_pretrained(target)
+            tokenizer = load_tokenizer(source)
+            with quiet_libraries():
+                tokenizer.save_pretrained(target)
         except QzoError as error:
             print(f"note: {error}; {target} is written without one", file=sys.stderr)

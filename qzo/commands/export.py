@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
-def _export(options: argparse.Namespace) -> None:
+def add_command(commands: Any) -> None:
+    """Add `export` to the subcommands of a parser."""
+    parser = commands.add_parser("export", help="write a tuned model in the checkpoint format it came in")
+    parser.add_argument("source", metavar="RUN", help="folder of qzo train, checkpoint of QZOTrainer, or a model")
+    parser.add_argument("out", metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument("--state", choices=("best", "last"), default="best", help="of a run (default best)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the model, and tell how many tensors were tuned."""
     from qzo.training.export import export
 
     count = export(options.source, options.out, options.state)

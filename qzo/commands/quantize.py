@@ -6,18 +6,37 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qzo.checkpoints.save import _copy_beside
 from qzo.errors import QzoError
+from qzo.kernels.sizes import BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _quantize(options: argparse.Namespace) -> None:
+def add_command(commands: Any) -> None:
+    """Add `quantize` to the subcommands of a parser."""
+    parser = commands.add_parser("quantize", help="write a checkpoint in the layout of GPTQ")
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id of an unquantized model")
+    parser.add_argument("out", metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument("--bits", type=int, default=4, choices=BITS, help="bits a weight (default 4)")
+    parser.add_argument("--group-size", type=int, default=128, help="weights a scale, -1 a row (default 128)")
+    parser.add_argument("--asymmetric", action="store_true", help="a zero point for each group")
+    parser.add_argument("--format", choices=("gptq", "gptq_v2"), default="gptq", help="file format (default gptq)")
+    parser.add_argument("--method", choices=("rtn", "gptq"), default="rtn", help="round to nearest (default), or GPTQ")
+    parser.add_argument("--calibration", metavar="TEXT", help="gptq: text file, or rotten-tomatoes (default)")
+    parser.add_argument("--samples", type=int, default=128, help="gptq: sequences of calibration text (default 128)")
+    parser.add_argument("--seq-len", type=int, default=256, help="gptq: tokens a sequence (default 256)")
+    parser.add_argument("--act-order", action="store_true", help="gptq: columns by falling weight of their inputs")
+    parser.add_argument("--static-groups", action="store_true", help="gptq: with --act-order, keep groups in place")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Quantize, write the checkpoint, and print the bytes of its parts."""
     from qzo.checkpoints.load import load
-    from qzo.checkpoints.save import save
+    from qzo.checkpoints.save import _copy_beside, save
     from qzo.durable import check_target
     from qzo.live.scales import quantized_bytes
     from qzo.quantizers.quantize import quantize

@@ -5,16 +5,27 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from qzo.checkpoints.save import _copy_beside
 from qzo.errors import QzoError
 
 
-def _replay(options: argparse.Namespace) -> None:
+def add_command(commands: Any) -> None:
+    """Add `replay` to the subcommands of a parser."""
+    parser = commands.add_parser("replay", help="rebuild a tuned model from its journal, without data")
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id of the checkpoint that was tuned")
+    parser.add_argument("journal", metavar="JOURNAL", help="file that qzo.Journal wrote")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write, new or empty; without, only check")
+    parser.add_argument("--no-snapshot", action="store_true", help="replay every step from the first")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Replay, write the model where OUT is given, and print the steps."""
     import torch
 
     from qzo.checkpoints.load import load
-    from qzo.checkpoints.save import format_of, save
+    from qzo.checkpoints.save import _copy_beside, format_of, save
     from qzo.checkpoints.write import in_own_layout, write_tuned
     from qzo.durable import check_target
     from qzo.journal.lines import read

@@ -1,4 +1,4 @@
-"""The commands `qzo train MODEL --task T` and `qzo export RUN OUT`."""
+"""`qzo train MODEL --task T`: fine-tune a model on a task, into the folder of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qzo.commands.export import _export
 from qzo.optim.estimator import SIDES
 from qzo.training.settings import DTYPES, METHODS, SCHEDULERS, UPDATES, TrainSettings
 
@@ -37,27 +36,18 @@ OPTIONS: dict[str, dict[str, Option]] = {
 }
 
 
-def add_commands(commands: Any) -> None:
-    """Put both commands into the parser's."""
-    _add_train(commands)
-    export = commands.add_parser("export", help="write a tuned model in the checkpoint format it came in")
-    export.add_argument("source", metavar="RUN", help="folder of qzo train, checkpoint of QZOTrainer, or a model")
-    export.add_argument("out", metavar="OUT", help="folder to write, new or empty")
-    export.add_argument("--state", choices=("best", "last"), default="best", help="of a run (default best)")
-    export.set_defaults(run=_export)
-
-
-def _add_train(commands: Any) -> None:
+def add_command(commands: Any) -> None:
+    """Add `train` to the subcommands of a parser."""
     default = TrainSettings()
-    train = commands.add_parser("train", help="fine-tune a model on a task")
-    train.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id; quantized for qzo and qlora")
-    train.add_argument("--task", required=True, help="name of the task, e.g. rotten-tomatoes")
-    train.add_argument("--method", choices=METHODS, default=default.method, help="default qzo")
-    train.add_argument("--data", metavar="DIR", help="folder with the task's JSONL files")
-    train.add_argument("--out", metavar="DIR", help="folder of the run (default results/train/TASK-METHOD-SEED)")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out, to the bit")
+    parser = commands.add_parser("train", help="fine-tune a model on a task")
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id; quantized for qzo and qlora")
+    parser.add_argument("--task", required=True, help="name of the task, e.g. rotten-tomatoes")
+    parser.add_argument("--method", choices=METHODS, default=default.method, help="default qzo")
+    parser.add_argument("--data", metavar="DIR", help="folder with the task's JSONL files")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (default results/train/TASK-METHOD-SEED)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, to the bit")
     for title, options in OPTIONS.items():
-        group = train.add_argument_group(title)
+        group = parser.add_argument_group(title)
         for name, (known, text) in options.items():
             value = getattr(default, name)
             shown = "" if value is None or "default" in text else f" (default {value})"
@@ -70,10 +60,11 @@ def _add_train(commands: Any) -> None:
                 help=text + ("" if known is bool else shown),
                 **kind,
             )
-    train.set_defaults(run=_train)
+    parser.set_defaults(run=run)
 
 
-def _train(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
+    """Train, and print how the run ended and what the test gave."""
     names = TrainSettings.__dataclass_fields__
     settings = TrainSettings(**{name: value for name, value in vars(options).items() if name in names})
     from qzo.training.task import train_task

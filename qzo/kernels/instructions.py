@@ -7,6 +7,7 @@ products of this package keep to it too, and what is chosen by the CPU's abiliti
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -24,13 +25,19 @@ NEWER_NAMES = {
 }
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Callable[[], bool]) -> Callable[[], bool]:
+    """`torch.compiler.assume_constant_result`, which first imports all of torch._dynamo: 2 s for every user."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def has_bf16() -> bool:
     """Whether products of bf16 numbers have instructions of their own here (AVX512-BF16)."""
     return _has("_is_avx512_bf16_supported", "AVX512_CORE_BF16")
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def has_tiles() -> bool:
     """Whether they have tiles besides (AMX)."""
     return _has("_is_amx_tile_supported", "AVX512_CORE_AMX")

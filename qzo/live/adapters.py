@@ -15,6 +15,7 @@ from qzo.models.walk import freeze
 from qzo.optim.mezo import MeZO
 from qzo.optim.phases import Phases
 from qzo.optim.qzo import QZO
+from qzo.quiet import quiet_libraries
 
 
 def add_adapters(
@@ -28,14 +29,16 @@ def add_adapters(
 
     Raises QzoError where no layer has such a name.
     """
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora.layer import Linear
+    with quiet_libraries():
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora.layer import Linear
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)
     kinds = {type(layer) for layer in quantized_layers(model).values() if not layer.is_table}
     config._register_custom_module(dict.fromkeys(kinds, Linear))
-    with warnings.catch_warnings():
+    with quiet_libraries(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # it has in_features and out_features
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls an old name
         try:
             return get_peft_model(model, config)
         except ValueError as error:

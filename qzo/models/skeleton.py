@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.models.folder import Header, one_line
+from qzo.quiet import quiet_libraries
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -77,10 +78,11 @@ def _build(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with quiet_libraries():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):
+        with quiet_libraries(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # as in _from_pretrained
         raise QzoError(f"{folder}: {one_line(error)}") from error

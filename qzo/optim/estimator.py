@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qzo.errors import QzoError
-from qzo.optim.noise import DISTRIBUTIONS
 
+DISTRIBUTIONS = ("gaussian", "rademacher")  # of z
 SIDES = ("two-sided", "one-sided")
 Losses = tuple[float, float]  # of one direction: at θ + eps z, and at θ - eps z or θ
 

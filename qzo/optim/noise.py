@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 MASK = 2**64 - 1
-DISTRIBUTIONS = ("gaussian", "rademacher")
 Device = torch.device | str
 
 

@@ -15,6 +15,7 @@ from qzo.errors import QzoError
 from qzo.journal.replay import replay
 from qzo.live.adapters import put_adapters
 from qzo.optim.spsa import live_tensors
+from qzo.quiet import quiet_libraries
 from qzo.training.learners import JOURNAL, LAST
 from qzo.training.run import BEST, RUN, dtype_of, read_run
 from qzo.training.settings import QUANTIZED, ZEROTH_ORDER
@@ -51,7 +52,8 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str], state: s
     if source.suffix == ".gguf":
         model = load(source)
         tokenizer = load_tokenizer(source)
-        whole_folder(out, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+        with quiet_libraries():
+            whole_folder(out, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))
         return 0
     return write_checkpoint(checkpoint_folder(str(source)), {}, out)
 
@@ -89,5 +91,6 @@ def _write_adapters(about: dict[str, Any], tensors: dict[str, Tensor], out: Path
     for name, value in tensors.items():
         own[name].data.copy_(value)
     wrapper.peft_config["default"].base_model_name_or_path = about["model"]
-    whole_folder(out, lambda folder: wrapper.save_pretrained(folder))
+    with quiet_libraries():
+        whole_folder(out, lambda folder: wrapper.save_pretrained(folder))
     return len(tensors)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from qzo.checkpoints.save import format_of, save
 from qzo.checkpoints.write import in_own_layout, write_tuned
@@ -21,7 +20,11 @@ from qzo.live.scales import linear_scales, quantized_layers, scales
 from qzo.live.trainable import live_named, scale_group
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
+from qzo.quiet import quiet_libraries
 from qzo.training.export import TRAINED
+
+with quiet_libraries():
+    from transformers import Trainer
 
 OPTIMIZER = "optimizer.pt"  # what Trainer calls it
 LIVE = (".scales", ".offsets")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 import torch
-from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
@@ -37,6 +36,7 @@ from qzo.models.rewrite import Write
 from qzo.models.settings import Source
 from qzo.models.skeleton import finish
 from qzo.models.walk import freeze, output_head
+from qzo.quiet import quiet_libraries
 
 LEFT_OUT = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -75,6 +75,8 @@ class GgufCheckpoint:
 
     def inspect(self, name: str) -> Inspection:
         """By the header; scales and minima are taken out of the blocks that hold them, those of K-quants are not."""
+        from gguf import GGMLQuantizationType
+
         header = read_gguf_header(self.path)
         counts = dict.fromkeys(("scales", "offsets", "codes", "unquantized"), 0)
         sizes, kinds = dict.fromkeys(counts, 0), set()
@@ -115,6 +117,8 @@ class GgufCheckpoint:
 
 def _obstacle(path: Path, header: GgufHeader, scales: int) -> str | None:
     """Why a .gguf file cannot be trained packed; None where nothing but the data could still speak against it."""
+    from gguf import GGMLQuantizationType
+
     unknown = sorted({info.kind for info in header.tensors.values()} - set(BLOCK_TYPES) - set(PLAIN_TYPES))
     if unknown:
         return f"it has tensors of the type {GGMLQuantizationType(unknown[0]).name}, which is not known here"
@@ -131,7 +135,7 @@ def _skeleton(source: GgufSource, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with quiet_libraries(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(source.config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise QzoError(f"{source.path} has a config that does not build: {one_line(error)}") from error

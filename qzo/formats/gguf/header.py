@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
 from qzo.errors import QzoError
 
 GGUF_VERSIONS = (2, 3)
@@ -142,6 +140,8 @@ def _check_apart(tensors: dict[str, TensorInfo]) -> None:
 
 def _tensor_info(cursor: _GgufCursor) -> TensorInfo:
     """The tensor that is described next, its offset from the start of the data."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     n_dims = cursor.number("I")
     if n_dims > GGUF_MAX_DIMS:
         raise ValueError(f"a tensor has {n_dims} dimensions, more than {GGUF_MAX_DIMS}")

@@ -14,6 +14,7 @@ from qzo.errors import QzoError
 from qzo.formats.gguf.codes import BLOCK_TYPES, PLAIN_TYPES
 from qzo.formats.gguf.header import GgufHeader, TensorInfo, read_gguf_header
 from qzo.models.folder import one_line
+from qzo.quiet import quiet_libraries
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files are "llama"
 PAIRED = {"llama": {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}}  # rows stored pair by pair
@@ -60,7 +61,8 @@ def open_gguf(path: Path) -> GgufSource:
     header = read_gguf_header(path)
     check_packed(path, header)
     try:
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        with quiet_libraries():
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         config._name_or_path = str(path)
     except Exception as error:  # as qzo.load: transformers raises many kinds
         raise QzoError(f"{path} has no config that transformers can use: {one_line(error)}") from error
