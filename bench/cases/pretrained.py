@@ -5,9 +5,9 @@ Modules that only need a type import it from transformers for the type checker a
 
 from __future__ import annotations
 
-from bench.cases.notices import without_notices
+from qzo.quiet import quiet_libraries
 
-with without_notices():
+with quiet_libraries():
     import transformers
     from transformers import (
         CONFIG_MAPPING,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,9 @@ from bench.cases.pretrained import (
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    logging,
-    modeling_gguf_pytorch_utils,
 )
 from qzo.errors import QzoError
+from qzo.quiet import quiet_libraries
 
 RANDOM_SEED = 0  # of the weights that are drawn
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -88,7 +85,7 @@ def unpack(source: ModelSource, folder: Path) -> ModelSource:
     if kind(source) != "gguf":
         return source
     tokens = tokenizer(source)
-    with without_progress_bars():
+    with quiet_libraries():
         load(source, torch.float32).save_pretrained(folder)
     if tokens is not None:
         tokens.save_pretrained(folder)
@@ -137,7 +134,7 @@ def _read(source: ModelSource, weights: Path | str, dtype: torch.dtype, attentio
     else:
         options = {"use_safetensors": True}
     try:
-        with without_progress_bars():
+        with quiet_libraries():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **_place(weights),
                 config=copy.deepcopy(source.config),
@@ -154,21 +151,6 @@ def _read(source: ModelSource, weights: Path | str, dtype: torch.dtype, attentio
     if missing:
         raise QzoError(f"{weights} lacks {len(missing)} tensors, first {missing[0]}; download or convert it again")
     return model
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """transformers' progress bars are off inside, that of its GGUF reader too, which does not heed the switch."""
-    reader: Any = modeling_gguf_pytorch_utils
-    shown, bar = logging.is_progress_bar_enabled(), reader.tqdm
-    reader.tqdm = logging.tqdm  # heeds it
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _own_memory(model: PreTrainedModel) -> None:

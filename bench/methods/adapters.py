@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from bench.cases.case import BenchCase
-from bench.cases.notices import without_notices
 from bench.methods.adamw import fused_adamw
 from bench.methods.nf4 import BLOCK_SIZE, to_nf4
 from bench.methods.prepared import Prepared, checkpoint_options, first_order_step
 from bench.methods.world import World
+from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ def nf4_base(world: World, dtype: torch.dtype, checkpointing: bool) -> PreTraine
 
 def prepared_nf4(model: PreTrainedModel, world: World, checkpointing: bool) -> PreTrainedModel:
     """PEFT's preparation of a quantized model: everything unquantized in fp32, nothing trainable."""
-    with without_notices():
+    with quiet_libraries():
         from peft import prepare_model_for_kbit_training
 
     return prepare_model_for_kbit_training(
@@ -67,7 +67,7 @@ def add_adapters(
     model: PreTrainedModel, world: World, rank: int, alpha: int, targets: Sequence[str]
 ) -> tuple[nn.Module, list[nn.Parameter]]:
     """PEFT's model on the world's device, and what is trained in it (fp32)."""
-    with without_notices():
+    with quiet_libraries():
         from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bench.cases.notices import without_notices
+from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ def _nf4_weight(weight: torch.Tensor) -> Any:
 
 
 def _library() -> Any:
-    with without_notices():
+    with quiet_libraries():
         import bitsandbytes
     return bitsandbytes
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases.notices import without_notices
 from bench.ledger.ledger import Ledger, Rule
 from bench.simulator.cuda.attention import Capability
 from bench.simulator.cuda.temporaries import run_seen
+from qzo.quiet import quiet_libraries
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ class Products:
         """Operator -> rule for every kind of product."""
         table: dict[Any, Rule] = dict.fromkeys(PRODUCTS, self)
         if importlib.util.find_spec("bitsandbytes"):
-            with without_notices():
+            with quiet_libraries():
                 importlib.import_module("bitsandbytes")  # defines its operators
             table[torch.ops.bitsandbytes.gemm_4bit.default] = self.nf4
         return table

@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedTokenizerFast,
-    modeling_gguf_pytorch_utils,
 )
 from transformers.utils import logging
 
@@ -196,16 +195,6 @@ def test_the_tokenizer_beside_the_weights_is_loaded_once(folder):
     assert tokens is not None
     assert tokens.encode("great") == [0]
     assert weights.tokenizer(source) is tokens
-
-
-def test_both_kinds_of_progress_bars_are_off_inside_and_back_afterwards(capfd):
-    reader, bar = modeling_gguf_pytorch_utils, modeling_gguf_pytorch_utils.tqdm
-    with pytest.raises(KeyError), weights.without_progress_bars():
-        assert list(reader.tqdm([1, 2], desc="tensors")) == list(logging.tqdm([1, 2], desc="shards")) == [1, 2]
-        raise KeyError
-    assert capfd.readouterr().err == ""
-    assert reader.tqdm is bar
-    assert logging.is_progress_bar_enabled()
 
 
 def test_unpack_leaves_what_is_no_gguf_as_it_is(folder, tmp_path):
