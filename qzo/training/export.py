@@ -92,5 +92,6 @@ def _write_adapters(about: dict[str, Any], tensors: dict[str, Tensor], out: Path
         own[name].data.copy_(value)
     wrapper.peft_config["default"].base_model_name_or_path = about["model"]
     with quiet_libraries():
-        whole_folder(out, lambda folder: wrapper.save_pretrained(folder))
+        # adapters alone: else peft asks the hub whether the original, a path here, has other embeddings
+        whole_folder(out, lambda folder: wrapper.save_pretrained(folder, save_embedding_layers=False))
     return len(tensors)
