@@ -60,6 +60,6 @@ def test_a_variable_lowers_what_is_used(variable, value):
 
 @pytest.mark.parametrize(("variable", "value"), [*lower_levels(), ("OMP_NUM_THREADS", "4")])
 def test_what_depends_on_instructions_holds_at_every_level(variable, value):
-    done = run(variable, value, "-m", "pytest", "-q", *AFFECTED)
+    done = run(variable, value, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *AFFECTED)
     assert done.returncode == 0, done.stdout[-20_000:]
     assert re.search(r"\d+ passed", done.stdout)
