@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from qzo.quiet import quiet_libraries
-
 
 class QzoError(ValueError):
     """Wrong input or a case that cannot be served; the command line prints the message and returns 2."""
@@ -26,7 +24,6 @@ def named(layer: str) -> Iterator[None]:
 def required(module: str, install: str) -> Any:
     """A module of a library that may be missing; raises QzoError then, with what `pip install` brings it."""
     try:
-        with quiet_libraries():
-            return import_module(module)
+        return import_module(module)
     except ImportError as error:
         raise QzoError(f"this needs the package {module.partition('.')[0]}; run: pip install {install}") from error

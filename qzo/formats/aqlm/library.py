@@ -9,6 +9,7 @@ from torch import nn
 
 from qzo.errors import QzoError, required
 from qzo.formats.aqlm.layer import AqlmLinear
+from qzo.quiet import quiet_libraries
 
 KINDS = (AqlmLinear,)
 
@@ -38,7 +39,9 @@ def release(layer: Any) -> nn.Module:
     Raises QzoError where the library is missing.
     """
     layout, bias = layer.layout, layer.bias
-    module: nn.Module = required("aqlm", "'qzo[aqlm]'").QuantizedLinear(
+    with quiet_libraries():
+        library = required("aqlm", "'qzo[aqlm]'")
+    module: nn.Module = library.QuantizedLinear(
         layer.in_features,
         layer.out_features,
         layout.in_group_size,

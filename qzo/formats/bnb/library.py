@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.errors import QzoError, required
+from qzo.errors import QzoError
 from qzo.formats.bnb.layer import BnbLinear4bit, BnbLinear8bit
-from qzo.formats.bnb.nesting import NAME, NESTED_BLOCK, nest, unnest
+from qzo.formats.bnb.nesting import NESTED_BLOCK, library, nest, unnest
 
 KINDS = (BnbLinear4bit, BnbLinear8bit)
 SAVED_4BIT = ("compute_dtype", "compute_type_is_set")
@@ -91,25 +91,25 @@ def quantize(
     if quant_type == "int8":
         if weight.is_meta:
             return BnbLinear8bit.empty(columns, rows, *rest)
-        codes, scales, _ = _library().functional.int8_vectorwise_quant(weight.half())
+        codes, scales, _ = library().functional.int8_vectorwise_quant(weight.half())
         return BnbLinear8bit(codes, scales, bias)
     if weight.is_meta:
         return BnbLinear4bit.empty(columns, rows, quant_type, block_size, *rest)
     layer = BnbLinear4bit(columns, rows, quant_type, block_size)
     layer.weight_dtype = weight.dtype
-    codes, state = _library().functional.quantize_4bit(weight, blocksize=block_size, quant_type=quant_type)
+    codes, state = library().functional.quantize_4bit(weight, blocksize=block_size, quant_type=quant_type)
     return layer.assign(codes, state.absmax, state.code, bias)
 
 
 def quant_map() -> Tensor:
     """fp32 [256]: what the library rounds scales to in double quantization."""
-    table: Tensor = _library().functional.create_dynamic_map()
+    table: Tensor = library().functional.create_dynamic_map()
     return table
 
 
 def _linear4bit(layer: BnbLinear4bit) -> nn.Module:
     """Its module on the same codes; scales that were nested are nested again, as they were where unchanged."""
-    bnb, options = _library(), layer.options
+    bnb, options = library(), layer.options
     storage = options.get("quant_storage", torch.uint8)
     names = {"compress_statistics": layer.nested, "quant_type": layer.quant_type, "quant_storage": storage}
     module = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta", **names)
@@ -154,7 +154,7 @@ def _quant_state(layer: BnbLinear4bit, make: Any) -> Any:
 
 def _linear8bit(layer: Any) -> nn.Module:
     """The library's module on the same codes, in the state before its first forward."""
-    bnb, options = _library(), layer.options
+    bnb, options = library(), layer.options
     module = bnb.nn.Linear8bitLt(
         layer.in_features,
         layer.out_features,
@@ -176,7 +176,3 @@ def _with_source(module: Any, options: dict[str, Any]) -> nn.Module:
     if options.get("source_cls") is not None:
         module.source_cls = options["source_cls"]
     return module
-
-
-def _library() -> Any:
-    return required(NAME, NAME)

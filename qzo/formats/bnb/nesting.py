@@ -7,12 +7,14 @@ with codes c uint8 [B], absmax fp32 [ceil(B / 256)], a map fp32 [256] and a scal
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qzo.errors import required
+from qzo.quiet import quiet_libraries
 
-NAME = "bitsandbytes"
 NESTED_BLOCK = 256
 
 
@@ -31,7 +33,13 @@ def nest(scales: Tensor, quant_map: Tensor) -> tuple[Tensor, Tensor, float]:
     """
     scales = scales.detach().to("cpu", torch.float32)
     offset = scales.mean()
-    codes, state = required(NAME, NAME).functional.quantize_blockwise(
+    codes, state = library().functional.quantize_blockwise(
         scales - offset, code=quant_map.cpu(), blocksize=NESTED_BLOCK
     )
     return codes, state.absmax, float(offset)
+
+
+def library() -> Any:
+    """The package bitsandbytes. Raises QzoError where it is missing."""
+    with quiet_libraries():
+        return required("bitsandbytes", "bitsandbytes")

@@ -10,6 +10,7 @@ from qzo.errors import QzoError, required
 from qzo.formats.hqq.codes import CODE_BITS, HqqLayout
 from qzo.formats.hqq.layer import HqqLinear, HqqOrigin
 from qzo.formats.hqq.nesting import nest, unnest
+from qzo.quiet import quiet_libraries
 
 KINDS = (HqqLinear,)
 PATCHED = ("hqq.backends.", "gemlite")  # modules that hold the scales in the order of a kernel
@@ -147,4 +148,5 @@ def _new(layer: HqqLinear) -> Any:
 
 
 def _library() -> Any:
-    return required("hqq.core.quantize", "'qzo[hqq]'")
+    with quiet_libraries():
+        return required("hqq.core.quantize", "'qzo[hqq]'")

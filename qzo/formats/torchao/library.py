@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qzo.errors import QzoError, required
 from qzo.formats.torchao.layer import AoInt4Linear, AoInt8Linear, AoOrigin
+from qzo.quiet import quiet_libraries
 
 KINDS = (AoInt8Linear, AoInt4Linear)
 INT8 = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
@@ -108,4 +109,5 @@ def _parts(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _library() -> Any:
-    return required("torchao.quantization", "'qzo[torchao]'")
+    with quiet_libraries():
+        return required("torchao.quantization", "'qzo[torchao]'")
