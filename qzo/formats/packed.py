@@ -97,7 +97,7 @@ class PackedCheckpoint:
         """What headers and settings tell; `reason` is None just where loading needs no more than sound data."""
         headers = headers_in(weight_files(self.folder))
         counts, sizes = parts_of(headers)
-        reason = obstacle(self.folder, lambda: self._buildable(headers))
+        reason = obstacle(self.folder, lambda: self._empty(self.layout(), headers, dtype_of(self.source.config)))
         if reason is None and self.codes == "qweight":  # words of n_bits, a number that there is a layout for
             n_bits = self.layout().n_bits
             counts |= {part: counts[part] * 32 // n_bits for part in ("codes", "zero_points")}
@@ -122,18 +122,12 @@ class PackedCheckpoint:
         """Tensors have the names of the checkpoint."""
         return rewriting(self.folder, tensors)
 
-    def _buildable(self, headers: dict[str, Header]) -> None:
-        layout = self.layout()
-        check_counts(self.folder, self.source.config, len(headers))
-        check_architecture(self.folder, self.source.config)
-        if not any(name.endswith(f".{self.codes}") for name in headers):
-            raise QzoError(f"no tensor holds codes, and config.json says {self.format}")
-        self._empty(layout, headers, dtype_of(self.source.config))
-
     def _empty(self, layout: Layout, headers: dict[str, Header], dtype: torch.dtype) -> Any:
         """The model on meta with quantized layers, which expects just the tensors that are there. Raises QzoError."""
         check_counts(self.folder, self.source.config, len(headers))
         check_architecture(self.folder, self.source.config)
+        if not any(name.endswith(f".{self.codes}") for name in headers):
+            raise QzoError(f"{self.folder}: no tensor holds codes, and config.json says {self.format}")
         model = skeleton(self.folder, headers, dtype, max(PER_NUMBER, layout.per_number))
         _insert_layers(model, headers, self.codes, layout)
         check_tensors(self.folder, model, headers)

@@ -68,10 +68,9 @@ class BnbCheckpoint:
         Double quantization is undone: the scales become fp32 [N K / block_size]. Extra memory: the tensors of one file,
         until they are in place. Raises QzoError for files that are damaged or do not belong together.
         """
-        n_bits = _bits(self.source)
         headers = headers_in(weight_files(self.folder))
         dtype = dtype or dtype_of(self.source.config)
-        model, states = self._empty(n_bits, headers, dtype)
+        model, states = self._empty(headers, dtype)
         parts: dict[str, dict[str, Tensor]] = {path: {} for path in states}
         for file in dict.fromkeys(header.file for header in headers.values()):
             plain = {}
@@ -104,7 +103,7 @@ class BnbCheckpoint:
             counts=counts,
             sizes=sizes,
             trainable={"scales": scales, "scales+offsets": scales, "scales+unquantized": scales + unquantized},
-            reason=obstacle(self.folder, lambda: self._buildable(headers)),
+            reason=obstacle(self.folder, lambda: self._empty(headers, dtype_of(self.source.config))),
         )
 
     def writing(self, tensors: dict[str, Tensor]) -> Write:
@@ -112,24 +111,16 @@ class BnbCheckpoint:
         stored = _stored(self.folder, headers_in(weight_files(self.folder)), tensors)
         return rewriting(self.folder, tensors, stored)
 
-    def _buildable(self, headers: dict[str, Header]) -> None:
-        n_bits = _bits(self.source)
-        check_counts(self.folder, self.source.config, len(headers))
-        check_architecture(self.folder, self.source.config)
-        if not quantized_paths(headers):
-            raise QzoError("no tensor holds codes, and config.json says bitsandbytes")
-        self._empty(n_bits, headers, dtype_of(self.source.config))
-
-    def _empty(
-        self, n_bits: int, headers: dict[str, Header], dtype: torch.dtype
-    ) -> tuple[Any, dict[str, QuantState | None]]:
+    def _empty(self, headers: dict[str, Header], dtype: torch.dtype) -> tuple[Any, dict[str, QuantState | None]]:
         """The model on meta with quantized layers, and path -> quant_state (None of int8) of each.
 
         All headers are then known to be those of its tensors. Raises QzoError.
         """
-        folder = self.folder
+        folder, n_bits = self.folder, _bits(self.source)
         check_counts(folder, self.source.config, len(headers))
         check_architecture(folder, self.source.config)
+        if not quantized_paths(headers):
+            raise QzoError(f"{folder}: no tensor holds codes, and config.json says bitsandbytes")
         model = skeleton(folder, headers, dtype, PER_NUMBER)
         states = _insert_layers(folder, model, headers, n_bits)
         plain = {name: header for name, header in headers.items() if layer_of(name, states) is None}
