@@ -100,9 +100,8 @@ validation: $(READY) ## make the page on predictions again from measurement file
 	done
 	$(RUN) -m reports.studies.validation.page $(patsubst %.jsonl,results/validation/%.json,$(notdir $(FILES)))
 
-gpu: ## on a machine with a GPU: tests marked cuda, then 0.1B to 13B measured into reports/measurements
-	$(PYTHON) -m pytest -q -m cuda
-	$(PYTHON) -m bench.validation.measure $(ARGS)
+gpu: ## on a machine with a GPU, ten minutes: tests marked cuda, memory and seconds of 0.1B to 13B, into reports/measurements
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 clean: ## remove .venv, .venv-gptqmodel and results
 	rm -rf $(VENV) $(GPTQMODEL) results

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from bench.records import nvml
 from bench.records.environment import environment
 from bench.records.record import Record
 from bench.simulator.allocator.replay import ROUND_BYTES
-from bench.simulator.cuda.attention import attention_of, preference
+from bench.simulator.cuda.attention import Capability, attention_of, preference
 from bench.worlds.measured import MeasuredWorld, origin_notes, source_of
 from bench.worlds.watch import WATCHED_STEPS, describe, register_resident, run_steps
 from qzo.errors import QzoError
@@ -40,19 +41,16 @@ def run(case: BenchCase) -> Record:
     world = MeasuredWorld(source, attention, DEVICE)
     prepared = METHODS[case.method](case, world)
     uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"
-    others = nvml.foreign_processes(uuid)
-    if others:
-        prepared.notes.append(f"other processes on the GPU while measuring: {', '.join(map(str, others))}")
+    others = set(nvml.foreign_processes(uuid))
     ledger = Ledger(DEVICE, ROUND_BYTES)
     parts = register_resident(ledger, prepared)
-    resident = torch.cuda.memory_allocated()
     gc.collect()
     torch.cuda.empty_cache()  # what loading left behind is no part of the steps
+    resident = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     batches = world.batches(case)
     prepared.notes += origin_notes(case, batches)
-    order = preference(capability, None if attention == "eager" else attention)
-    with sdpa_kernel([BACKENDS[kernel] for kernel in order], set_priority=True):
+    with preferred(capability, attention):
         with ledger:
             losses = run_steps(ledger, prepared, batches[:WATCHED_STEPS])
         peak = allocator_peak(resident)
@@ -63,11 +61,25 @@ def run(case: BenchCase) -> Record:
             losses.append(prepared.step(batch, lambda phase: None))
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
+    others |= set(nvml.foreign_processes(uuid))
+    if others:
+        prepared.notes.append("other processes were on the GPU: not timed")
     return describe(
         replace(case, attention=attention, gpu=torch.cuda.get_device_name()), "measured-cuda", environment(),
         prepared, ledger, parts, world.parameters, process=nvml.process_bytes(uuid),
-        step_seconds=statistics.median(seconds), losses=losses, **peak,
+        step_seconds=None if others else statistics.median(seconds), losses=losses, **peak,
     )  # fmt: skip
+
+
+def preferred(capability: Capability | None, attention: str) -> AbstractContextManager:
+    """Within it scaled_dot_product_attention tries its kernels in PyTorch's order, `attention` before all others.
+
+    Without a capability, which is a CPU's, nothing changes.
+    """
+    if capability is None:
+        return nullcontext()
+    order = preference(capability, None if attention == "eager" else attention)
+    return sdpa_kernel([BACKENDS[kernel] for kernel in order], set_priority=True)
 
 
 def allocator_peak(resident: int) -> dict[str, Any]:

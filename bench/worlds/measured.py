@@ -13,6 +13,7 @@ from bench.cases import text, weights
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource, resolve
 from bench.cases.pretrained import PreTrainedModel
+from qzo.live.scales import quantized_layers
 
 
 class MeasuredWorld:
@@ -32,6 +33,12 @@ class MeasuredWorld:
         return model
 
     def place(self, model: nn.Module) -> nn.Module:
+        """On the device, its tensors side by side, as a loader would have put them there: a model that was drawn and
+        then quantized on the device lies in the gaps of what it replaced, which would stay reserved.
+        """
+        if self.device == "cuda" and quantized_layers(model):
+            model = model.to("cpu")
+            torch.cuda.empty_cache()
         return model.to(self.device)
 
     def autocast(self) -> AbstractContextManager:

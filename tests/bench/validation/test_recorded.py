@@ -1,4 +1,4 @@
-"""Records of measured cells as measurements, and the command that makes a file of them."""
+"""Records of measured cells as measurements."""
 
 import json
 
@@ -6,8 +6,7 @@ import pytest
 
 from bench.cases.case import BenchCase
 from bench.commands.validate import run
-from bench.validation import compare as validate
-from bench.validation import measure, recorded
+from bench.validation import recorded
 from bench.validation.measurement import read_rows
 from bench.worlds import cpu
 from qzo.errors import QzoError
@@ -81,27 +80,3 @@ def test_a_damaged_record_is_told_with_its_line(measured, tmp_path):
     path.write_text(json.dumps(measured["qzo"]) + "\n" + json.dumps(measured["qzo"] | {"world": "imagined"}))
     with pytest.raises(QzoError, match=r"line 2.*world"):
         read_rows(path)
-
-
-def test_the_dry_run_writes_records_beside_their_predictions(folder, tmp_path):
-    arguments = ["--device", "cpu", "--models", str(folder), "--methods", "qzo,mezo", "--seq-len", "64"]
-    assert measure.main([*arguments, "--out", str(tmp_path)]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
-    assert [row["case"]["method"] for row in rows] == ["qzo", "mezo"]
-    assert all(row["world"] == "measured-cpu" and row["predicted"]["allocated"] > 0 for row in rows)
-    assert [row["status"] for row in validate.predict_all(read_rows(tmp_path / "cpu.jsonl"))] == ["ok", "ok"]
-
-
-def test_what_does_not_fit_or_comes_too_late_is_not_measured(folder, tmp_path, capsys):
-    arguments = ["--device", "cpu", "--models", str(folder), "--methods", "qzo", "--seq-len", "64"]
-    assert measure.main([*arguments, "--seconds", "0", "--out", str(tmp_path)]) == 1
-    assert "the time is over" in capsys.readouterr().err
-    record = {"status": "ok", "message": None, "peak": {"allocated": 1, "reserved": 2, "process": 3 << 30}}
-    assert measure.why_not(record, 2 << 30, late=False) == "it needs 3.0 of 2.0 GiB"
-    assert measure.why_not(record, 4 << 30, late=False) is None
-
-
-def test_without_a_gpu_one_line_says_so(capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert measure.main([]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.worlds import cuda
+from bench.worlds.runner import run_cells
 from qzo.errors import QzoError
 
 ENVIRONMENT = ("torch", "transformers", "python", "platform", "gpu", "driver", "commit", "dirty")
@@ -31,11 +33,15 @@ def test_allocator_peak_is_read_from_pytorchs_statistics(monkeypatch):
 @pytest.mark.parametrize(
     "method", ["ft-bf16", "ft-mixed", "ft-amp", "ft-sgd", "lora", "qlora", "mezo", "qzo", "qzo-full", "qzo-2bit"]
 )
-def test_measured_and_simulated_peaks_agree(method):
-    from bench.worlds import sim
-
-    measured = cuda.run(BenchCase("opt-125m", method, device="cuda"))
-    simulated = sim.run(BenchCase("opt-125m", method, gpu="h100-80gb"))
+def test_measured_and_simulated_peaks_agree(method, tmp_path):
+    """In a process of its own, as `bench run` has it: a process keeps the workspaces of its products for good."""
+    gpu = gpus.find(torch.cuda.get_device_name()).name
+    records = []
+    run_cells([BenchCase("opt-125m", method, gpu=gpu), BenchCase("opt-125m", method, "cuda")], tmp_path, records.append)
+    simulated, measured = records
+    if measured["status"] == "unsupported":
+        pytest.skip(measured["message"])
+    assert measured["status"] == "ok", measured["message"]
     assert sum(measured["at_peak"].values()) == measured["peak"]["allocated"]
     assert simulated["peak"]["allocated"] == pytest.approx(measured["peak"]["allocated"], rel=0.05)
 
@@ -64,4 +70,6 @@ def test_the_world_runs_from_end_to_end_on_a_stand_in_gpu(monkeypatch, tmp_path)
     assert record["world"] == "measured-cuda" and record["case"]["gpu"] == "Stand-in"
     assert record["peak"] == {"allocated": 50_000_000, "reserved": 60_000_000, "process": 90_000_000}
     assert record["at_peak"]["unattributed"] > 0 and len(record["losses"]) == 3
-    assert any("4711" in note for note in record["notes"])
+    assert "other processes were on the GPU: not timed" in record["notes"] and record["step_seconds"] is None
+    monkeypatch.setattr(cuda.nvml, "foreign_processes", lambda uuid: [])
+    assert cuda.run(BenchCase(str(tmp_path), "qzo", device="cuda", seq_len=16, steps=3))["step_seconds"] > 0
