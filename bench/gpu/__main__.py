@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+THREADS = "2"  # of each process on the CPU: there are several at a time
 GRACE_SECONDS = 5  # from an interruption to the end of a part that does not heed it
 
 
@@ -43,9 +44,9 @@ def _writing(name: str, file: str) -> Callable[[Path, str], list[str]]:
 TESTS = ("tests/bench/simulator/allocator/test_streams.py", "tests/bench/worlds/test_cuda.py", "tests/qzo/test_cuda.py")
 PARTS = (
     Part("facts", 40, _writing("bench.gpu.facts", "facts.json")),
-    Part("tests", 100, _tests),
-    Part("memory", 260, _writing("bench.gpu.cells", "")),
+    Part("memory", 240, _writing("bench.gpu.cells", "")),
     Part("seconds", 190, _writing("bench.gpu.seconds", "seconds.json")),
+    Part("tests", 90, _tests),
     Part("events", 60, _writing("bench.gpu.events", "events.json")),
 )
 
@@ -74,7 +75,7 @@ def _run(part: Part, options: argparse.Namespace) -> bool:
     print(f"== {part.name}, at most {part.seconds:.0f} s", flush=True)
     start = time.monotonic()
     command = [sys.executable, *part.command(options.out, options.device), *options.further]
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, env={"OMP_NUM_THREADS": THREADS, **os.environ})
     try:
         code = process.wait(part.seconds)
     except subprocess.TimeoutExpired:

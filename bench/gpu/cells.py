@@ -34,7 +34,7 @@ from bench.worlds.runner import SIM_WORKERS, Worker
 from qzo.durable import replace_file
 from qzo.errors import QzoError
 
-SECONDS = 240  # no cell is started after these
+SECONDS = 200  # no cell is started after these
 STEPS = 3
 SPARE_BYTES = 2 << 30  # of the GPU's memory that is given to no cell
 LOADING_BYTES = 2 << 30  # above a model's unquantized weights, which are on the GPU before they are quantized
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--models", help="comma-separated, in place of the cells of GRID")
     found.add_argument("--methods", help="comma-separated, for --models; default all ten")
     found.add_argument("--seq-len", type=int, default=512, help="tokens, for --models (default: %(default)s)")
-    found.add_argument("--processes", type=int, default=8, help="cells at a time (default: %(default)s)")
+    found.add_argument("--processes", type=int, default=10, help="cells at a time (default: %(default)s)")
     found.add_argument(
         "--seconds", type=float, default=SECONDS, help="start no cell after these (default: %(default)s)"
     )

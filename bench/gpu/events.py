@@ -57,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(events(BenchCase(model, method, options.device, seq_len=SEQ_LEN))))
         return 0
     cells = [tuple(cell.rsplit(":", 1)) for cell in options.cells] if options.cells else CELLS
+    found: list[dict[str, Any]] = []
     with ThreadPoolExecutor(PROCESSES if options.device == "cuda" else 1) as pool:
-        found = list(pool.map(partial(_in_a_process, options.device), cells))
-    write_json(options.out, {"seq_len": SEQ_LEN, "cells": found})
+        for cell in pool.map(partial(_in_a_process, options.device), cells):
+            found.append(cell)
+            write_json(options.out, {"seq_len": SEQ_LEN, "cells": found})
     return int(any("message" in cell for cell in found))
 
 

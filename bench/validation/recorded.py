@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.cases.methods import QUANTIZABLE
+from bench.cases.models import resolve
 from bench.cases.quantizations import FORMATS, named
 from bench.records.record import Record
+from bench.simulator.cuda.attention import attention_of
 from qzo.errors import QzoError
 
 # Figure -> phases of a record that it is the highest of; zeroth-order steps have no backward.
@@ -45,13 +48,17 @@ def simulated_case(record: Record) -> BenchCase:
     name = named(quantization) if case["method"] in QUANTIZABLE else None
     chosen = name is not None and FORMATS[name].any_group_size
     measured_on_gpu = record["world"] == "measured-cuda"
-    return BenchCase(
+    asked = BenchCase(
         case["model"], case["method"], device="sim", batch_size=case["batch_size"], seq_len=case["seq_len"],
-        gpu=gpus.find(case["gpu"]).name if measured_on_gpu else gpus.CPU, attention=case["attention"],
+        gpu=gpus.find(case["gpu"]).name if measured_on_gpu else gpus.CPU,
         gradient_checkpointing=case["gradient_checkpointing"],
         group_size=quantization["group_size"] if chosen or quantization.get("format") in SCALED else None,
         quantization=name,
     )  # fmt: skip
+    capability = gpus.get(asked.gpu).compute_capability if measured_on_gpu and asked.gpu else None
+    if case["attention"] == attention_of(asked, resolve(asked.model), capability):
+        return asked  # a kernel that nobody asked for may give way to another where it cannot run
+    return replace(asked, attention=case["attention"])
 
 
 def predict(record: Record) -> dict[str, int]:

@@ -7,7 +7,7 @@ import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.cases.case import BenchCase
 from bench.ledger.ledger import Ledger
 from bench.methods import METHODS
+from bench.methods.prepared import Enter, Step
 from bench.records import nvml
 from bench.records.environment import environment
 from bench.records.record import Record
@@ -46,14 +47,14 @@ def run(case: BenchCase) -> Record:
     parts = register_resident(ledger, prepared)
     gc.collect()
     torch.cuda.empty_cache()  # what loading left behind is no part of the steps
-    resident = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    meter = Meter()
     batches = world.batches(case)
     prepared.notes += origin_notes(case, batches)
     with preferred(capability, attention):
         with ledger:
-            losses = run_steps(ledger, prepared, batches[:WATCHED_STEPS])
-        peak = allocator_peak(resident)
+            losses = run_steps(ledger, replace(prepared, step=meter.watch(prepared.step)), batches[:WATCHED_STEPS])
+        phases, reserved = meter.read()
+        process = nvml.process_bytes(uuid)
         seconds = []
         for batch in batches[WATCHED_STEPS:]:
             torch.cuda.synchronize()
@@ -62,13 +63,49 @@ def run(case: BenchCase) -> Record:
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
     others |= set(nvml.foreign_processes(uuid))
+    further = torch.cuda.memory_reserved() - reserved
+    if further > 0:
+        prepared.notes.append(f"the steps after the watched ones reserved {further:,} bytes more")
     if others:
         prepared.notes.append("other processes were on the GPU: not timed")
     return describe(
         replace(case, attention=attention, gpu=torch.cuda.get_device_name()), "measured-cuda", environment(),
-        prepared, ledger, parts, world.parameters, process=nvml.process_bytes(uuid),
-        step_seconds=None if others else statistics.median(seconds), losses=losses, **peak,
+        prepared, ledger, parts, world.parameters, allocated=max(phases.values()), phases=phases, reserved=reserved,
+        process=process, step_seconds=None if others else statistics.median(seconds), losses=losses,
     )  # fmt: skip
+
+
+class Meter:
+    """The caching allocator's own peaks, phase by phase, from when it is made; allocations need no synchronization."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, int] = {}
+        self.phase: str | None = None
+        self.reserved = 0
+        torch.cuda.reset_peak_memory_stats()
+
+    def watch(self, step: Step) -> Step:
+        """The step, whose phases are read as they end."""
+
+        def enter_both(enter: Enter, phase: str) -> None:
+            self._end()
+            self.phase = phase
+            enter(phase)
+
+        return lambda batch, enter: step(batch, partial(enter_both, enter))
+
+    def read(self) -> tuple[dict[str, int], int]:
+        """Phase -> the most bytes allocated while it was current, and the most bytes reserved at any time."""
+        self._end()
+        return self.phases, self.reserved
+
+    def _end(self) -> None:
+        statistics_ = torch.cuda.memory_stats()
+        self.reserved = max(self.reserved, int(statistics_["reserved_bytes.all.peak"]))
+        if self.phase is not None:
+            peak = int(statistics_["allocated_bytes.all.peak"])
+            self.phases[self.phase] = max(self.phases.get(self.phase, 0), peak)
+        torch.cuda.reset_peak_memory_stats()
 
 
 def preferred(capability: Capability | None, attention: str) -> AbstractContextManager:
@@ -80,12 +117,3 @@ def preferred(capability: Capability | None, attention: str) -> AbstractContextM
         return nullcontext()
     order = preference(capability, None if attention == "eager" else attention)
     return sdpa_kernel([BACKENDS[kernel] for kernel in order], set_priority=True)
-
-
-def allocator_peak(resident: int) -> dict[str, Any]:
-    """Peak allocated and reserved bytes since the statistics were reset, as the caching allocator counts them."""
-    statistics_ = torch.cuda.memory_stats()
-    return {
-        "allocated": max(resident, int(statistics_["allocated_bytes.all.peak"])),
-        "reserved": int(statistics_["reserved_bytes.all.peak"]),
-    }

@@ -21,11 +21,26 @@ def test_without_a_gpu_the_world_says_so_in_one_line(monkeypatch):
         cuda.run(BenchCase("opt-125m", "qzo", device="cuda"))
 
 
-def test_allocator_peak_is_read_from_pytorchs_statistics(monkeypatch):
-    statistics = {"allocated_bytes.all.peak": 700, "reserved_bytes.all.peak": 2048}
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: statistics)
-    assert cuda.allocator_peak(resident=500) == {"allocated": 700, "reserved": 2048}
-    assert cuda.allocator_peak(resident=900)["allocated"] == 900
+def test_peaks_are_read_from_pytorchs_statistics_as_phases_end(monkeypatch):
+    peaks = iter([(10, 100), (700, 1000), (900, 2000), (800, 1500), (650, 3000)])
+
+    def statistics():
+        allocated, reserved = next(peaks)
+        return {"allocated_bytes.all.peak": allocated, "reserved_bytes.all.peak": reserved}
+
+    monkeypatch.setattr(torch.cuda, "memory_stats", statistics)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    meter = cuda.Meter()
+    entered = []
+
+    def step(batch, enter):
+        for phase in ("perturb", "forward-plus", "perturb", "update"):
+            enter(phase)
+        return 0.5
+
+    assert meter.watch(step)(None, entered.append) == 0.5
+    assert meter.read() == ({"perturb": 800, "forward-plus": 900, "update": 650}, 3000)
+    assert entered == ["perturb", "forward-plus", "perturb", "update"]
 
 
 @pytest.mark.cuda
@@ -56,7 +71,7 @@ def test_the_world_runs_from_end_to_end_on_a_stand_in_gpu(monkeypatch, tmp_path)
     large = {"allocated_bytes.all.peak": 50_000_000, "reserved_bytes.all.peak": 60_000_000}
     stand_ins = {
         "is_available": lambda: True, "get_device_capability": lambda: (8, 0), "get_device_name": lambda: "Stand-in",
-        "get_device_properties": lambda: SimpleNamespace(uuid="1-2"), "memory_allocated": lambda: 1000,
+        "get_device_properties": lambda: SimpleNamespace(uuid="1-2"), "memory_reserved": lambda: 61_000_000,
         "reset_peak_memory_stats": lambda: None, "memory_stats": lambda: large, "synchronize": lambda: None,
         "empty_cache": lambda: None,
     }  # fmt: skip
@@ -71,5 +86,6 @@ def test_the_world_runs_from_end_to_end_on_a_stand_in_gpu(monkeypatch, tmp_path)
     assert record["peak"] == {"allocated": 50_000_000, "reserved": 60_000_000, "process": 90_000_000}
     assert record["at_peak"]["unattributed"] > 0 and len(record["losses"]) == 3
     assert "other processes were on the GPU: not timed" in record["notes"] and record["step_seconds"] is None
+    assert "the steps after the watched ones reserved 1,000,000 bytes more" in record["notes"]
     monkeypatch.setattr(cuda.nvml, "foreign_processes", lambda uuid: [])
     assert cuda.run(BenchCase(str(tmp_path), "qzo", device="cuda", seq_len=16, steps=3))["step_seconds"] > 0
