@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
     report: dict[str, Any] = {
         "model": source.name, "memory": memory, "gpu": gpu.name, "seq_len": case.seq_len,
         "attention": case.attention, "gradient_checkpointing": case.gradient_checkpointing,
-        "notes": [gpu.context_note] if gpu.context_note else [], "methods": answer(questions, source),
+        "notes": list(filter(None, [gpu.context_note(any(case.first_order for case in cases))])),
+        "methods": answer(questions, source),
     }  # fmt: skip
     print(table(report))
     if options.json:

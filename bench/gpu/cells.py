@@ -36,6 +36,7 @@ from qzo.errors import QzoError
 
 SECONDS = 200  # no cell is started after these
 STEPS = 3
+PATIENCE = 10  # seconds that the largest cell lets others go first
 SPARE_BYTES = 2 << 30  # of the GPU's memory that is given to no cell
 LOADING_BYTES = 2 << 30  # above a model's unquantized weights, which are on the GPU before they are quantized
 QUANTIZATIONS = ("gptq-2", "gptq-3", "gptq-8", "awq", "gguf-q4_0", "gguf-q8_0", "nf4", "aqlm-2x8", "torchao-int4")
@@ -196,6 +197,8 @@ class Queue:
         self.waiting: list[tuple[BenchCase, int]] = []
         self.changed = threading.Condition()
         self.running: set[Worker] = set()
+        self.first: tuple[BenchCase, int] | None = None
+        self.since = 0.0
 
     def add(self, case: BenchCase, nbytes: int) -> None:
         """A cell that needs `nbytes` of the GPU, or all of it."""
@@ -234,10 +237,16 @@ class Queue:
                 self.changed.notify_all()
 
     def _take(self) -> tuple[BenchCase, int] | None:
-        """The first cell that there is room for, once there is; None when nothing is left, or the time is over."""
+        """The next cell once there is room for it; None when nothing is left, or the time is over.
+
+        Smaller ones go before the largest that waits, but not for longer than `PATIENCE`: it would wait for ever.
+        """
         with self.changed:
             while self.waiting and time.monotonic() < self.end:
-                for index, (_, nbytes) in enumerate(self.waiting):
+                if self.first is not self.waiting[0]:
+                    self.first, self.since = self.waiting[0], time.monotonic()
+                others = self.waiting if time.monotonic() < self.since + PATIENCE else self.waiting[:1]
+                for index, (_, nbytes) in enumerate(others):
                     if nbytes <= self.free:
                         self.free -= nbytes
                         return self.waiting.pop(index)

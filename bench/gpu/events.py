@@ -85,7 +85,7 @@ def events(case: BenchCase) -> dict[str, Any]:
     attention = attention_of(case, source, capability)
     world = MeasuredWorld(source, attention, case.device)
     prepared = METHODS[case.method](case, world)
-    batches = world.batches(replace(case, steps=4))
+    batches = [world.here(batch) for batch in world.batches(replace(case, steps=4))]
     ledger = Ledger(case.device, ROUND_BYTES)
     with preferred(capability, attention):
         for batch in batches[:2]:

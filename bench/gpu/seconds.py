@@ -98,7 +98,7 @@ def _measure(row: dict[str, Any], device: str) -> None:
     _wait(device)
     row["loading_seconds"] = round(time.monotonic() - start, 2)
     for batch_size, seq_len in SHAPES:
-        batch = world.batches(replace(case, batch_size=batch_size, seq_len=seq_len))[0]
+        batch = world.here(world.batches(replace(case, batch_size=batch_size, seq_len=seq_len))[0])
         with preferred(capability, attention):
             row["shapes"].append(_timed(step, batch, device))
     with preferred(capability, attention):
@@ -147,7 +147,7 @@ def _profiled(step: Step, batch: Any) -> dict[str, Any]:
         torch.cuda.synchronize()
     kernels: dict[str, list[float]] = {}
     for event in profiler.profiler.kineto_results.events():
-        if event.device_type() == DeviceType.CUDA:
+        if event.device_type() == DeviceType.CUDA and not event.is_user_annotation():
             kernels.setdefault(event.name()[:120], []).append(event.duration_ns() / 1e9)
     longest = sorted(kernels, key=lambda name: -sum(kernels[name]))[:TOP]
     return {

@@ -126,7 +126,7 @@ def simulate(
     replayed = replay(ledger)
     peak = ledger.peak([name for name in ledger.phases if name != "load"])
     return FsdpPeak(
-        replayed.peak_allocated, replayed.peak_reserved, replayed.peak_reserved + card.context_bytes,
+        replayed.peak_allocated, replayed.peak_reserved, replayed.peak_reserved + card.context_bytes(),
         peak.roles, ledger.phase_peaks(),
     )  # fmt: skip
 

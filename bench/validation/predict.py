@@ -49,7 +49,7 @@ def predict(measurement: Measurement) -> dict[str, int]:
         run_steps(ledger, prepared, [batch])
     replayed = replay(ledger)
     phases = {name: replayed.phase_peaks[name] for name in ("forward", "backward", "step")}
-    process = replayed.peak_reserved + measurement.gpu.context_bytes
+    process = replayed.peak_reserved + measurement.gpu.context_bytes()
     return {"allocated": max(phases.values()), "reserved": replayed.peak_reserved, "process": process, **phases}
 
 

@@ -46,17 +46,20 @@ def run(case: BenchCase) -> Record:
     ledger = Ledger(DEVICE, ROUND_BYTES)
     parts = register_resident(ledger, prepared)
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # of products while the model was quantized
     torch.cuda.empty_cache()  # what loading left behind is no part of the steps
     meter = Meter()
     batches = world.batches(case)
     prepared.notes += origin_notes(case, batches)
     with preferred(capability, attention):
         with ledger:
-            losses = run_steps(ledger, replace(prepared, step=meter.watch(prepared.step)), batches[:WATCHED_STEPS])
+            losses = run_steps(
+                ledger, replace(prepared, step=meter.watch(prepared.step)), map(world.here, batches[:WATCHED_STEPS])
+            )
         phases, reserved = meter.read()
         process = nvml.process_bytes(uuid)
         seconds = []
-        for batch in batches[WATCHED_STEPS:]:
+        for batch in map(world.here, batches[WATCHED_STEPS:]):
             torch.cuda.synchronize()
             start = time.perf_counter()
             losses.append(prepared.step(batch, lambda phase: None))

@@ -48,12 +48,12 @@ class MeasuredWorld:
         return nullcontext()
 
     def batches(self, case: BenchCase) -> list[text.Batch]:
-        """One batch for each step of the case."""
-        drawn = [text.batch(self.source, case.batch_size, case.seq_len, case.seed, step) for step in range(case.steps)]
-        return [
-            replace(batch, input_ids=batch.input_ids.to(self.device), labels=batch.labels.to(self.device))
-            for batch in drawn
-        ]
+        """One batch for each step of the case, in host memory."""
+        return [text.batch(self.source, case.batch_size, case.seq_len, case.seed, step) for step in range(case.steps)]
+
+    def here(self, batch: text.Batch) -> text.Batch:
+        """The batch on the device, where it is when its step begins and no sooner."""
+        return replace(batch, input_ids=batch.input_ids.to(self.device), labels=batch.labels.to(self.device))
 
 
 def source_of(case: BenchCase) -> ModelSource:

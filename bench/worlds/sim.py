@@ -82,13 +82,13 @@ def run(case: BenchCase) -> Record:
     replayed = replay(ledger)
     for kernel in sorted(ran - {attention}):
         prepared.notes.append(f"attention ran the {kernel} kernel where {attention} cannot")
-    if gpu.context_note:
-        prepared.notes.append(gpu.context_note)
+    context_note = gpu.context_note(case.first_order)
+    prepared.notes += [context_note] if context_note else []
     shown = dict(environment(), gpu=None, driver=None)
     return describe(
         replace(case, attention=attention), "simulated", shown, prepared, ledger, parts, world.parameters,
         allocated=replayed.peak_allocated, phases=replayed.phase_peaks, reserved=replayed.peak_reserved,
-        process=replayed.peak_reserved + gpu.context_bytes,
+        process=replayed.peak_reserved + gpu.context_bytes(case.first_order),
     )  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def scale_and_zero(grouped: Tensor, n_bits: int, symmetric: bool, dtype: torch.d
     else:
         low, high = low.clamp_(max=0), high.clamp_(min=0)
         spread = high - low
-    scale = (spread / top).to(dtype).clamp_(min=smallest)
+    # by a tensor: by a plain number CUDA multiplies with the reciprocal, whose last bit differs from a CPU's quotient
+    scale = (spread / spread.new_full((), top)).to(dtype).clamp_(min=smallest)
     if not bool(torch.isfinite(scale).all()):
         raise QzoError(f"the weight has values that are not finite, or too large for {dtype} scales")
     if symmetric:

@@ -77,6 +77,7 @@ def test_the_world_runs_from_end_to_end_on_a_stand_in_gpu(monkeypatch, tmp_path)
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(cuda.nvml, "process_bytes", lambda uuid: {"GPU-1-2": 90_000_000}[uuid])
     monkeypatch.setattr(cuda.nvml, "foreign_processes", lambda uuid: [4711])
