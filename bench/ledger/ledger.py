@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.ledger.accumulation import Accumulation
 from bench.ledger.outputs import MetaOutputs
 
 RESIDENT = ("weights", "quantization")  # roles given when the model is loaded; nothing overrides them
@@ -68,6 +69,7 @@ class Ledger(TorchDispatchMode):
         self.granularity = granularity
         self.rules = rules or {}
         self.run: Callable[[Any, tuple, dict], Any] = MetaOutputs() if device == "meta" else _run
+        self.accumulation = Accumulation()
         self.events: list[Event] = []
         self.phases: list[str] = ["load"]
         self._live: dict[int, Block] = {}
@@ -93,7 +95,10 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         rule = self.rules.get(func)
+        in_place = self.accumulation.in_place(func, args, kwargs or {})
         out = self.run(func, args, kwargs or {}) if rule is None else rule(self, func, args, kwargs or {})
+        if in_place:
+            self._hand_over(args[0], out)
         # Random numbers drawn between forwards are the directions of zeroth-order methods; inside they are dropout.
         noise = not self._depth and torch.Tag.nondeterministic_seeded in func.tags
         if isinstance(out, Tensor):
@@ -129,6 +134,12 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         block.weak = weakref.ref(storage, partial(self._died, storage._cdata))
         self._live[storage._cdata] = block
+
+    def _hand_over(self, old: Tensor, new: Tensor) -> None:
+        """`new` is in the place of `old` from here on: to the allocator they are one."""
+        block = self._live.pop(old.untyped_storage()._cdata, None)
+        if block is not None:
+            self.adopt(new, block)
 
     def _died(self, key: int, _: object) -> None:
         block = self._live.pop(key, None)

@@ -27,7 +27,9 @@ INSIDE = "unattributed is what kernels take inside themselves, as oneDNN does to
 
 
 def run(case: BenchCase) -> Record:
-    """Run one cell: first the steps that are timed and whose peak RSS counts, then two under ledger and profiler."""
+    """Run one cell: first the steps that are timed and whose peak RSS counts, then two under the profiler, and two more
+    under the ledger.
+    """
     source = source_of(case)
     attention = attention_of(case, source)
     world = MeasuredWorld(source, attention, "cpu")
@@ -66,13 +68,19 @@ def _timed(prepared: Prepared, batches: list[text.Batch]) -> tuple[list[float], 
 
 
 def watch_steps(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -> tuple[list[float], dict[str, int]]:
-    """Losses of the watched steps, and the peak of each of their phases by PyTorch's own allocation events."""
+    """Losses of steps, and the peak of each of their phases by PyTorch's own allocation events; then the same batches
+    once more under the ledger, which says what the bytes are (bench/ledger/accumulation.py: it must not watch the
+    steps that count).
+    """
     ledger.assign("optimizer", prepared.optimizer_tensors())
     for batch in batches:
         ledger.assign("temporaries", (batch.input_ids, batch.labels))
     resident = ledger.live_bytes()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, ledger, fast_bf16():
-        losses = run_steps(ledger, replace(prepared, step=marked(prepared.step)), batches)
+    step = marked(prepared.step)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, fast_bf16():
+        losses = [step(batch, lambda phase: None) for batch in batches]
+    with ledger, fast_bf16():
+        run_steps(ledger, prepared, batches)
     seen = ledger.phase_peaks()
     return losses, {name: max(resident + rise, seen[name]) for name, rise in rises(profiler).items() if name}
 

@@ -7,15 +7,15 @@ import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases.case import BenchCase
+from bench.cases.text import Batch
 from bench.ledger.ledger import Ledger
 from bench.methods import METHODS
-from bench.methods.prepared import Enter, Step
+from bench.methods.prepared import Prepared
 from bench.records import nvml
 from bench.records.environment import environment
 from bench.records.record import Record
@@ -33,7 +33,7 @@ BACKENDS = {
 
 
 def run(case: BenchCase) -> Record:
-    """Run one cell on the GPU: two steps under the ledger, the rest timed without it."""
+    """Run one cell on the GPU: two steps whose peaks count, the rest timed, at last two under the ledger."""
     if not torch.cuda.is_available():
         raise QzoError("device 'cuda' needs an NVIDIA GPU that this PyTorch can use; choose --device sim or cpu")
     source = source_of(case)
@@ -52,10 +52,8 @@ def run(case: BenchCase) -> Record:
     batches = world.batches(case)
     prepared.notes += origin_notes(case, batches)
     with preferred(capability, attention):
-        with ledger:
-            losses = run_steps(
-                ledger, replace(prepared, step=meter.watch(prepared.step)), map(world.here, batches[:WATCHED_STEPS])
-            )
+        # not under the ledger, where autograd would add gradients out of place (bench/ledger/accumulation.py)
+        losses = [meter.step(prepared, batch) for batch in map(world.here, batches[:WATCHED_STEPS])]
         phases, reserved = meter.read()
         process = nvml.process_bytes(uuid)
         seconds = []
@@ -65,10 +63,13 @@ def run(case: BenchCase) -> Record:
             losses.append(prepared.step(batch, lambda phase: None))
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
+        further = torch.cuda.memory_reserved() - reserved
+        ledger.assign("optimizer", prepared.optimizer_tensors())
+        with ledger:
+            run_steps(ledger, prepared, map(world.here, batches[:WATCHED_STEPS]))
     others |= set(nvml.foreign_processes(uuid))
-    further = torch.cuda.memory_reserved() - reserved
     if further > 0:
-        prepared.notes.append(f"the steps after the watched ones reserved {further:,} bytes more")
+        prepared.notes.append(f"the steps after those that count reserved {further:,} bytes more")
     if others:
         prepared.notes.append("other processes were on the GPU: not timed")
     return describe(
@@ -87,15 +88,13 @@ class Meter:
         self.reserved = 0
         torch.cuda.reset_peak_memory_stats()
 
-    def watch(self, step: Step) -> Step:
-        """The step, whose phases are read as they end."""
+    def step(self, prepared: Prepared, batch: Batch) -> float:
+        """The loss of a step whose phases are read as they end."""
+        return prepared.step(batch, self._enter)
 
-        def enter_both(enter: Enter, phase: str) -> None:
-            self._end()
-            self.phase = phase
-            enter(phase)
-
-        return lambda batch, enter: step(batch, partial(enter_both, enter))
+    def _enter(self, phase: str) -> None:
+        self._end()
+        self.phase = phase
 
     def read(self) -> tuple[dict[str, int], int]:
         """Phase -> the most bytes allocated while it was current, and the most bytes reserved at any time."""

@@ -31,16 +31,14 @@ def test_peaks_are_read_from_pytorchs_statistics_as_phases_end(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_stats", statistics)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     meter = cuda.Meter()
-    entered = []
 
     def step(batch, enter):
         for phase in ("perturb", "forward-plus", "perturb", "update"):
             enter(phase)
         return 0.5
 
-    assert meter.watch(step)(None, entered.append) == 0.5
+    assert meter.step(SimpleNamespace(step=step), None) == 0.5
     assert meter.read() == ({"perturb": 800, "forward-plus": 900, "update": 650}, 3000)
-    assert entered == ["perturb", "forward-plus", "perturb", "update"]
 
 
 @pytest.mark.cuda
@@ -87,6 +85,6 @@ def test_the_world_runs_from_end_to_end_on_a_stand_in_gpu(monkeypatch, tmp_path)
     assert record["peak"] == {"allocated": 50_000_000, "reserved": 60_000_000, "process": 90_000_000}
     assert record["at_peak"]["unattributed"] > 0 and len(record["losses"]) == 3
     assert "other processes were on the GPU: not timed" in record["notes"] and record["step_seconds"] is None
-    assert "the steps after the watched ones reserved 1,000,000 bytes more" in record["notes"]
+    assert "the steps after those that count reserved 1,000,000 bytes more" in record["notes"]
     monkeypatch.setattr(cuda.nvml, "foreign_processes", lambda uuid: [])
     assert cuda.run(BenchCase(str(tmp_path), "qzo", device="cuda", seq_len=16, steps=3))["step_seconds"] > 0
