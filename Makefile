@@ -15,7 +15,7 @@ PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup bench report compare test test-gptqmodel lint format baselines paper gptq-report \
-	accuracy formats bench-step validation gpu clean
+	accuracy formats bench-step validation gpu gpu-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ validation: $(READY) ## make the page on predictions again from measurement file
 
 gpu: ## on a machine with a GPU, ten minutes: tests marked cuda, memory and seconds of 0.1B to 13B, into reports/measurements
 	$(PYTHON) -m bench.gpu $(ARGS)
+
+gpu-report: $(READY) ## the page on what `make gpu` measured, made again
+	$(RUN) -m reports.studies.gpu.page
 
 clean: ## remove .venv, .venv-gptqmodel and results
 	rm -rf $(VENV) $(GPTQMODEL) results

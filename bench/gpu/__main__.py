@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from bench.gpu.cells import device_at_hand
+from bench.records.files import make_folder
+from qzo.errors import QzoError
+
 THREADS = "2"  # of each process on the CPU: there are several at a time
 GRACE_SECONDS = 5  # from an interruption to the end of a part that does not heed it
 
@@ -37,17 +41,21 @@ def _tests(out: Path, device: str) -> list[str]:
 
 
 def _writing(name: str, file: str) -> Callable[[Path, str], list[str]]:
-    return lambda out, device: ["-m", name, "--device", device, "--out", str(out / file)]
+    def command(out: Path, device: str) -> list[str]:
+        path = out / f"{device_at_hand(device)[0]}.{file}.json" if file else out
+        return ["-m", name, "--device", device, "--out", str(path)]
+
+    return command
 
 
 # Files with tests marked `cuda`: the others need packages that a machine with a GPU may lack.
 TESTS = ("tests/bench/simulator/allocator/test_streams.py", "tests/bench/worlds/test_cuda.py", "tests/qzo/test_cuda.py")
 PARTS = (
-    Part("facts", 40, _writing("bench.gpu.facts", "facts.json")),
+    Part("facts", 40, _writing("bench.gpu.facts", "facts")),
     Part("memory", 240, _writing("bench.gpu.cells", "")),
-    Part("seconds", 190, _writing("bench.gpu.seconds", "seconds.json")),
+    Part("seconds", 190, _writing("bench.gpu.seconds", "seconds")),
     Part("tests", 90, _tests),
-    Part("events", 60, _writing("bench.gpu.events", "events.json")),
+    Part("events", 60, _writing("bench.gpu.events", "events")),
 )
 
 
@@ -65,7 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"error: unknown part {unknown[0]!r}; choose from {', '.join(names)}", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        device_at_hand(options.device)
+        make_folder(options.out)
+    except QzoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     ended_well = [_run(part, options) for part in PARTS if part.name in chosen]
     return int(not all(ended_well))
 

@@ -165,7 +165,7 @@ def say(case: BenchCase, words: str) -> None:
 class Results:
     """The file of records, written anew as a whole with each: an interrupted run leaves the cells that were finished.
 
-    A record that is not `ok` goes to a file beside it, which `bench validate` does not read.
+    A record that is not `ok` goes to a file beside it, which is no measurement file.
     """
 
     def __init__(self, out: Path, predicted: dict[str, Any]) -> None:
@@ -179,7 +179,7 @@ class Results:
         say(case, f"{record['status']} {record['message'] or ''}")
         ok = record["status"] == "ok"
         self.failed |= not ok and record["status"] != "unsupported"
-        lines, out = (self.lines, self.out) if ok else (self.others, self.out.with_suffix(".failures.jsonl"))
+        lines, out = (self.lines, self.out) if ok else (self.others, self.out.with_suffix(".failures.txt"))
         lines.append(json.dumps({**record, "predicted": self.predicted[key(case)]["figures"]}))
         replace_file(out, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 

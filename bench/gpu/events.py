@@ -2,7 +2,7 @@
 
 Of a steady step of each cell, each cell in a process of its own: bytes asked for and given back, phase by phase, as
 PyTorch's own history of the caching allocator has them, a release as a negative number; and, of the step after it, what
-the ledger saw, rounded up as the allocator rounds.
+the ledger saw, rounded up as the allocator rounds. `simulated` has the events of the simulated step.
 """
 
 from __future__ import annotations
@@ -20,15 +20,21 @@ from typing import Any
 
 import torch
 
+from bench.cases import gpus
 from bench.cases.case import BenchCase
+from bench.cases.models import resolve
+from bench.cases.text import Batch
 from bench.ledger.ledger import Ledger
 from bench.methods import METHODS
 from bench.methods.prepared import Prepared
 from bench.records.files import write_json
 from bench.simulator.allocator.replay import ROUND_BYTES
 from bench.simulator.cuda.attention import attention_of
+from bench.simulator.cuda.kernels import CudaFunctions, rules
+from bench.simulator.shared import number_of_experts
 from bench.worlds.cuda import preferred
 from bench.worlds.measured import MeasuredWorld, source_of
+from bench.worlds.sim import SimWorld
 from bench.worlds.watch import register_resident, run_steps
 
 CELLS = (
@@ -39,6 +45,7 @@ CELLS = (
 SEQ_LEN = 512
 PROCESSES = 6
 MAX_ENTRIES = 1_000_000
+Events = list[tuple[str, list[int]]]  # (phase, bytes asked for, or with a minus given back)
 SIGNS = {"alloc": 1, "free_requested": -1, "free": -1}
 
 
@@ -101,7 +108,33 @@ def events(case: BenchCase) -> dict[str, Any]:
     return {"allocator": allocator, "ledger": seen}
 
 
-def _history(prepared: Prepared, batch: Any) -> list[tuple[str, list[int]]]:
+def simulated(case: BenchCase) -> Events:
+    """The events of the second step, as `bench.worlds.sim` has them."""
+    source, gpu = resolve(case.model), gpus.get(case.gpu or gpus.DEFAULT_GPU)
+    attention = attention_of(case, source, gpu.compute_capability)
+    functions = partial(CudaFunctions, attention, gpu.compute_capability)
+    world = SimWorld(source, attention, functions)
+    prepared = METHODS[case.method](case, world)
+    ledger = Ledger("meta", ROUND_BYTES, rules(gpu, number_of_experts(source.config)))
+    register_resident(ledger, prepared)
+    tokens = torch.empty(case.batch_size, case.seq_len, dtype=torch.long, device="meta")
+    batch = Batch(tokens, tokens.clone(), "none")
+    ledger.assign("temporaries", (batch.input_ids, batch.labels))
+    with ledger, functions():
+        run_steps(ledger, prepared, [batch])
+        first = len(ledger.events)
+        run_steps(ledger, prepared, [batch])
+    found: Events = []
+    current = None
+    for event in ledger.events[first:]:
+        if event.phase != current:
+            current = event.phase
+            found.append((ledger.phases[current], []))
+        found[-1][1].append(event.sign * event.block.nbytes)
+    return found
+
+
+def _history(prepared: Prepared, batch: Any) -> Events:
     """(phase, its events in order) of one step, by the allocator's own history."""
     torch.cuda.memory._record_memory_history(max_entries=MAX_ENTRIES, context=None)
     begun: list[tuple[str, int]] = []

@@ -37,7 +37,7 @@ def test_the_dry_run_writes_records_beside_their_predictions(folder, tmp_path):
     assert all(row["world"] == "measured-cpu" and row["predicted"]["allocated"] > 0 for row in rows)
     assert [row["status"] for row in predict_all(read_rows(tmp_path / "cpu.jsonl"))] == ["ok", "ok"]
     assert len(json.loads((tmp_path / "cpu.predictions.json").read_text())) == 2
-    assert not (tmp_path / "cpu.failures.jsonl").exists()
+    assert not (tmp_path / "cpu.failures.txt").exists()
 
 
 def test_what_was_predicted_before_is_taken_from_its_file(folder, tmp_path):

@@ -1,0 +1,196 @@
+"""What a GPU says: `python -m reports.studies.gpu.page` writes gpu.md from what `make gpu` left behind.
+
+Of one card: `NAME.jsonl` (records, each with what was predicted before), `NAME.facts.json`, `NAME.seconds.json`, and
+`NAME.left-out.json` (records that count for nothing, each with the reason).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reports.errors import ReportError
+from reports.tables.sizes import GIB
+from reports.tables.table import Table
+
+HERE = Path(__file__).parent
+MEASUREMENTS = HERE.parents[1] / "measurements"
+METRICS = ("allocated", "reserved", "process")
+MIB = 1 << 20
+Row = Mapping[str, Any]
+ORDER = (
+    "two forward passes", "qzo", "qzo-full", "qzo-2bit", "qzo-reference", "mezo", "mezo-reference",
+    "lora", "qlora", "ft-sgd",
+)  # fmt: skip
+HEAD = """# Measured on a GPU
+
+`make gpu` on a machine with the card, then `make gpu-report`. Every number here is measured-cuda but those that are
+called predicted, which were simulated without a GPU and committed before the first measurement. Models have random
+weights and random tokens: memory and seconds do not depend on them.
+"""
+
+
+def page(name: str, records: Sequence[Row], facts: Row, seconds: Row, left_out: Sequence[Row]) -> str:
+    """The Markdown of one card's measurements."""
+    tables = [card(name, facts, records), errors(records), cells(records, left_out), steps(seconds), kernels(seconds)]
+    return "\n\n".join([HEAD.rstrip(), *(table.to_markdown() for table in tables)]) + "\n"
+
+
+def card(name: str, facts: Row, records: Sequence[Row]) -> Table:
+    """What the card is, and what a process takes outside PyTorch's allocator."""
+    environment = facts["environment"]
+    contexts: dict[int, set[str]] = {}
+    for record in records:
+        peak = record["peak"]
+        contexts.setdefault((peak["process"] - peak["reserved"]) // MIB, set()).add(record["case"]["method"])
+    rows = [
+        ["card", f"{facts['name']}, {facts['memory_bytes'] / GIB:.1f} GiB, {facts['multiprocessors']} multiprocessors"],
+        ["software", f"driver {environment['driver']}, CUDA {facts['cuda']}, PyTorch {environment['torch']}, "
+                     f"transformers {environment['transformers']}"],
+        ["bandwidth of a copy, read and written", f"{facts['copy_bytes_a_second'] / 1e12:.2f} TB/s"],
+        ["bf16 product of 8192 x 8192 x 8192", f"{facts['bf16_operations_a_second'] / 1e12:.0f} TFLOP/s"],
+        ["a launch from Python, one after the other", f"{facts['seconds_a_launch'] * 1e6:.1f} µs"],
+        ["context before the first kernel", f"{facts['context_bytes'] / MIB:.0f} MiB"],
+        *([f"context after steps of {', '.join(sorted(methods))}", f"{mib} MiB"]
+          for mib, methods in sorted(contexts.items())),
+    ]  # fmt: skip
+    return Table(name, ["", "measured"], rows, text_columns=2)
+
+
+def errors(records: Sequence[Row]) -> Table:
+    """How far the predictions were that nobody could adapt to what was measured."""
+    rows = []
+    for metric in METRICS:
+        found = [error(record, metric) for record in records]
+        sizes = [abs(value) for value in found]
+        exact = sum(_close(record, metric) for record in records)
+        rows.append(
+            [metric, *(f"{value:.3f} %" for value in (statistics.fmean(sizes), statistics.median(sizes), max(sizes),
+                                                      statistics.fmean(found))), f"{exact} of {len(records)}"]
+        )  # fmt: skip
+    notes = [
+        "Errors are (predicted - measured) / measured.",
+        "Process bytes were all predicted too low: nobody had measured the CUDA context of this card, and the "
+        "estimate took the kernels of a T4 for those of every card. What is predicted now that it is known: "
+        "[validation.md](../validation/validation.md).",
+    ]
+    headers = ["predicted before", "mean", "median", "worst", "mean, signed", "within 64 KiB"]
+    return Table("Memory, predicted and then measured", headers, rows, notes)
+
+
+def cells(records: Sequence[Row], left_out: Sequence[Row]) -> Table:
+    """Every cell."""
+    rows = []
+    for record in records:
+        case = record["case"]
+        size = f"{case['batch_size']} x {case['seq_len']}" + (", checkpointing" * case["gradient_checkpointing"])
+        peaks = [f"{record['peak'][metric] / MIB:,.0f}" for metric in METRICS]
+        far = [f"{error(record, metric):+.2f} %" for metric in METRICS]
+        rows.append([case["model"], case["method"], _format(case), size, *peaks, *far])
+    notes = [
+        "In most cells 16 KiB more were allocated than predicted: the tokens of the two steps to come, which were on "
+        "the GPU already (they no longer are).",
+        *(f"Left out: {_name(item['record']['case'])}: {item['why']}." for item in left_out),
+    ]  # fmt: skip
+    headers = ["model", "method", "format", "tokens", *(f"{metric}, MiB" for metric in METRICS), *METRICS]
+    return Table("Cells: measured peaks, and how far the prediction was", headers, rows, notes, text_columns=4)
+
+
+def steps(seconds: Row) -> Table:
+    """Seconds of a step by model, method and shape of the batch."""
+    shapes = list(dict.fromkeys((s["batch_size"], s["seq_len"]) for row in seconds["rows"] for s in row["shapes"]))
+    rows = []
+    for row in in_order(seconds["rows"]):
+        median = {(s["batch_size"], s["seq_len"]): s["median"] for s in row["shapes"]}
+        cells = [f"{median[shape]:.3f}" if shape in median else "" for shape in shapes]
+        rows.append([row["model"], row["method"], *cells])
+    headers = ["model", "method", *(f"{batch} x {tokens}, s" for batch, tokens in shapes)]
+    notes = [
+        "Medians of steps, each ended by a synchronization; nothing else ran on the card.",
+        "Two forward passes: of the bf16 model, logits at the label alone; no method that evaluates twice can be "
+        "faster on this model without kernels of its own.",
+        "A QZO step is slower here than MeZO as released. It is bound by the launches of its operators, not by the "
+        "GPU: see below.",
+    ]
+    return Table("Seconds of a step", headers, rows, notes, text_columns=2)
+
+
+def kernels(seconds: Row) -> Table:
+    """Launches of a step, and how much of its time the GPU worked."""
+    rows = []
+    for row in in_order(seconds["rows"]):
+        profile = row["profile"]
+        if profile is None:
+            continue
+        last = row["shapes"][-1]
+        rows.append(
+            [row["model"], row["method"], f"{last['batch_size']} x {last['seq_len']}", f"{profile['launches']:,}",
+             f"{profile['device_seconds']:.3f}", f"{last['median']:.3f}",
+             f"{100 * profile['device_seconds'] / last['median']:.0f} %"]
+        )  # fmt: skip
+    headers = ["model", "method", "tokens", "launches", "kernels, s", "step, s", "GPU busy"]
+    return Table("Kernels of a step", headers, rows, text_columns=3)
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Larger models first, methods as in `ORDER`; failed ones are left out."""
+    peaks = {row["model"]: max(s["peak_allocated"] or 0 for s in row["shapes"]) for row in rows if row["shapes"]}
+    good = [row for row in rows if row["status"] == "ok"]
+    return sorted(good, key=lambda row: (-peaks[row["model"]], row["model"], ORDER.index(row["method"])))
+
+
+def error(record: Row, metric: str) -> float:
+    """Percent."""
+    return 100 * (record["predicted"][metric] / record["peak"][metric] - 1)
+
+
+def _close(record: Row, metric: str) -> bool:
+    return abs(record["predicted"][metric] - record["peak"][metric]) <= 64 << 10
+
+
+def _name(case: Row) -> str:
+    return " ".join(filter(None, [case["model"], case["method"], _format(case)]))
+
+
+def _format(case: Row) -> str:
+    quantization = case["quantization"]
+    return "" if quantization is None else f"{quantization['format']}, {quantization['bits']} bits"
+
+
+def load(path: Path) -> Any:
+    """The content of a JSON file. Raises ReportError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise ReportError(f"cannot read {path}: {problem}") from problem
+
+
+def render(folder: Path = MEASUREMENTS) -> str:
+    """The page of the first card whose measurements are in the folder. Raises ReportError."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ReportError(f"{folder} has no measurements; `make gpu` makes them on a machine with a GPU")
+    name = files[0].stem
+    records = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()]
+    left_out = folder / f"{name}.left-out.json"
+    facts, seconds = (load(folder / f"{name}.{part}.json") for part in ("facts", "seconds"))
+    return page(name, records, facts, seconds, load(left_out) if left_out.exists() else [])
+
+
+def main() -> int:
+    """Write the page; exit code 0, or 2 and one line on stderr."""
+    try:
+        text = render()
+    except ReportError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    (HERE / "gpu.md").write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
