@@ -27,14 +27,10 @@ def load(
 ) -> PreTrainedModel:
     """Load a causal language model.
 
-    A GPTQ checkpoint (2, 3, 4 or 8 bits, formats "gptq" and "gptq_v2", one file or shards, with or without act-order)
-    becomes a model with QuantLinear layers, an AWQ checkpoint (4 bits, version "gemm") one with AwqLinear layers, an
-    AQLM checkpoint (1x16, 2x8 and others) one with AqlmLinear layers, a bitsandbytes checkpoint (NF4, FP4 or int8) one
-    with BnbLinear4bit or BnbLinear8bit layers, an HQQ checkpoint (1 to 8 bits, both axes, `qmodel.pt` or safetensors)
-    one with HqqLinear layers, and a torchao checkpoint (int8 and int4, weight-only) one with AoInt8Linear or
-    AoInt4Linear layers, ready for `qzo.scales` and `qzo.QZO`. Anything else comes unquantized, ready for
-    `qzo.quantize`. Only safetensors, GGUF files and the qmodel.pt of HQQ (tensors and settings alone) are read, and no
-    code of a checkpoint is run.
+    A quantized checkpoint, in one file or in shards, becomes a model with layers of its format, ready for `qzo.scales`
+    and `qzo.QZO`; which formats there are, and what of each is read, stands in the README and with the packages of
+    `qzo/formats`. An unquantized one comes as it is, ready for `qzo.quantize`. Only safetensors, GGUF files and the
+    qmodel.pt of HQQ (tensors and settings alone) are read, and no code of a checkpoint is run.
 
     Args:
         source: a folder with config.json, a .gguf file, or a hub id, which is downloaded.
@@ -69,8 +65,8 @@ def load(
         return found.load(dtype, torch.device(device))
     if about.settings is not None:
         raise QzoError(
-            f'{folder}: quant_method="{about.method}" is not supported; give a checkpoint of GPTQ, AWQ, AQLM or '
-            "bitsandbytes, or an unquantized one"
+            f'{folder}: quant_method="{about.method}" is not supported; give a checkpoint of a format that the README '
+            "names, or an unquantized one"
         )
     headers = headers_in(weight_files(folder))
     check_counts(folder, about.config, len(headers))

@@ -14,15 +14,6 @@ if TYPE_CHECKING:
     from qzo.models.inspection import Inspection
 
 CALLED = {"zero_points": "zero points", "g_idx": "group indices"}
-ZERO_POINTS = "zero points are whole numbers and move with their scales"
-FOLLOWING = {
-    "gptq": ZERO_POINTS,
-    "awq": ZERO_POINTS,
-    "hqq": "zero points stay, and move weights with their scales",
-    "torchao": "offsets of int4 weights move with their scales",
-    "bitsandbytes": "there are no zero points",
-    "gguf": "minima move with their scales",
-}
 
 
 def add_command(commands: Any) -> None:
@@ -61,6 +52,6 @@ def table(found: Inspection) -> str:
             lines.append((CALLED.get(part, part), f"{found.counts[part]:>16,} numbers {size:>18,} bytes"))
     lines.append(("trains with QZO", "yes" if found.reason is None else f"no: {found.reason}"))
     for name, count in found.trainable.items() if found.reason is None else ():
-        note = f" ({FOLLOWING[found.format]})" if name == "scales+offsets" else ""
+        note = f" ({found.moving})" if name == "scales+offsets" else ""
         lines.append((f"  {name}", f"{count:>16,} numbers{note}"))
     return "\n".join(f"{name:<22}{value}" for name, value in lines)

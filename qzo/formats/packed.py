@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.formats.layer import Quantized
 from qzo.models.folder import Header, headers_in, read_tensors_of, weight_files
-from qzo.models.inspection import Inspection, obstacle
+from qzo.models.inspection import WHOLE_ZEROS, Inspection, obstacle
 from qzo.models.rewrite import Write, rewriting
 from qzo.models.settings import Source, either
 from qzo.models.skeleton import (
@@ -116,6 +116,7 @@ class PackedCheckpoint:
                 "scales+unquantized": scales + unquantized,
             },
             reason=reason,
+            moving=WHOLE_ZEROS,
         )
 
     def writing(self, tensors: dict[str, Tensor]) -> Write:

@@ -9,6 +9,8 @@ from typing import Any
 
 from qzo.errors import QzoError
 
+WHOLE_ZEROS = "zero points are whole numbers and move with their scales"
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -26,6 +28,7 @@ class Inspection:
             packed words are counted.
         trainable: set of `qzo.trainable` -> how many numbers it trains; empty for foreign formats.
         reason: why QZO cannot train it here; None where it can.
+        moving: what the set "scales+offsets" moves beside scales, in words for people; not in the record.
     """
 
     model: str
@@ -39,11 +42,13 @@ class Inspection:
     sizes: dict[str, int] = field(default_factory=dict)
     trainable: dict[str, int] = field(default_factory=dict)
     reason: str | None = None
+    moving: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The record that `qzo inspect --json` writes."""
         record = asdict(self)
         record["bytes"] = record.pop("sizes")
+        del record["moving"]
         return {**record, "trains_here": self.reason is None}
 
 

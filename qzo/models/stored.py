@@ -30,21 +30,22 @@ from qzo.models.walk import freeze, put
 PER_NUMBER = 32  # codes that a stored number may hold: of one bit, shown as fp32
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.int8: "I8"}
-PARTS = ("scales", "codes", "zero_points", "offsets")
+PARTS = ("scales", "codes", "zero_points", "offsets")  # and g_idx, where layers have one
 OWN_DTYPE = ("codes", "scales", "zero_points", "offsets")  # buffers of quantized layers, not cast
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a folder of HQQ or torchao holds, by headers and settings.
+    """What a folder holds whose layers follow from headers and settings, without a model to put them in.
 
     Args:
-        format: "hqq" or "torchao".
+        format: quant_method.
         source: the folder and its settings.
         headers: of all stored tensors, by their stored names.
         layers: path -> quantized layer, its tensors on meta or on mapped memory.
         batches: () -> the tensors by their names in the model, file by file.
         writing: tuned tensors by their names in the model -> what writes the weights with them into a folder.
+        moving: what moves with scales, see `Inspection`.
     """
 
     format: str
@@ -53,6 +54,7 @@ class StoredModel:
     layers: dict[str, Any]
     batches: Callable[[], Iterable[dict[str, Tensor]]]
     writing: Callable[[dict[str, Tensor]], Write]
+    moving: str
     saved_as: ClassVar[str | None] = None
 
     @property
@@ -94,11 +96,12 @@ class StoredModel:
         counts = dict.fromkeys((*PARTS, "unquantized"), 0)
         sizes = dict.fromkeys(counts, 0)
         for layer in layers:
-            for part in PARTS:
+            packed = {"codes": layer.in_features * layer.out_features, "zero_points": layer.scales.numel()}
+            for part in (*PARTS, "g_idx"):
                 tensor = getattr(layer, part, None)
                 if tensor is not None:
-                    counts[part] += layer.in_features * layer.out_features if part == "codes" else tensor.numel()
-                    sizes[part] += tensor.nbytes
+                    counts[part] = counts.get(part, 0) + packed.get(part, tensor.numel())
+                    sizes[part] = sizes.get(part, 0) + tensor.nbytes
             if layer.bias is not None:
                 counts["unquantized"] += layer.bias.numel()
                 sizes["unquantized"] += layer.bias.nbytes
@@ -120,6 +123,7 @@ class StoredModel:
             sizes,
             trained,
             obstacle(self.folder, lambda: empty_stored(self, dtype_of(self.source.config))),
+            self.moving,
         )
 
 

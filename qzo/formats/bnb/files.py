@@ -104,6 +104,7 @@ class BnbCheckpoint:
             sizes=sizes,
             trainable={"scales": scales, "scales+offsets": scales, "scales+unquantized": scales + unquantized},
             reason=obstacle(self.folder, lambda: self._empty(headers, dtype_of(self.source.config))),
+            moving="there are no zero points",
         )
 
     def writing(self, tensors: dict[str, Tensor]) -> Write:

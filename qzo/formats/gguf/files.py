@@ -108,6 +108,7 @@ class GgufCheckpoint:
                 "scales+unquantized": counts["scales"] + counts["unquantized"],
             },
             reason=_obstacle(self.path, header, counts["scales"]),
+            moving="minima move with their scales",
         )
 
     def writing(self, tensors: dict[str, Tensor]) -> Write:

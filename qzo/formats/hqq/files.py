@@ -34,6 +34,7 @@ STRINGS = ("packing", "compute_dtype", "unpack_view_dtype")
 SETTINGS = (*FLAGS, *STRINGS, "nbits", "group_size", "axis", "shape")
 MARKS = ("encoded_state_dict", "stores_quant_config")  # of the container
 MOST_CHARACTERS = 64  # of a setting
+MOVING = "zero points stay, and move weights with their scales"
 
 
 def find(source: Source) -> StoredModel | None:
@@ -88,7 +89,7 @@ def _from_pickle(source: Source) -> tuple[StoredModel, State]:
             with named(f"{file}: {path}"):
                 layers[path] = _layer(about, about.get("meta", about))
     writing = partial(partial, _write_qmodel, source)
-    return StoredModel("hqq", source, headers, layers, partial(_mapped, state, layers), writing), state
+    return StoredModel("hqq", source, headers, layers, partial(_mapped, state, layers), writing, MOVING), state
 
 
 def _mapped(state: State, layers: dict[str, HqqLinear]) -> Iterator[dict[str, Tensor]]:
@@ -126,7 +127,7 @@ def _from_safetensors(source: Source, headers: dict[str, Header]) -> StoredModel
         with named(f"{headers[path + WORDS].file}: {path}"):
             layers[path] = _layer(found, found)
     writing = partial(_writing, source.path, headers)
-    return StoredModel("hqq", source, headers, layers, partial(_read, headers, layers), writing)
+    return StoredModel("hqq", source, headers, layers, partial(_read, headers, layers), writing, MOVING)
 
 
 def _read(headers: dict[str, Header], layers: dict[str, HqqLinear]) -> Iterator[dict[str, Tensor]]:

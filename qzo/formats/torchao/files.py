@@ -24,6 +24,7 @@ from qzo.models.settings import Source
 from qzo.models.stored import StoredModel, on_meta
 
 PART = "._weight_"
+MOVING = "offsets of int4 weights move with their scales"
 
 
 def find(source: Source) -> StoredModel | None:
@@ -49,7 +50,7 @@ def find(source: Source) -> StoredModel | None:
         with named(f"{folder}: {path}"):
             layers[path] = _layer(path, metadata.get(f"{path}.weight"), found, headers.get(f"{path}.bias"))
     writing = partial(_writing, folder, headers)
-    return StoredModel("torchao", source, headers, layers, partial(_read, files, layers), writing)
+    return StoredModel("torchao", source, headers, layers, partial(_read, files, layers), writing, MOVING)
 
 
 def _writing(source: Path, headers: dict[str, Header], tensors: dict[str, Tensor]) -> Write:
