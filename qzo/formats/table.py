@@ -17,6 +17,8 @@ from qzo.formats.awq import files as awq_files
 from qzo.formats.awq import library as awq
 from qzo.formats.bnb import files as bnb_files
 from qzo.formats.bnb import library as bnb
+from qzo.formats.compressed import files as compressed_files
+from qzo.formats.compressed import library as compressed
 from qzo.formats.gguf import files as gguf_files
 from qzo.formats.gptq import files as gptq_files
 from qzo.formats.gptq import library as gptq
@@ -89,9 +91,12 @@ class Library(Protocol):
         """
 
 
-FILES: tuple[Files, ...] = (gguf_files, hqq_files, torchao_files, bnb_files, gptq_files, awq_files, aqlm_files)
+FILES: tuple[Files, ...] = (
+    *(gguf_files, hqq_files, torchao_files, bnb_files),
+    *(gptq_files, awq_files, aqlm_files, compressed_files),
+)
 SAVERS: tuple[Saver, ...] = (gptq_files, awq_files, aqlm_files)
-LIBRARIES: tuple[Library, ...] = (bnb, hqq, torchao, aqlm, gptq, awq)
+LIBRARIES: tuple[Library, ...] = (bnb, hqq, torchao, aqlm, gptq, awq, compressed)
 
 
 def find(source: Source) -> Checkpoint | None:
