@@ -16,10 +16,10 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None) -> dict[str,
 
     `layers` (first, last), counted from 0 and both included, takes those of some decoder layers only.
 
-    The name is the module's path and ".scales". Shapes: [K/g, N] for linear layers, [V, K/g] for an embedding (once,
-    where the head shares it), [N, 1, 1, 1] for AQLM, [N K / 64] (NF4) or [N] (int8) for bitsandbytes, [N, K/32] for
-    the blocks of a GGUF file; fp32 or fp16. Ask again after `model.to(...)`, which makes new tensors. Raises QzoError
-    for a model without quantized layers, and for one that has K-quants only, whose scales are quantized themselves.
+    The name is the module's path and ".scales". Shapes are those that the format has, see the docstrings of its layers:
+    [K/g, N] for GPTQ, [V, K/g] for an embedding (once, where the head shares it); fp32, fp16 or bf16. Ask again after
+    `model.to(...)`, which makes new tensors. Raises QzoError for a model without quantized layers, and for one that has
+    K-quants only, whose scales are quantized themselves.
     """
     quantized = quantized_layers(model)
     found: dict[str, Tensor] = {

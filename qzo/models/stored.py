@@ -152,10 +152,12 @@ def _place(folder: Path, model: Any, path: str, layer: Any) -> None:
         old = model.get_submodule(path)
     except AttributeError:
         old = None
-    if type(old) is not nn.Linear:
+    if old is None:
         raise QzoError(
             f"{folder}: the model has no linear layer {path}; config.json and weights do not belong together"
         )
+    if type(old) is not nn.Linear:
+        raise QzoError(f"{folder}: {path} is a quantized {type(old).__name__}; only linear layers are trained")
     shape, wanted = (layer.out_features, layer.in_features), tuple(old.weight.shape)
     if shape != wanted:
         raise QzoError(f"{folder}: {path} is quantized as {shape}, but config.json implies {wanted}")

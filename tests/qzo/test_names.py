@@ -12,6 +12,7 @@ import pytest
 import qzo
 
 LIBRARIES = "transformers peft bitsandbytes torchao hqq aqlm accelerate safetensors gguf tokenizers huggingface_hub"
+LIBRARIES += " compressed_tensors"
 LATE = ("numpy", "torch", "torch._dynamo", *LIBRARIES.split(), "bench", "reports")
 EVERY_NAME_BUT_THE_TRAINER = "import qzo; [getattr(qzo, name) for name in qzo.__all__ if name != 'QZOTrainer']"
 

@@ -123,7 +123,8 @@ def read(out: Path) -> Any:
         decompress_module(module)
         module.weight.data = module.weight.data.float()[:, order.argsort()]
     model.load_state_dict(tensors, strict=False)
-    model.tie_weights()
+    if "lm_head" not in layers_of(model):
+        model.tie_weights()
     return model
 
 

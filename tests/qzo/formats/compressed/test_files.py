@@ -137,6 +137,19 @@ def test_scales_in_sixteen_bits_and_a_head_that_is_the_embedding(tmp_path, input
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantized_head_is_its_own_even_where_config_ties_it(tmp_path, input_ids, tied):
+    AutoModelForCausalLM.from_config(tiny_config("llama", tied)).save_pretrained(tmp_path / "plain")
+    write([group(4, 32)], tmp_path / "plain", tmp_path / "model", ignore=())
+    model = qzo.load(tmp_path / "model", torch.float32)
+    assert "lm_head.scales" in qzo.scales(model)
+    expected = read(tmp_path / "model")(input_ids).logits
+    torch.testing.assert_close(model(input_ids).logits, expected, rtol=0, atol=1e-4)
+    write([group(4, 32, targets=["Embedding", "Linear"])], tmp_path / "plain", tmp_path / "embedded")
+    with pytest.raises(qzo.QzoError, match="embed_tokens is a quantized Embedding; only linear layers are trained"):
+        qzo.load(tmp_path / "embedded")
+
+
 def test_shards_and_settings_of_older_versions_are_read(copied, input_ids):
     """Groups without a format of their own, a status that is not "compressed", numbers of a shape in int32."""
     folder = copied("packed")
