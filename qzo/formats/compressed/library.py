@@ -14,7 +14,7 @@ from torch import nn
 
 from qzo.errors import QzoError, required
 from qzo.formats.compressed.layer import CompressedLinear
-from qzo.formats.compressed.scheme import scheme_of
+from qzo.formats.compressed.scheme import PACKED, scheme_of
 from qzo.models.folder import one_line
 from qzo.quiet import quiet_libraries
 
@@ -38,8 +38,11 @@ def adopt(module: nn.Module) -> CompressedLinear | None:
         del live.ct_decompress_hook
     if not _is_quantized(module):
         return None
-    scheme = scheme_of(live.quantization_scheme.model_dump(mode="json"), None)
-    if scheme is None or not isinstance(module, nn.Linear):
+    about = live.quantization_scheme.model_dump(mode="json")
+    scheme = scheme_of(about, PACKED)  # a layer that is not compressed yet has no format
+    if scheme is None:
+        return None
+    if not isinstance(module, nn.Linear):
         raise QzoError(f"a {type(module).__name__} that compressed-tensors quantizes cannot be trained, only nn.Linear")
     if live.quantization_status != "compressed":
         raise QzoError(f"its weight is {live.quantization_status.value}, without codes; {REMEDY}")

@@ -107,13 +107,17 @@ def test_other_modules_and_states_are_refused():
         (nn.Embedding(8, 32), "a Embedding that compressed-tensors quantizes cannot be trained"),
         (nn.Linear(32, 8), "its weight is initialized, without codes"),
     ):
-        initialize_module_for_quantization(module, QuantizationScheme.model_validate(group(4, 32)))
+        about = {**group(4, 32), "format": None}
+        initialize_module_for_quantization(module, QuantizationScheme.model_validate(about))
         if isinstance(module, nn.Embedding):
             module.weight_scale.data.fill_(1)
             compress_module(module)
         with pytest.raises(qzo.QzoError, match=message):
             qzo.adopt(nn.Sequential(module))
     assert library.adopt(nn.Linear(3, 3)) is None
+    module = nn.Linear(3, 3)
+    initialize_module_for_quantization(module, QuantizationScheme(targets=["Linear"]))
+    assert library.adopt(module) is None  # nothing of it is quantized
 
 
 def test_columns_in_their_own_order_stay_here(plain, tmp_path, monkeypatch):
