@@ -1,0 +1,94 @@
+"""All that `make gpu` runs, dry on a CPU: parts with time limits, and the two that are not tested elsewhere."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from bench.gpu import __main__ as session
+from bench.gpu import events, facts, seconds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import LlamaConfig
+
+    path = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=1, vocab_size=200,
+        max_position_embeddings=512, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def python(code):
+    return lambda out, device: ["-c", code]
+
+
+def test_parts_run_in_order_and_a_late_one_is_ended_with_what_it_started(monkeypatch, tmp_path, capfd):
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    parts = (
+        session.Part("first", 60, python("print('one', flush=True)")),
+        session.Part("late", 2, python(child)),
+        session.Part("wrong", 60, python("raise SystemExit(3)")),
+        session.Part("last", 60, python("print('four', flush=True)")),
+    )
+    monkeypatch.setattr(session, "PARTS", parts)
+    start = time.monotonic()
+    assert session.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert time.monotonic() - start < 60
+    out = capfd.readouterr().out
+    assert out.index("one") < out.index("late: out of time") < out.index("wrong: exit code 3") < out.index("four")
+    assert session.main(["--device", "cpu", "--out", str(tmp_path), "--parts", "first,last"]) == 0
+
+
+def test_bad_input_is_one_line_and_two(monkeypatch, tmp_path, capsys):
+    assert session.main(["--parts", "fact", "--device", "cpu"]) == 2
+    assert "choose from facts" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert session.main(["--out", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_files_bear_the_name_of_the_card(tmp_path):
+    commands = {part.name: part.command(tmp_path, "cpu") for part in session.PARTS}
+    assert str(tmp_path / "cpu.seconds.json") in commands["seconds"]
+    assert str(tmp_path) in commands["memory"]
+    assert "--collect-only" in commands["tests"]
+    assert all(command[0] == "-m" for command in commands.values())
+    assert sys.executable not in commands["facts"]
+
+
+def test_seconds_are_written_method_by_method(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(seconds, "SHAPES", ((1, 16), (2, 16)))
+    out = tmp_path / "seconds.json"
+    arguments = ["--device", "cpu", "--models", str(folder), "--methods", f"{seconds.FORWARDS},qzo,mezo-reference"]
+    assert seconds.main([*arguments, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["method"] for row in rows] == [seconds.FORWARDS, "qzo", "mezo-reference"]
+    for row in rows:
+        assert row["status"] == "ok" and [shape["batch_size"] for shape in row["shapes"]] == [1, 2]
+        assert all(0 < shape["median"] < 60 for shape in row["shapes"])
+    assert seconds.main(["--device", "cpu", "--models", str(folder), "--seconds", "-1", "--out", str(out)]) == 0
+
+
+def test_a_method_that_fails_is_told_and_the_others_are_measured(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(seconds, "SHAPES", ((1, 4096),))  # more tokens than the model has positions
+    out = tmp_path / "seconds.json"
+    assert seconds.main(["--device", "cpu", "--models", str(folder), "--methods", "qzo,mezo", "--out", str(out)]) == 1
+    assert [row["status"] for row in json.loads(out.read_text())["rows"]] == ["error", "error"]
+
+
+def test_facts_without_a_gpu_are_the_environment(tmp_path):
+    assert facts.main(["--device", "cpu", "--out", str(tmp_path / "facts.json")]) == 0
+    assert set(json.loads((tmp_path / "facts.json").read_text())) == {"environment"}
+
+
+def test_events_of_a_cell_are_those_of_its_ledger_where_there_is_no_allocator(folder, tmp_path):
+    out = tmp_path / "events.json"
+    assert events.main(["--device", "cpu", "--cells", f"{folder}:qzo", "--out", str(out)]) == 0
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert cell["method"] == "qzo" and cell["allocator"] == []
+    assert set(cell["ledger"]) == {"perturb", "forward-plus", "forward-minus", "update"}
