@@ -138,8 +138,13 @@ class Ledger(TorchDispatchMode):
     def _hand_over(self, old: Tensor, new: Tensor) -> None:
         """`new` is in the place of `old` from here on: to the allocator they are one."""
         block = self._live.pop(old.untyped_storage()._cdata, None)
-        if block is not None:
-            self.adopt(new, block)
+        if block is None:
+            return
+        seen = self._live.get(new.untyped_storage()._cdata)  # by a rule, or a mode below this one
+        if seen is not None:
+            seen.weak = None
+            del self.events[next(at for at in reversed(range(len(self.events))) if self.events[at].block is seen)]
+        self.adopt(new, block)
 
     def _died(self, key: int, _: object) -> None:
         block = self._live.pop(key, None)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from bench.ledger.events import highest_rise
@@ -95,3 +96,13 @@ def test_without_the_rule_a_sum_would_seem_to_take_a_third_tensor():
             tied_cast(weight, ids).sum().backward()
         peaks.append(ledger.peak_bytes())
     assert peaks[1] - peaks[0] == weight.nbytes // 2  # the peak of the first is elsewhere
+
+
+def test_a_sum_that_was_seen_already_is_no_allocation_of_its_own():
+    with FakeTensorMode():  # whose own calls the ledger sees too
+        weight, ids = torch.empty(ROWS, WIDTH, requires_grad=True), torch.zeros(3, dtype=torch.long)
+        ledger = Ledger("cpu")
+        with ledger:
+            residual(weight, ids).sum().backward()
+        weight.grad = None
+    assert ledger.live_bytes() == 0
