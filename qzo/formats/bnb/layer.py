@@ -85,8 +85,12 @@ class BnbLinear4bit(RebuiltLinear):
         for name, tensor in (("qweight", qweight), ("scales", scales), ("quant_map", quant_map)):
             self.register_buffer(name, tensor)
         self.bias = frozen(bias)
-        self.signed = not scales.is_meta and bool((scales < 0).any())
+        self.signed = _has_negative(scales)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.signed = self.signed or _has_negative(self.scales)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], by whole blocks; what lies before and after is left out at the end.
@@ -168,3 +172,7 @@ class BnbLinear8bit(RebuiltLinear):
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _has_negative(scales: Tensor) -> bool:
+    return not scales.is_meta and bool((scales < 0).any())

@@ -117,8 +117,9 @@ def read_states(headers: dict[str, Header]) -> dict[str, QuantState]:
 
 
 def quantized_paths(headers: Iterable[str]) -> set[str]:
-    """Paths of the layers of whose codes a checkpoint has the scales."""
-    return {name.removesuffix(f".{part}") for name in headers for part in (ABSMAX, SCB) if name.endswith(f".{part}")}
+    """Paths of the layers of whose codes a checkpoint has the scales, or the quant_state."""
+    scaled = {name.removesuffix(f".{part}") for name in headers for part in (ABSMAX, SCB) if name.endswith(f".{part}")}
+    return scaled | {name.partition(f".{STATE}")[0] for name in headers if f".{STATE}" in name}
 
 
 def check_parts(path: str, shape: tuple[int, int], headers: dict[str, Header], state: QuantState | None) -> set[str]:

@@ -101,7 +101,7 @@ DAMAGE = {
     "but config.json implies [64, 32]": lambda folder: configure(
         folder, lambda config: config.update(hidden_size=32, head_dim=16)
     ),
-    "the model has no layer model.layers.1": lambda folder: configure(
+    "the model has no linear layer model.layers.1": lambda folder: configure(
         folder, lambda config: config.update(num_hidden_layers=1)
     ),
 }
