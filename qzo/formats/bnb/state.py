@@ -105,7 +105,8 @@ def read_states(headers: dict[str, Header]) -> dict[str, QuantState]:
             for name in names:
                 path, _, quant_type = named[name]
                 header = headers[name]
-                if quant_type not in QUANT_TYPES or header.dtype != "U8" or header.numel > STATE_BYTES:
+                is_text = header.dtype == "U8" and len(header.shape) == 1 and header.numel <= STATE_BYTES
+                if quant_type not in QUANT_TYPES or not is_text:
                     raise QzoError(
                         f"{file}: {name} is {header.dtype} {header.shape}; it is no quant_state of NF4 or FP4"
                     )
