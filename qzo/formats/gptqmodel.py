@@ -67,7 +67,7 @@ def take_over(layer: Quantized, module: nn.Module) -> None:
         layer._buffers[name] = tensor.clone() if name == "scales" and tensor.is_inference() else tensor
     if layer.bias is not None:
         layer.bias = nn.Parameter(live.bias.detach(), requires_grad=False)
-    layer._origin = (live,)
+    layer.came_from(live)
 
 
 def give_back(layer: Quantized) -> nn.Module | None:

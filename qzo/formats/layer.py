@@ -21,7 +21,8 @@ class Quantized(nn.Module):
         signed      whether a scale may be negative, so that QZO needs `nonnegative=False`
         is_table    whether it is a vocabulary, whose scales are trained only where they are asked for
         type_name   what the format calls it
-        origin      what its library needs to have it back, see `qzo.release`; None where it did not come from there
+        origin      what its library needs to have it back, see `qzo.release`; None where it did not come from there:
+                    `came_from` sets it
     """
 
     scales: Tensor | None
@@ -33,6 +34,10 @@ class Quantized(nn.Module):
     def origin(self) -> Any:
         """Where the layer came from."""
         return self._origin[0]
+
+    def came_from(self, origin: Any) -> None:
+        """Set `origin`; a module is kept as it is, and becomes no child of this one."""
+        self._origin = (origin,)
 
     @property
     def type_name(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.formats.layer import Quantized
 from qzo.models.folder import Header, headers_in, read_tensors_of, weight_files
-from qzo.models.inspection import WHOLE_ZEROS, Inspection, obstacle
+from qzo.models.inspection import WHOLE_ZEROS, Inspection
 from qzo.models.rewrite import Write, rewriting
 from qzo.models.settings import Source, either
-from qzo.models.skeleton import (
-    FLOATING,
-    IMPLIED,
-    check_architecture,
-    check_counts,
-    check_tensors,
-    dtype_of,
-    finish,
-    skeleton,
-)
-from qzo.models.walk import Site, find_sites, freeze, replace_sites
+from qzo.models.stored import Build, Counted, Stored, count
 
-AS_STORED = (".scales", ".codebooks")  # whatever the dtype of the rest
 PER_NUMBER = 16  # codes of two bits, the most that a number can hold
 PARTS = {"scales": "scales", "qweight": "codes", "qzeros": "zero_points", "g_idx": "g_idx"}
 PARTS |= {"codes": "codes", "codebooks": "codebooks"}
@@ -46,13 +35,13 @@ class Layout:
     """
 
     n_bits: int
-    build: Callable[[Tensor, Tensor | None], Quantized]
+    build: Callable[[Tensor, Tensor | None], nn.Module]
     read: tuple[str, Callable[[Tensor], Tensor]] | None = None
     per_number: int = PER_NUMBER
 
 
 @dataclass(frozen=True)
-class PackedCheckpoint:
+class PackedCheckpoint(Stored):
     """A folder with such a checkpoint.
 
     Args:
@@ -62,7 +51,7 @@ class PackedCheckpoint:
         about: version, bits and group size as the settings have them, whatever they are.
         layout: what they mean. Raises QzoError for what is not supported.
         saved_as: `checkpoint_format` of `qzo.checkpoints.save`.
-        with_scales: the set of `qzo.trainable` that trains more than scales, of quantized layers.
+        more: the set of `qzo.trainable` that trains more than scales, of quantized layers.
     """
 
     format: str
@@ -70,69 +59,55 @@ class PackedCheckpoint:
     codes: str
     about: dict[str, Any]
     layout: Callable[[], Layout]
-    saved_as: str
-    with_scales: str = "scales+offsets"
+    saved_as: str | None
+    more: str = "scales+offsets"
+    by_name = True
+    head_too = False
+    moving = WHOLE_ZEROS
 
-    @property
-    def folder(self) -> Path:
-        """Of the checkpoint."""
-        return self.source.path
-
-    def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
-        """Build the model on meta, put quantized layers in, and give every tensor its value file by file.
-
-        Extra memory: the tensors of one file, until they are in place. Raises QzoError for files that are damaged or do
-        not belong together, before any tensor is read as far as the headers tell.
-        """
-        layout = self.layout()
-        headers = headers_in(weight_files(self.folder))
-        dtype = dtype or dtype_of(self.source.config)
-        model = self._empty(layout, headers, dtype)
-        for file in dict.fromkeys(header.file for header in headers.values()):
-            _assign(model, file, layout, dtype, device)
-        finish(model, device)
-        return freeze(model).eval()
-
-    def inspect(self, name: str) -> Inspection:
-        """What headers and settings tell; `reason` is None just where loading needs no more than sound data."""
-        headers = headers_in(weight_files(self.folder))
-        counts, sizes = parts_of(headers)
-        reason = obstacle(self.folder, lambda: self._empty(self.layout(), headers, dtype_of(self.source.config)))
-        if reason is None and self.codes == "qweight":  # words of n_bits, a number that there is a layout for
-            n_bits = self.layout().n_bits
-            counts |= {part: counts[part] * 32 // n_bits for part in ("codes", "zero_points")}
-        scales, unquantized = counts["scales"], counts["unquantized"]
-        return Inspection(
-            name,
-            self.format,
-            **self.about,
-            settings=self.source.settings or {},
-            layers=sum(stored.endswith(f".{self.codes}") for stored in headers),
-            counts=counts,
-            sizes=sizes,
-            trainable={
-                "scales": scales,
-                self.with_scales: scales + counts["codebooks"],
-                "scales+unquantized": scales + unquantized,
-            },
-            reason=reason,
-            moving=WHOLE_ZEROS,
-        )
+    @cached_property
+    def headers(self) -> dict[str, Header]:  # type: ignore[override]
+        """Of all tensors. Raises QzoError for files that are damaged or not there."""
+        return headers_in(weight_files(self.folder))
 
     def writing(self, tensors: dict[str, Tensor]) -> Write:
         """Tensors have the names of the checkpoint."""
         return rewriting(self.folder, tensors)
 
-    def _empty(self, layout: Layout, headers: dict[str, Header], dtype: torch.dtype) -> Any:
-        """The model on meta with quantized layers, which expects just the tensors that are there. Raises QzoError."""
-        check_counts(self.folder, self.source.config, len(headers))
-        check_architecture(self.folder, self.source.config)
-        if not any(name.endswith(f".{self.codes}") for name in headers):
-            raise QzoError(f"{self.folder}: no tensor holds codes, and config.json says {self.format}")
-        model = skeleton(self.folder, headers, dtype, max(PER_NUMBER, layout.per_number))
-        _insert_layers(model, headers, self.codes, layout)
-        check_tensors(self.folder, model, headers)
-        return model
+    def paths(self) -> Collection[str]:
+        """Layers that have codes; so what the quantizer left alone (`modules_to_not_convert`) stays as it is."""
+        return {name.removesuffix(f".{self.codes}") for name in self.headers if name.endswith(f".{self.codes}")}
+
+    def builder(self) -> tuple[Build, int]:
+        """By the settings, with the shapes of the model's weights."""
+        layout = self.layout()
+        return lambda _, weight, bias: layout.build(weight, bias), max(PER_NUMBER, layout.per_number)
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors of each file; zero points as the layers have them. Raises QzoError for groups not there."""
+        layout = self.layout()
+        for file in dict.fromkeys(header.file for header in self.headers.values()):
+            tensors = {}
+            for name, tensor in read_tensors_of(file):
+                if layout.read is not None and name.endswith(layout.read[0]):
+                    tensor = layout.read[1](tensor)
+                elif name.endswith(".g_idx"):
+                    scales = self.headers[f"{name.removesuffix('g_idx')}scales"]
+                    tensor = _checked_groups(file, name, tensor, groups=scales.shape[0])
+                tensors[name] = tensor
+            yield tensors
+
+    def counted(self) -> Counted:
+        """By the headers; words of codes are counted."""
+        return parts_of(self.headers)
+
+    def inspect(self, name: str) -> Inspection:
+        """As `Stored.inspect`; codes and zero points are counted where there is a layout for their words."""
+        found = super().inspect(name)
+        if found.reason is None and self.codes == "qweight":  # words of n_bits
+            n_bits = self.layout().n_bits
+            found.counts.update({part: found.counts[part] * 32 // n_bits for part in ("codes", "zero_points")})
+        return found
 
 
 def in_common(layers: dict[str, Any]) -> tuple[int, int]:
@@ -162,42 +137,6 @@ def facts(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _insert_layers(model: nn.Module, names: Container[str], codes: str, layout: Layout) -> None:
-    """A quantized layer for each layer whose codes are in the checkpoint, with a bias where that has one.
-
-    So layers that the quantizer was told to leave alone (`modules_to_not_convert`) stay as they are.
-    """
-
-    def stored(site: Site) -> bool:
-        path = site.paths[0]
-        return f"{path}.{codes}" in names or f"{path}.gate_up_proj.0.{codes}" in names
-
-    sites = [site for site in find_sites(model) if stored(site)]
-    replace_sites(model, sites, lambda _, weight, bias: layout.build(weight, bias))
-    for path, module in model.named_modules():
-        if isinstance(module, Quantized) and module.bias is None and f"{path}.bias" in names:
-            bias = torch.empty(module.out_features, device="meta")
-            module.bias = nn.Parameter(bias, requires_grad=False)
-
-
-def _assign(model: nn.Module, file: Path, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the tensors of one file to the model."""
-    expected = model.state_dict()
-    tensors = {}
-    for name, tensor in read_tensors_of(file, str(device)):
-        if name.endswith(IMPLIED):
-            continue
-        if layout.read is not None and name.endswith(layout.read[0]):
-            tensor = layout.read[1](tensor)
-        elif name.endswith(".g_idx"):
-            scales = expected[f"{name.removesuffix('g_idx')}scales"]
-            tensor = _checked_groups(file, name, tensor, groups=len(scales))
-        elif tensor.is_floating_point() and not name.endswith(AS_STORED):
-            tensor = tensor.to(dtype)
-        tensors[name] = tensor
-    model.load_state_dict(tensors, strict=False, assign=True)
-
-
 def _checked_groups(file: Path, name: str, g_idx: Tensor, groups: int) -> Tensor:
     """g_idx as int32. Raises QzoError for a group that is not there."""
     low, high = g_idx.aminmax()
@@ -206,15 +145,12 @@ def _checked_groups(file: Path, name: str, g_idx: Tensor, groups: int) -> Tensor
     return g_idx.to(torch.int32)
 
 
-def parts_of(headers: dict[str, Header]) -> tuple[dict[str, int], dict[str, int]]:
-    """Numbers (words, where they are packed) and bytes of each part; of "unquantized" only floating numbers count."""
-    counts = dict.fromkeys((*PARTS.values(), "unquantized"), 0)
-    sizes = dict.fromkeys(counts, 0)
+def parts_of(headers: dict[str, Header]) -> Counted:
+    """Numbers (words, where they are packed) and bytes of each part."""
     packed = {name.rpartition(".")[0] for name in headers if name.endswith((".qweight", ".codes"))}
-    for name, header in headers.items():
+
+    def part_of(name: str) -> str | None:
         path, _, last = name.rpartition(".")
-        part = PARTS.get(last, "unquantized") if path in packed else "unquantized"
-        sizes[part] += header.nbytes
-        if part != "unquantized" or (header.dtype in FLOATING and not name.endswith(IMPLIED)):
-            counts[part] += header.numel
-    return counts, sizes
+        return PARTS.get(last) if path in packed else None
+
+    return count(headers, dict.fromkeys(PARTS.values()), part_of)

@@ -1,16 +1,18 @@
-"""Models put together from quantized layers and plain tensors, however a checkpoint stores them."""
+"""The one way in which a checkpoint becomes a model: quantized layers in their places, plain tensors beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, named
+from qzo.models.experts import check_experts, looks_like_experts
 from qzo.models.folder import Header
 from qzo.models.inspection import Inspection, obstacle
 from qzo.models.rewrite import Write
@@ -25,21 +27,170 @@ from qzo.models.skeleton import (
     finish,
     skeleton,
 )
-from qzo.models.walk import freeze, put
+from qzo.models.walk import every_site, freeze, output_head, replace_sites
 
-PER_NUMBER = 32  # codes that a stored number may hold: of one bit, shown as fp32
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.int8: "I8"}
 PARTS = ("scales", "codes", "zero_points", "offsets")  # and g_idx, where layers have one
-OWN_DTYPE = ("codes", "scales", "zero_points", "offsets")  # buffers of quantized layers, not cast
+Build = Callable[[str, Tensor, Tensor | None], nn.Module]
+Batches = Iterable[dict[str, Tensor]]
+Counted = tuple[dict[str, int], dict[str, int]]
+
+
+class Stored(ABC):
+    """A checkpoint in a folder: loaded, and summed up, by the few words that a format has for what it stores.
+
+    A child has the abstract methods below, and
+        format      quant_method
+        source      the folder and its settings
+        headers     of all stored tensors, by their stored names; raises QzoError for damaged files
+        batches     () -> the tensors by their names in the model, file by file
+        writing     tuned tensors by their names in the model -> what writes the weights with them into a folder
+        about       `version`, `n_bits` and `group_size` of an Inspection
+    and where they are not these:
+        saved_as    `checkpoint_format` of `qzo.checkpoints.save`; None where only its own files are written anew
+        by_name     whether layers have the tensors of the files, under the same names
+        head_too    whether the output head may be quantized
+        copied      whether the model gets copies of what is in batches, which lies in a mapped file or is a view
+        more        the set of `qzo.trainable` that trains more of a quantized layer than its scales
+        moving      what moves with scales, see `Inspection`
+    """
+
+    format: str
+    source: Source
+    headers: dict[str, Header]
+    batches: Callable[[], Batches]
+    writing: Callable[[dict[str, Tensor]], Write]
+    about: dict[str, Any]
+    saved_as: str | None = None
+    by_name = False
+    head_too = True
+    copied = False
+    more: str = "scales+offsets"
+    moving: str = ""
+
+    @abstractmethod
+    def paths(self) -> Collection[str]:
+        """Of the quantized layers; those of experts as `Site.names` has them."""
+
+    @abstractmethod
+    def builder(self) -> tuple[Build, int]:
+        """What makes the layer of a path, and how many weights a stored number may stand for.
+
+        The first gets the path, the weight [N, K] that is to be replaced, on meta and in the dtype of the model, and a
+        bias [N] or None. Both raise QzoError: for settings that are not supported, for tensors that do not fit them.
+        """
+
+    @abstractmethod
+    def counted(self) -> Counted:
+        """Numbers and bytes of each part that an Inspection tells of, "unquantized" included."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint."""
+        return self.source.path
+
+    def plain(self) -> dict[str, Header]:
+        """Headers of tensors that are called the same in the model."""
+        paths = () if self.by_name else self.paths()
+        return {name: header for name, header in self.headers.items() if layer_of(name, paths) is None}
+
+    def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
+        """The model with quantized layers on the tensors of the files, everything frozen; the rest is cast to `dtype`.
+
+        Memory: itself and the tensors of one file. Raises QzoError for what does not belong together, before data is
+        read.
+        """
+        dtype = dtype or dtype_of(self.source.config)
+        model, layers = self.empty(dtype)
+        own = _buffers(layers)
+        for tensors in self.batches():
+            ready = {}
+            for name, tensor in tensors.items():
+                cast = tensor.is_floating_point() and name not in own
+                if not name.endswith(IMPLIED):
+                    ready[name] = tensor.to(device, dtype if cast else tensor.dtype, copy=self.copied)
+            model.load_state_dict(ready, strict=False, assign=True)
+        finish(model, device)
+        return freeze(model).eval()
+
+    def inspect(self, name: str) -> Inspection:
+        """What headers and settings tell; `reason` is None just where loading needs no more than sound data."""
+        counts, sizes = self.counted()
+        scales = counts["scales"]
+        trained = {
+            "scales": scales,
+            self.more: scales + counts.get("offsets", 0) + counts.get("codebooks", 0),
+            "scales+unquantized": scales + counts["unquantized"],
+        }
+        return Inspection(
+            name,
+            self.format,
+            **self.about,
+            settings=self.source.settings or {},
+            layers=len(self.paths()),
+            counts=counts,
+            sizes=sizes,
+            trainable=trained,
+            reason=obstacle(self.folder, lambda: self.empty(dtype_of(self.source.config))),
+            moving=self.moving,
+        )
+
+    def empty(self, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+        """The model on meta with quantized layers in their places, and path -> layer; no data is read.
+
+        Raises QzoError for layers and tensors that the model has no place for, and for tensors that are missing.
+        """
+        folder, config = self.folder, self.source.config
+        build, per_number = self.builder()
+        check_counts(folder, config, len(self.headers))
+        check_architecture(folder, config)
+        if not self.paths():
+            raise QzoError(f"{folder}: no tensor holds codes, and config.json says {self.format}")
+        model = skeleton(folder, self.headers, dtype, per_number)
+        layers = self._put(model, build)
+        check_tensors(folder, model, self.plain(), () if self.by_name else _buffers(layers))
+        return model, layers
+
+    def _put(self, model: Any, build: Build) -> dict[str, Any]:
+        """Put a layer in the place of each path, with a bias where the model or the checkpoint has one."""
+        paths, headers = set(self.paths()), self.headers
+        head = None if self.head_too else output_head(model)
+        sites = [site for site in every_site(model) if site.module is not head and paths & set(site.names())]
+        names = [name for site in sites for name in site.names()]
+        unknown = sorted(paths - set(names))
+        if unknown:
+            other = dict(model.named_modules()).get(unknown[0])
+            if other is not None and not isinstance(other, nn.Linear):
+                kind = type(other).__name__
+                raise QzoError(f"{self.folder}: {unknown[0]} is a quantized {kind}; only linear layers are trained")
+            raise QzoError(
+                f"{self.folder}: the model has no linear layer {unknown[0]} that {self.format} quantizes; config.json "
+                "and weights do not belong together"
+            )
+        layers: dict[str, Any] = {}
+
+        def made(index: int, weight: Tensor, bias: Tensor | None) -> nn.Module:
+            path = names[index]
+            if bias is None and f"{path}.bias" in headers:
+                bias = weight.new_empty(len(weight))
+            layers[path] = build(path, weight, bias)
+            return layers[path]
+
+        with named(str(self.folder)):
+            for site in sites:
+                if looks_like_experts(site.module):
+                    check_experts(site.paths[0], site.module)
+            replace_sites(model, sites, made)
+        return layers
 
 
 @dataclass(frozen=True)
-class StoredModel:
-    """What a folder holds whose layers follow from headers and settings, without a model to put them in.
+class StoredModel(Stored):
+    """A checkpoint whose layers follow from headers and settings alone.
 
     Args:
-        format: quant_method.
+        format: e.g. "hqq" or "torchao".
         source: the folder and its settings.
         headers: of all stored tensors, by their stored names.
         layers: path -> quantized layer, its tensors on meta or on mapped memory.
@@ -52,118 +203,69 @@ class StoredModel:
     source: Source
     headers: dict[str, Header]
     layers: dict[str, Any]
-    batches: Callable[[], Iterable[dict[str, Tensor]]]
+    batches: Callable[[], Batches]
     writing: Callable[[dict[str, Tensor]], Write]
     moving: str
-    saved_as: ClassVar[str | None] = None
+    copied = True
 
-    @property
-    def folder(self) -> Path:
-        """Of the checkpoint."""
-        return self.source.path
+    def paths(self) -> Collection[str]:
+        """Of the quantized layers."""
+        return self.layers.keys()
 
-    @property
-    def plain(self) -> dict[str, Header]:
-        """Headers of the tensors outside of quantized layers."""
-        return {name: h for name, h in self.headers.items() if name.rpartition(".")[0] not in self.layers}
+    def builder(self) -> tuple[Build, int]:
+        """The layers there are; a stored number may hold 32 codes, of one bit, shown as fp32."""
+        return self._fitting, 32
 
-    def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
-        """The model with quantized layers on the tensors of the files, everything frozen; the rest is cast to `dtype`.
+    def _fitting(self, path: str, weight: Tensor, bias: Tensor | None) -> Any:
+        layer = self.layers[path]
+        shape, wanted = (layer.out_features, layer.in_features), tuple(weight.shape)
+        if shape != wanted:
+            raise QzoError(f"it is quantized as {shape}, but config.json implies {wanted}")
+        if bias is not None and layer.bias is None:
+            raise QzoError("its bias is missing")
+        layer.compute_dtype = weight.dtype  # of all around it
+        return layer
 
-        Memory: itself and the tensors of one file. Raises QzoError for what does not belong together, before data is
-        read.
-        """
-        dtype = dtype or dtype_of(self.source.config)
-        model = empty_stored(self, dtype)
+    def counted(self) -> Counted:
+        """By the layers' tensors; settings that are stored as tensors are not counted."""
+        counts, sizes = count(self.plain(), PARTS, lambda _: None)
         for layer in self.layers.values():
-            layer.compute_dtype = dtype  # of all around it
-        for tensors in self.batches():
-            ready = {}
-            for name, tensor in tensors.items():
-                own = name.endswith(OWN_DTYPE) or not tensor.is_floating_point()
-                if not name.endswith(IMPLIED):
-                    ready[name] = tensor.to(device, tensor.dtype if own else dtype, copy=True)
-            model.load_state_dict(ready, strict=False, assign=True)
-        finish(model, device)
-        return freeze(model).eval()
-
-    def inspect(self, name: str) -> Inspection:
-        """Counts and bytes of the layers' tensors; `reason` is None just where loading needs no more than sound data.
-
-        Bits and group size are None where the layers have several; settings that are stored as tensors are not counted.
-        """
-        layers = list(self.layers.values())
-        counts = dict.fromkeys((*PARTS, "unquantized"), 0)
-        sizes = dict.fromkeys(counts, 0)
-        for layer in layers:
             packed = {"codes": layer.in_features * layer.out_features, "zero_points": layer.scales.numel()}
             for part in (*PARTS, "g_idx"):
                 tensor = getattr(layer, part, None)
                 if tensor is not None:
                     counts[part] = counts.get(part, 0) + packed.get(part, tensor.numel())
                     sizes[part] = sizes.get(part, 0) + tensor.nbytes
-            if layer.bias is not None:
-                counts["unquantized"] += layer.bias.numel()
-                sizes["unquantized"] += layer.bias.nbytes
-        for stored, header in self.plain.items():
-            sizes["unquantized"] += header.nbytes
-            if header.dtype in FLOATING and not stored.endswith(IMPLIED):
-                counts["unquantized"] += header.numel
-        trained = {"scales": counts["scales"], "scales+offsets": counts["scales"] + counts["offsets"]}
-        trained["scales+unquantized"] = counts["scales"] + counts["unquantized"]
-        return Inspection(
-            name,
-            self.format,
-            ", ".join(sorted({layer.type_name for layer in layers})),
-            _common({layer.n_bits for layer in layers}),
-            _common({layer.group_size for layer in layers}),
-            self.source.settings or {},
-            len(layers),
-            counts,
-            sizes,
-            trained,
-            obstacle(self.folder, lambda: empty_stored(self, dtype_of(self.source.config))),
-            self.moving,
-        )
+        return counts, sizes
+
+    @property
+    def about(self) -> dict[str, Any]:  # type: ignore[override]
+        """Bits and group size are None where the layers have several."""
+        layers = self.layers.values()
+        return {
+            "version": ", ".join(sorted({layer.type_name for layer in layers})),
+            "n_bits": _common({layer.n_bits for layer in layers}),
+            "group_size": _common({layer.group_size for layer in layers}),
+        }
 
 
-def _common(values: set[Any]) -> Any:
-    return next(iter(values)) if len(values) == 1 else None
+def layer_of(name: str, paths: Container[str]) -> str | None:
+    """The quantized layer that a tensor of a file belongs to; None for a bias, and for what is of no such layer."""
+    path, parts, _ = name.partition(".weight.")  # of bitsandbytes, several for a weight
+    path, last = (path, "weight") if parts else name.rpartition(".")[::2]
+    return path if path in paths and last != "bias" else None
 
 
-def empty_stored(stored: StoredModel, dtype: torch.dtype) -> Any:
-    """The model on meta, with quantized layers in the places of its linear layers; no data is read.
-
-    Raises QzoError for layers and tensors that the model has no place for, and for tensors that are missing.
-    """
-    folder, config = stored.folder, stored.source.config
-    check_counts(folder, config, len(stored.headers))
-    check_architecture(folder, config)
-    model = skeleton(folder, stored.headers, dtype, PER_NUMBER)
-    for path, layer in stored.layers.items():
-        _place(folder, model, path, layer)
-    own = {f"{path}.{name}" for path, layer in stored.layers.items() for name in layer.state_dict()}
-    check_tensors(folder, model, stored.plain, own)
-    return model
-
-
-def _place(folder: Path, model: Any, path: str, layer: Any) -> None:
-    try:
-        old = model.get_submodule(path)
-    except AttributeError:
-        old = None
-    if old is None:
-        raise QzoError(
-            f"{folder}: the model has no linear layer {path}; config.json and weights do not belong together"
-        )
-    if type(old) is not nn.Linear:
-        raise QzoError(f"{folder}: {path} is a quantized {type(old).__name__}; only linear layers are trained")
-    shape, wanted = (layer.out_features, layer.in_features), tuple(old.weight.shape)
-    if shape != wanted:
-        raise QzoError(f"{folder}: {path} is quantized as {shape}, but config.json implies {wanted}")
-    if old.bias is not None and layer.bias is None:
-        raise QzoError(f"{folder}: {path}.bias is missing")
-    put(model, (path,), layer)
+def count(headers: dict[str, Header], parts: Iterable[str], part_of: Callable[[str], str | None]) -> Counted:
+    """Numbers and bytes of each part, of what is none as "unquantized"; of that, only floating numbers count."""
+    counts = dict.fromkeys((*parts, "unquantized"), 0)
+    sizes = dict.fromkeys(counts, 0)
+    for name, header in headers.items():
+        part = part_of(name) or "unquantized"
+        sizes[part] += header.nbytes
+        if part != "unquantized" or (header.dtype in FLOATING and not name.endswith(IMPLIED)):
+            counts[part] += header.numel
+    return counts, sizes
 
 
 def on_meta(name: str, header: Header) -> Tensor:
@@ -172,3 +274,12 @@ def on_meta(name: str, header: Header) -> Tensor:
     if dtype is None:
         raise QzoError(f"{header.file}: {name} is {header.dtype}, which is not known here")
     return torch.empty(header.shape, dtype=dtype, device="meta")
+
+
+def _buffers(layers: dict[str, Any]) -> set[str]:
+    """Names of the layers' tensors but biases: those that are not cast."""
+    return {f"{path}.{name}" for path, layer in layers.items() for name, _ in layer.named_buffers()}
+
+
+def _common(values: set[Any]) -> Any:
+    return next(iter(values)) if len(values) == 1 else None

@@ -28,6 +28,14 @@ class Site:
     paths: tuple[str, ...]
     module: nn.Module
 
+    def names(self) -> list[str]:
+        """Paths of the layers that `replace_sites` puts there, in its order: one, or two for each expert."""
+        if not looks_like_experts(self.module):
+            return [self.paths[0]]
+        stacks = {name: getattr(self.module, name, None) for name in ("gate_up_proj", "down_proj")}
+        counts = {name: len(stack) for name, stack in stacks.items() if isinstance(stack, Tensor) and stack.ndim}
+        return [f"{self.paths[0]}.{name}.{expert}" for name, count in counts.items() for expert in range(count)]
+
     def shapes(self) -> Iterator[tuple[str, LinearShape]]:
         """Name and shape of the linear maps inside: one, or two for a mixture of experts."""
         if isinstance(self.module, nn.Linear) or is_conv1d(self.module):
@@ -45,21 +53,25 @@ def find_sites(model: nn.Module) -> list[Site]:
     Raises QzoError where there is none, or for layers of these kinds that are already quantized or of an unknown make.
     """
     head = output_head(model)
-    found: dict[int, tuple[list[str], nn.Module]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if module is head:
-            continue
+    sites = [site for site in every_site(model) if site.module is not head]
+    for path, module in ((site.paths[0], site.module) for site in sites):
         if looks_like_experts(module):
             check_experts(path, module)
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             raise QzoError(f"{path}: cannot quantize a {type(module).__name__}; start from plain nn.Linear layers")
-        elif not isinstance(module, nn.Linear) and not is_conv1d(module):
-            continue
         if not path:
             raise QzoError(f"a {type(module).__name__} cannot be replaced in place; pass the module that holds it")
-        found.setdefault(id(module), ([], module))[0].append(path)
-    if not found:
+    if not sites:
         raise QzoError(f"{type(model).__name__} has no layer to quantize; pass a model with unquantized linear layers")
+    return sites
+
+
+def every_site(model: nn.Module) -> list[Site]:
+    """Every linear layer, of whatever class, and every module of stacked experts, of whatever make; the head too."""
+    found: dict[int, tuple[list[str], nn.Module]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) or is_conv1d(module) or looks_like_experts(module):
+            found.setdefault(id(module), ([], module))[0].append(path)
     return [Site(tuple(paths), module) for paths, module in found.values()]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qzo.errors import QzoError, named
 from qzo.formats.bnb.layer import QUANT_TYPES, BnbLinear4bit, BnbLinear8bit
@@ -27,22 +29,12 @@ from qzo.formats.bnb.state import (
     read_states,
 )
 from qzo.models.folder import Header, headers_in, opened, read_tensors_of, weight_files
-from qzo.models.inspection import Inspection, obstacle
 from qzo.models.rewrite import Write, rewriting
 from qzo.models.settings import Source
-from qzo.models.skeleton import (
-    FLOATING,
-    IMPLIED,
-    check_architecture,
-    check_counts,
-    check_tensors,
-    dtype_of,
-    finish,
-    skeleton,
-)
-from qzo.models.walk import freeze, is_conv1d, put, weight_of
+from qzo.models.stored import Build, Counted, Stored, count, layer_of
 
 PER_NUMBER = 8  # codes of four bits, the most that a number (fp32) can hold
+PARTS = {"weight": "codes", ABSMAX: "scales", SCB: "scales", NESTED_ABSMAX: "scales"}
 
 
 def find(source: Source) -> BnbCheckpoint | None:
@@ -51,83 +43,80 @@ def find(source: Source) -> BnbCheckpoint | None:
 
 
 @dataclass(frozen=True)
-class BnbCheckpoint:
-    """A folder with such a checkpoint."""
+class BnbCheckpoint(Stored):
+    """A folder with such a checkpoint; double quantization is undone: its scales are fp32 [N K / block_size]."""
 
     source: Source
-    saved_as: ClassVar[str | None] = None
+    format = "bitsandbytes"
+    moving = "there are no zero points"
+
+    @cached_property
+    def headers(self) -> dict[str, Header]:  # type: ignore[override]
+        """Of all tensors. Raises QzoError for files that are damaged or not there."""
+        return headers_in(weight_files(self.folder))
+
+    @cached_property
+    def states(self) -> dict[str, QuantState]:
+        """Path -> quant_state of every 4-bit layer. Raises QzoError."""
+        return read_states(self.headers)
 
     @property
-    def folder(self) -> Path:
-        """Of the checkpoint."""
-        return self.source.path
-
-    def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
-        """Build the model on meta, put quantized layers in, and give every tensor its value file by file.
-
-        Double quantization is undone: the scales become fp32 [N K / block_size]. Extra memory: the tensors of one file,
-        until they are in place. Raises QzoError for files that are damaged or do not belong together.
-        """
-        headers = headers_in(weight_files(self.folder))
-        dtype = dtype or dtype_of(self.source.config)
-        model, states = self._empty(headers, dtype)
-        parts: dict[str, dict[str, Tensor]] = {path: {} for path in states}
-        for file in dict.fromkeys(header.file for header in headers.values()):
-            plain = {}
-            for name, tensor in read_tensors_of(file, str(device)):
-                path = layer_of(name, states)
-                if path is not None:
-                    parts[path][name.removeprefix(f"{path}.")] = tensor
-                elif not name.endswith(IMPLIED):
-                    plain[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            model.load_state_dict(plain, strict=False, assign=True)
-            for path in [path for path, own in parts.items() if _is_whole(own, states[path])]:
-                with named(f"{file}: {path}"):
-                    _fill(model.get_submodule(path), parts.pop(path), states[path])
-        finish(model, device)
-        return freeze(model).eval()
-
-    def inspect(self, name: str) -> Inspection:
-        """What headers, settings and quant_states tell; `reason` is None where loading needs but sound data."""
-        headers = headers_in(weight_files(self.folder))
+    def about(self) -> dict[str, Any]:  # type: ignore[override]
+        """As far as settings and quant_states tell."""
         settings = self.source.settings or {}
-        facts = _facts(settings, headers)
-        counts, sizes = _parts(headers, facts["n_bits"])
-        scales, unquantized = counts["scales"], counts["unquantized"]
-        return Inspection(
-            name,
-            "bitsandbytes",
-            **facts,
-            settings=settings,
-            layers=len(quantized_paths(headers)),
-            counts=counts,
-            sizes=sizes,
-            trainable={"scales": scales, "scales+offsets": scales, "scales+unquantized": scales + unquantized},
-            reason=obstacle(self.folder, lambda: self._empty(headers, dtype_of(self.source.config))),
-            moving="there are no zero points",
-        )
+        if settings.get("load_in_8bit") is True:
+            return {"version": "int8", "n_bits": 8, "group_size": -1}
+        version = str(settings.get("bnb_4bit_quant_type"))
+        if any(name.endswith(f".{NESTED_ABSMAX}") for name in self.headers):
+            version += ", double quantization"
+        try:
+            sizes = {state.block_size for state in self.states.values()}
+        except QzoError:  # told as the reason why it cannot be trained
+            sizes = set()
+        return {"version": version, "n_bits": 4, "group_size": sizes.pop() if len(sizes) == 1 else None}
+
+    def paths(self) -> Collection[str]:
+        """Layers of whose codes there are scales; so what was left alone (`llm_int8_skip_modules`) stays as it is."""
+        return quantized_paths(self.headers)
+
+    def builder(self) -> tuple[Build, int]:
+        """By quant_states and headers."""
+        return partial(_layer, _bits(self.source), self.headers, self.states), PER_NUMBER
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors of each file, and of each layer once all of its parts are read."""
+        parts: dict[str, dict[str, Tensor]] = {path: {} for path in self.paths()}
+        whole = Counter(layer_of(name, parts) for name in self.headers)
+        for file in dict.fromkeys(header.file for header in self.headers.values()):
+            tensors = {}
+            for name, tensor in read_tensors_of(file):
+                path = layer_of(name, parts)
+                if path is None:
+                    tensors[name] = tensor
+                else:
+                    parts[path][name.removeprefix(f"{path}.")] = tensor
+            for path in [path for path, own in parts.items() if len(own) == whole[path]]:
+                with named(f"{file}: {path}"):
+                    buffers = _buffers(parts.pop(path), self.states.get(path))
+                tensors |= {f"{path}.{name}": tensor for name, tensor in buffers.items()}
+            yield tensors
+
+    def counted(self) -> Counted:
+        """Scales count once, whether they take four bytes or, with double quantization, one and a second level's."""
+        paths, headers = self.paths(), self.headers
+
+        def part_of(name: str) -> str | None:
+            path = layer_of(name, paths)
+            return None if path is None else PARTS.get(name.removeprefix(f"{path}."), "tables")
+
+        counts, sizes = count(headers, ("scales", "codes", "tables"), part_of)
+        counts["scales"] -= sum(header.numel for name, header in headers.items() if name.endswith(f".{NESTED_ABSMAX}"))
+        counts["codes"] = sizes["codes"] * 8 // self.about["n_bits"]
+        return counts, sizes
 
     def writing(self, tensors: dict[str, Tensor]) -> Write:
         """Scales become the tensors that the library keeps them in."""
-        stored = _stored(self.folder, headers_in(weight_files(self.folder)), tensors)
-        return rewriting(self.folder, tensors, stored)
-
-    def _empty(self, headers: dict[str, Header], dtype: torch.dtype) -> tuple[Any, dict[str, QuantState | None]]:
-        """The model on meta with quantized layers, and path -> quant_state (None of int8) of each.
-
-        All headers are then known to be those of its tensors. Raises QzoError.
-        """
-        folder, n_bits = self.folder, _bits(self.source)
-        check_counts(folder, self.source.config, len(headers))
-        check_architecture(folder, self.source.config)
-        if not quantized_paths(headers):
-            raise QzoError(f"{folder}: no tensor holds codes, and config.json says bitsandbytes")
-        model = skeleton(folder, headers, dtype, PER_NUMBER)
-        states = _insert_layers(folder, model, headers, n_bits)
-        plain = {name: header for name, header in headers.items() if layer_of(name, states) is None}
-        checked = {f"{path}.{name}" for path in states for name, _ in model.get_submodule(path).named_buffers()}
-        check_tensors(folder, model, plain, checked)
-        return model, states
+        return rewriting(self.folder, tensors, _stored(self.folder, self.headers, tensors))
 
 
 def _bits(source: Source) -> int:
@@ -142,25 +131,8 @@ def _bits(source: Source) -> int:
     return n_bits[0]
 
 
-def layer_of(name: str, paths: Container[str]) -> str | None:
-    """The quantized layer that a tensor of a file belongs to; None for a bias, and for what is of no such layer."""
-    path = name
-    while path:
-        path = path.rpartition(".")[0]
-        if path in paths:
-            return None if name == f"{path}.bias" else path
-    return None
-
-
-def _is_whole(parts: dict[str, Tensor], state: QuantState | None) -> bool:
-    needed = {"weight", SCB} if state is None else {"weight", ABSMAX, QUANT_MAP}
-    if state is not None and state.offset is not None:
-        needed |= {NESTED_ABSMAX, NESTED_MAP}
-    return needed <= parts.keys()
-
-
-def _fill(layer: Any, parts: dict[str, Tensor], state: QuantState | None) -> None:
-    """Give a layer its tensors. Raises QzoError for scales that are no numbers."""
+def _buffers(parts: dict[str, Tensor], state: QuantState | None) -> dict[str, Tensor]:
+    """A layer's tensors by their names there. Raises QzoError for scales that are no numbers."""
     scales = parts[SCB if state is None else ABSMAX]
     if state is not None and state.offset is not None:
         scales = unnest(scales, parts[NESTED_ABSMAX], parts[NESTED_MAP], state.offset)
@@ -170,51 +142,31 @@ def _fill(layer: Any, parts: dict[str, Tensor], state: QuantState | None) -> Non
     if layout:
         raise QzoError(f"its weight_format is {layout}; only 0, row by row, is known")
     if state is None:
-        layer.qweight, layer.scales = parts["weight"], scales
-    else:
-        layer.assign(parts["weight"].view(-1).view(torch.uint8).view(-1, 1), scales, parts[QUANT_MAP], layer.bias)
-
-
-def _insert_layers(
-    folder: Path, model: nn.Module, headers: dict[str, Header], n_bits: int
-) -> dict[str, QuantState | None]:
-    """A quantized layer for each one whose codes are in the checkpoint; all else stays as it is.
-
-    So what bitsandbytes was told to leave alone (`llm_int8_skip_modules`) does. Raises QzoError for other tensors.
-    """
-    paths, states = quantized_paths(headers), read_states(headers)
-    found: dict[str, QuantState | None] = {}
-    for path, module in list(model.named_modules()):
-        if path not in paths | states.keys():
-            continue
-        found[path] = states.get(path)
-        with named(f"{folder}: {path}"):
-            if not (isinstance(module, nn.Linear) or is_conv1d(module)):
-                raise QzoError(f"it is quantized, and a {type(module).__name__} cannot be")
-            if (found[path] is None) != (n_bits == 8):
-                raise QzoError(f"it is not quantized to {n_bits} bits, as config.json says")
-            layer = _layer(path, weight_of(module), module.bias, headers, found[path])
-        put(model, (path,), layer)
-    unknown = sorted((paths | states.keys()) - found.keys())
-    if unknown:
-        raise QzoError(f"{folder}: the model has no layer {unknown[0]}; config.json and weights do not belong together")
-    return found
+        return {"qweight": parts["weight"], "scales": scales}
+    codes = parts["weight"].view(-1).view(torch.uint8).view(-1, 1)
+    return {"qweight": codes, "scales": scales, "quant_map": parts[QUANT_MAP]}
 
 
 def _layer(
-    path: str, weight: Tensor, bias: Tensor | None, headers: dict[str, Header], state: QuantState | None
-) -> nn.Module:
+    n_bits: int,
+    headers: dict[str, Header],
+    states: dict[str, QuantState],
+    path: str,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> BnbLinear4bit | BnbLinear8bit:
     """An empty layer. Raises QzoError unless the checkpoint has just the tensors of it."""
-    rows, columns = weight.shape
+    state, (rows, columns) = states.get(path), weight.shape
+    if (state is None) != (n_bits == 8):
+        raise QzoError(f"it is not quantized to {n_bits} bits, as config.json says")
     known = check_parts(path, (rows, columns), headers, state)
     strange = sorted(name for name in headers if layer_of(name, {path}) == path and name not in known)
     if strange:
         raise QzoError(f"{strange[0]} is not one of its tensors")
-    has_bias = bias is not None or f"{path}.bias" in headers
+    rest = bias is not None, weight.dtype, weight.device
     if state is None:
-        return BnbLinear8bit.empty(columns, rows, has_bias, weight.dtype, weight.device)
-    kind, size = state.quant_type, state.block_size
-    layer = BnbLinear4bit.empty(columns, rows, kind, size, has_bias, weight.dtype, weight.device)
+        return BnbLinear8bit.empty(columns, rows, *rest)
+    layer = BnbLinear4bit.empty(columns, rows, state.quant_type, state.block_size, *rest)
     layer.nested, layer.weight_dtype = state.offset is not None, getattr(torch, state.dtype)
     return layer
 
@@ -274,40 +226,3 @@ def _read(name: str, headers: dict[str, Header]) -> Tensor:
     with opened(headers[name].file) as tensors:
         tensor: Tensor = tensors.get_tensor(name)
     return tensor
-
-
-PARTS = {"weight": "codes", ABSMAX: "scales", SCB: "scales", NESTED_ABSMAX: "scales"}
-
-
-def _parts(headers: dict[str, Header], n_bits: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Numbers and bytes of "scales", "codes", "tables" and "unquantized", of which only floating numbers count.
-
-    Scales count once, whether they take four bytes or, with double quantization, one and a share of the second level.
-    """
-    counts = dict.fromkeys(("scales", "codes", "tables", "unquantized"), 0)
-    sizes, paths = dict.fromkeys(counts, 0), quantized_paths(headers)
-    for name, header in headers.items():
-        path = layer_of(name, paths)
-        part = "unquantized" if path is None else PARTS.get(name.removeprefix(f"{path}."), "tables")
-        sizes[part] += header.nbytes
-        if part == "codes":
-            counts[part] += header.nbytes * 8 // n_bits
-        elif not name.endswith(NESTED_ABSMAX) and (
-            part != "unquantized" or (header.dtype in FLOATING and not name.endswith(IMPLIED))
-        ):
-            counts[part] += header.numel
-    return counts, sizes
-
-
-def _facts(settings: dict[str, Any], headers: dict[str, Header]) -> dict[str, Any]:
-    """`version`, `n_bits` and `group_size` of an Inspection, as far as settings and quant_states tell."""
-    if settings.get("load_in_8bit") is True:
-        return {"version": "int8", "n_bits": 8, "group_size": -1}
-    version = str(settings.get("bnb_4bit_quant_type"))
-    if any(name.endswith(f".{NESTED_ABSMAX}") for name in headers):
-        version += ", double quantization"
-    try:
-        sizes = {state.block_size for state in read_states(headers).values()}
-    except QzoError:  # told as the reason why it cannot be trained
-        sizes = set()
-    return {"version": version, "n_bits": 4, "group_size": sizes.pop() if len(sizes) == 1 else None}

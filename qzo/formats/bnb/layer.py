@@ -13,7 +13,8 @@ Multiplication for Transformers at Scale", arXiv 2208.07339.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,35 @@ TABLE = 16
 INT8_TOP = 127.0
 
 
+class Nested(NamedTuple):
+    """Scales as double quantization stores them, the arguments of `unnest` in nesting.py."""
+
+    codes: Tensor
+    absmax: Tensor
+    quant_map: Tensor
+    offset: float
+
+
+@dataclass(frozen=True)
+class BnbOrigin:
+    """What the library's own module has besides the tensors, for `qzo.release`; by default as the library makes it.
+
+    Args:
+        compute_dtype, compute_type_is_set, quant_storage: of a Linear4bit; the last is the dtype that shows its codes.
+        nested: its scales, where they were quantized themselves.
+        threshold, index: of a Linear8bitLt.
+        source_cls: the class that transformers replaced; None where it noted none.
+    """
+
+    compute_dtype: torch.dtype | None = None
+    compute_type_is_set: bool = False
+    quant_storage: torch.dtype = torch.uint8
+    nested: Nested | None = None
+    threshold: float = 6.0
+    index: Any = None
+    source_cls: type[nn.Module] | None = None
+
+
 class BnbLinear4bit(RebuiltLinear):
     """y = x Wᵀ + bias with W.flat[i] = quant_map[q[i]] * scales[i // block_size].
 
@@ -37,7 +67,7 @@ class BnbLinear4bit(RebuiltLinear):
 
     `quant_type` is "nf4" or "fp4". `signed`: double quantization turned some scale negative, so a step of QZO needs
     `nonnegative=False`, see `qzo.trainable`. To give it back: `nested`, whether the scales are quantized where they are
-    stored, `weight_dtype`, of the weight that was quantized, and `options` of the library's module.
+    stored, `weight_dtype`, of the weight that was quantized, and `origin`, a BnbOrigin or None.
     """
 
     qweight: Tensor
@@ -56,7 +86,6 @@ class BnbLinear4bit(RebuiltLinear):
         self.quant_type, self.block_size = quant_type, block_size
         self.nested = self.signed = False
         self.weight_dtype = torch.float32
-        self.options: dict[str, Any] = {}
         self.bias = None
 
     @classmethod
@@ -85,8 +114,12 @@ class BnbLinear4bit(RebuiltLinear):
         for name, tensor in (("qweight", qweight), ("scales", scales), ("quant_map", quant_map)):
             self.register_buffer(name, tensor)
         self.bias = frozen(bias)
-        self.signed = not scales.is_meta and bool((scales < 0).any())
+        self.signed = _has_negative(scales)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.signed = self.signed or _has_negative(self.scales)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], by whole blocks; what lies before and after is left out at the end.
@@ -143,7 +176,6 @@ class BnbLinear8bit(RebuiltLinear):
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.bias = frozen(bias)
-        self.options: dict[str, Any] = {}
 
     @classmethod
     def empty(
@@ -168,3 +200,7 @@ class BnbLinear8bit(RebuiltLinear):
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _has_negative(scales: Tensor) -> bool:
+    return not scales.is_meta and bool((scales < 0).any())

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
-from qzo.formats.bnb.layer import BnbLinear4bit, BnbLinear8bit
+from qzo.formats.bnb.layer import BnbLinear4bit, BnbLinear8bit, BnbOrigin, Nested
 from qzo.formats.bnb.nesting import NESTED_BLOCK, library, nest, unnest
 
 KINDS = (BnbLinear4bit, BnbLinear8bit)
-SAVED_4BIT = ("compute_dtype", "compute_type_is_set")
 AVX512 = "packing_format_for_cpu"  # what the library calls it in a quant_state
 
 
@@ -42,11 +41,17 @@ def _adopt_4bit(module: Any) -> BnbLinear4bit:
         raise QzoError(f"its weight has the shape {tuple(state.shape)}, which is not [out_features, in_features]")
     layer = BnbLinear4bit(module.in_features, module.out_features, state.quant_type, state.blocksize)
     layer.nested, layer.weight_dtype = state.nested, state.dtype
-    layer.options = {name: getattr(module, name) for name in SAVED_4BIT}
-    layer.options |= {"quant_storage": module.weight.dtype, "source_cls": getattr(module, "source_cls", None)}
-    if state.nested:
-        layer.options["nested"] = (state.absmax, state.state2.absmax, state.state2.code, float(state.offset))
-    scales = unnest(*layer.options["nested"]) if state.nested else state.absmax
+    nested = Nested(state.absmax, state.state2.absmax, state.state2.code, float(state.offset)) if state.nested else None
+    layer.came_from(
+        BnbOrigin(
+            module.compute_dtype,
+            module.compute_type_is_set,
+            module.weight.dtype,
+            nested,
+            source_cls=getattr(module, "source_cls", None),
+        )
+    )
+    scales = state.absmax if nested is None else unnest(*nested)
     return layer.assign(
         module.weight.data.contiguous().view(-1).view(torch.uint8).view(-1, 1), scales, state.code, module.bias
     )
@@ -58,11 +63,8 @@ def _adopt_8bit(module: Any) -> BnbLinear8bit:
     scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB  # they move at the first forward
     _check_there(module.weight, scales)
     layer = BnbLinear8bit(module.weight.data, scales, module.bias)
-    layer.options = {
-        "threshold": module.state.threshold,
-        "index": module.index,
-        "source_cls": getattr(module, "source_cls", None),
-    }
+    source_cls = getattr(module, "source_cls", None)
+    layer.came_from(BnbOrigin(threshold=module.state.threshold, index=module.index, source_cls=source_cls))
     return layer
 
 
@@ -109,8 +111,8 @@ def quant_map() -> Tensor:
 
 def _linear4bit(layer: BnbLinear4bit) -> nn.Module:
     """Its module on the same codes; scales that were nested are nested again, as they were where unchanged."""
-    bnb, options = library(), layer.options
-    storage = options.get("quant_storage", torch.uint8)
+    bnb, origin = library(), layer.origin or BnbOrigin()
+    storage = origin.quant_storage
     names = {"compress_statistics": layer.nested, "quant_type": layer.quant_type, "quant_storage": storage}
     module = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta", **names)
     state = _quant_state(layer, bnb.functional.QuantState)
@@ -124,9 +126,8 @@ def _linear4bit(layer: BnbLinear4bit) -> nn.Module:
         **names,
     )
     module.bias, module.quant_state = layer.bias, state
-    for name in SAVED_4BIT:
-        setattr(module, name, options.get(name, getattr(module, name)))
-    return _with_source(module, options)
+    module.compute_dtype, module.compute_type_is_set = origin.compute_dtype, origin.compute_type_is_set
+    return _with_source(module, origin)
 
 
 def _quant_state(layer: BnbLinear4bit, make: Any) -> Any:
@@ -141,11 +142,11 @@ def _quant_state(layer: BnbLinear4bit, make: Any) -> Any:
         dtype=layer.weight_dtype,
     )
     if layer.nested:
-        stored = layer.options.get("nested")
+        stored = None if layer.origin is None else layer.origin.nested
         if stored is None or not torch.equal(unnest(*stored).to(scales.device), scales):
-            table = quant_map() if stored is None else stored[2]
+            table = quant_map() if stored is None else stored.quant_map
             codes, absmax, offset = nest(scales, table)
-            stored = codes, absmax, table, offset
+            stored = Nested(codes, absmax, table, offset)
         codes, absmax, table, mean = (torch.as_tensor(part, device=scales.device) for part in stored)
         state.absmax, state.offset, state.nested = codes, mean, True
         state.state2 = make(absmax=absmax, code=table, blocksize=NESTED_BLOCK, dtype=torch.float32)
@@ -154,25 +155,25 @@ def _quant_state(layer: BnbLinear4bit, make: Any) -> Any:
 
 def _linear8bit(layer: Any) -> nn.Module:
     """The library's module on the same codes, in the state before its first forward."""
-    bnb, options = library(), layer.options
+    bnb, origin = library(), layer.origin or BnbOrigin()
     module = bnb.nn.Linear8bitLt(
         layer.in_features,
         layer.out_features,
         bias=False,
         has_fp16_weights=False,
-        threshold=options.get("threshold", 6.0),
-        index=options.get("index"),
+        threshold=origin.threshold,
+        index=origin.index,
         device="meta",
     )
     module.weight = bnb.nn.Int8Params(
         layer.qweight, requires_grad=False, has_fp16_weights=False, CB=layer.qweight, SCB=layer.scales
     )
     module.bias = layer.bias
-    return _with_source(module, options)
+    return _with_source(module, origin)
 
 
-def _with_source(module: Any, options: dict[str, Any]) -> nn.Module:
+def _with_source(module: Any, origin: BnbOrigin) -> nn.Module:
     """Note which class transformers replaced, as it does itself."""
-    if options.get("source_cls") is not None:
-        module.source_cls = options["source_cls"]
+    if origin.source_cls is not None:
+        module.source_cls = origin.source_cls
     return module

@@ -105,7 +105,8 @@ def read_states(headers: dict[str, Header]) -> dict[str, QuantState]:
             for name in names:
                 path, _, quant_type = named[name]
                 header = headers[name]
-                if quant_type not in QUANT_TYPES or header.dtype != "U8" or header.numel > STATE_BYTES:
+                is_text = header.dtype == "U8" and len(header.shape) == 1 and header.numel <= STATE_BYTES
+                if quant_type not in QUANT_TYPES or not is_text:
                     raise QzoError(
                         f"{file}: {name} is {header.dtype} {header.shape}; it is no quant_state of NF4 or FP4"
                     )
@@ -117,8 +118,9 @@ def read_states(headers: dict[str, Header]) -> dict[str, QuantState]:
 
 
 def quantized_paths(headers: Iterable[str]) -> set[str]:
-    """Paths of the layers of whose codes a checkpoint has the scales."""
-    return {name.removesuffix(f".{part}") for name in headers for part in (ABSMAX, SCB) if name.endswith(f".{part}")}
+    """Paths of the layers of whose codes a checkpoint has the scales, or the quant_state."""
+    scaled = {name.removesuffix(f".{part}") for name in headers for part in (ABSMAX, SCB) if name.endswith(f".{part}")}
+    return scaled | {name.partition(f".{STATE}")[0] for name in headers if f".{STATE}" in name}
 
 
 def check_parts(path: str, shape: tuple[int, int], headers: dict[str, Header], state: QuantState | None) -> set[str]:

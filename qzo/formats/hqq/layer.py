@@ -74,7 +74,7 @@ class HqqLinear(CodesAsQweight, RebuiltLinear):
         super().__init__()
         self.layout, self.n_bits, self.group_size = layout, layout.n_bits, layout.group_size
         self.in_features, self.out_features = layout.in_features, layout.out_features
-        self._origin = (origin or HqqOrigin(),)
+        self.came_from(origin or HqqOrigin())
         self.compute_dtype: torch.dtype = self.origin.meta.get("compute_dtype", scales.dtype)
         if codes.dtype != layout.word_dtype or tuple(codes.shape) != layout.words_shape:
             raise QzoError(

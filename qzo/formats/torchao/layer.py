@@ -41,7 +41,7 @@ class _AoLinear(CodesAsQweight, RebuiltLinear):
     def __init__(self, shape: tuple[int, int], codes: Tensor, scales: Tensor, bias: Tensor | None, origin: AoOrigin):
         super().__init__()
         self.out_features, self.in_features = shape
-        self._origin = (origin,)
+        self.came_from(origin)
         self.compute_dtype: torch.dtype = origin.attributes.get("dtype", scales.dtype)
         if scales.dtype not in SCALE_DTYPES:
             raise QzoError(f"scales are {scales.dtype}; only float32, float16 and bfloat16 can be trained")

@@ -4,10 +4,14 @@ import weakref
 
 import pytest
 import torch
+from gptq_files import write_gptq
 from torch import nn
+from transformers import AutoModelForCausalLM, GptOssConfig
 
+from qzo.checkpoints.load import load
 from qzo.errors import QzoError
 from qzo.formats.gptq.layer import QuantLinear
+from qzo.live.scales import quantized_layers
 from qzo.models.experts import QuantExperts
 from qzo.quantizers.quantize import quantize
 
@@ -91,3 +95,18 @@ def test_other_experts_are_refused_before_anything_is_replaced(stacked):
     with pytest.raises(QzoError, match=r"^1: experts of type Stacked are not supported"):
         quantize(model, group_size=16)
     assert type(model[0]) is nn.Linear
+
+
+def test_experts_of_another_make_that_a_checkpoint_leaves_unquantized_stay_as_they_are(tmp_path, input_ids):
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = GptOssConfig(**sizes, **heads, pad_token_id=0, layer_types=["full_attention"] * 2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    write_gptq(model, tmp_path / "model", 4)
+    loaded = load(tmp_path / "model", torch.float32)
+    layers = quantized_layers(loaded)
+    assert len(layers) == 8 and type(loaded.model.layers[0].mlp.experts) is type(model.model.layers[0].mlp.experts)
+    for path, layer in layers.items():
+        model.get_submodule(path).weight.data = layer.dequantize()
+    model.load_state_dict(loaded.state_dict(), strict=False)
+    torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits)

@@ -129,7 +129,7 @@ CASES = [
     ("pt", "axis=7 is not 0 or 1", set_about(axis=7)),
     ("pt", 'meta["scale"] is not a tensor', set_about(scale=1.0)),
     ("pt", "zero points are torch.float32 (1, 1)", set_about(zero=torch.ones(1, 1))),
-    ("pt", "q_proj is quantized as (32, 128), but", set_about(shape=torch.Size((32, 128)))),
+    ("pt", "q_proj: it is quantized as (32, 128), but", set_about(shape=torch.Size((32, 128)))),
     ("pt", "quantized in a way that is not known", set_about(quant_zero=True, zero_q=torch.ones(3), meta_zero=3)),
     ("pt", "are 3 quantized numbers, need (128, 1)", set_about(quant_zero=True, zero_q=BYTES, meta_zero=NESTED)),
     ("pt", "tensors are missing, the first is model.norm", change_state(lambda state: state.pop("model.norm"))),

@@ -38,8 +38,11 @@ def put(folder, **parts):
 
 
 def put_state(folder, text):
-    tensors = tensors_of(folder) | {STATE: torch.tensor(list(text.encode()), dtype=torch.uint8)}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    put_bytes(folder, torch.tensor(list(text.encode()), dtype=torch.uint8))
+
+
+def put_bytes(folder, state):
+    save_file(tensors_of(folder) | {STATE: state}, folder / "model.safetensors", {"format": "pt"})
 
 
 def change_state(**changes):
@@ -85,6 +88,7 @@ DAMAGE = {
     "quant_state is no JSON ": lambda folder: put_state(folder, "[" * 4000),
     "quant_state is not a JSON object": lambda folder: put_state(folder, "[]"),
     "is U8 (5000,); it is no quant_state": lambda folder: put_state(folder, " " * 5000),
+    "is U8 (3, 1); it is no quant_state": lambda folder: put_bytes(folder, torch.zeros(3, 1, dtype=torch.uint8)),
     "weight is U8 (2048, 2), but": lambda folder: put(folder, weight=torch.zeros(2048, 2, dtype=torch.uint8)),
     "quant_map is F32 (15,), but": lambda folder: put(folder, weight__quant_map=floats(15)),
     f"{Q_PROJ}.weight.quant_map is missing": lambda folder: put(folder, weight__quant_map=None),
@@ -101,7 +105,7 @@ DAMAGE = {
     "but config.json implies [64, 32]": lambda folder: configure(
         folder, lambda config: config.update(hidden_size=32, head_dim=16)
     ),
-    "the model has no layer model.layers.1": lambda folder: configure(
+    "the model has no linear layer model.layers.1": lambda folder: configure(
         folder, lambda config: config.update(num_hidden_layers=1)
     ),
 }

@@ -266,7 +266,7 @@ DAMAGE = [
     ("packed", "weight_zero_point has no place beside", weights(symmetric=True)),
     ("packed", 'strategy="block" is not supported', weights(strategy="block")),
     ("packed", "weights, but the files hold", model(intermediate_size=10**9)),
-    ("packed", "down_proj is quantized as (64, 160), but config.json implies", model(intermediate_size=128)),
+    ("packed", "gate_proj: it is quantized as (160, 64), but config.json implies", model(intermediate_size=128)),
     ("int8", f"{Q_PROJ}: weight is missing, or no matrix", put(weight=None)),
     ("int8", f"{Q_PROJ}: weight is torch.float32 (64, 64), but", put(weight=torch.ones(64, 64))),
     ("int8", f"{Q_PROJ}: weight_scale is torch.float32 (64, 2)", put(weight_scale=torch.ones(64, 2))),
