@@ -69,8 +69,8 @@ def test_int8_weights_are_codes_times_scale_and_the_library_rounds_activations_t
     with torch.no_grad():
         assert torch.equal(own.train()(x), layer(x))
         distance = (own.eval()(x) - layer(x)).norm() / layer(x).norm()
-    low, high = (0.005, 0.01) if int8_sums_are_exact() else (0.01, 0.03)  # what the docstring says
-    assert low < distance < high
+    # what the docstring says; where sums of pairs saturate, how often they do depends on the kernel
+    assert 0.005 < distance < (0.01 if int8_sums_are_exact() else 0.03)
 
 
 def int8_sums_are_exact() -> bool:
