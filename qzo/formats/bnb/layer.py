@@ -161,8 +161,8 @@ class BnbLinear8bit(RebuiltLinear):
     The product is a plain one of dequantized weights: activations are not quantized, and outliers not computed apart.
     This is what the library computes in train mode on a CPU; in eval mode, and on a GPU, it rounds activations to 8
     bits as well, which moves the outputs of a layer by 0.4 to 0.9 % of their spread (rms; random normal data, K up to
-    4096), and by 2 % on a CPU without VNNI instructions, where PyTorch's int8 sums saturate. Build with `empty`, or
-    `quantize` of library.py.
+    4096), and by up to 2 % on a CPU without VNNI instructions, where PyTorch's int8 sums saturate. Build with `empty`,
+    or `quantize` of library.py.
     """
 
     qweight: Tensor

@@ -4,8 +4,6 @@ import json
 import threading
 import time
 
-import pytest
-
 from bench.cases.case import BenchCase
 from bench.gpu import cells
 from bench.validation.compare import predict_all
@@ -17,20 +15,8 @@ PREDICTED = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    from transformers import LlamaConfig
-
-    path = tmp_path_factory.mktemp("model")
-    LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000,
-        max_position_embeddings=128, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(path)  # fmt: skip
-    return path
-
-
-def test_the_dry_run_writes_records_beside_their_predictions(folder, tmp_path):
-    arguments = ["--device", "cpu", "--models", str(folder), "--methods", "qzo,mezo", "--seq-len", "64"]
+def test_the_dry_run_writes_records_beside_their_predictions(llama_folder, tmp_path):
+    arguments = ["--device", "cpu", "--models", str(llama_folder), "--methods", "qzo,mezo", "--seq-len", "64"]
     assert cells.main([*arguments, "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
     assert [row["case"]["method"] for row in rows] == ["qzo", "mezo"]
@@ -40,14 +26,14 @@ def test_the_dry_run_writes_records_beside_their_predictions(folder, tmp_path):
     assert not (tmp_path / "cpu.failures.txt").exists()
 
 
-def test_what_was_predicted_before_is_taken_from_its_file(folder, tmp_path):
-    case = BenchCase(str(folder), "qzo", gpu="cpu", seq_len=64, steps=3)
+def test_what_was_predicted_before_is_taken_from_its_file(llama_folder, tmp_path):
+    case = BenchCase(str(llama_folder), "qzo", gpu="cpu", seq_len=64, steps=3)
     (tmp_path / "cpu.predictions.json").write_text(json.dumps({cells.key(case): {"status": "oom", "message": "no"}}))
     assert cells.predictions([case], tmp_path / "cpu.predictions.json")[cells.key(case)]["message"] == "no"
 
 
-def test_what_does_not_fit_or_comes_too_late_is_not_measured(folder, tmp_path, capsys):
-    arguments = ["--device", "cpu", "--models", str(folder), "--methods", "qzo", "--seq-len", "64"]
+def test_what_does_not_fit_or_comes_too_late_is_not_measured(llama_folder, tmp_path, capsys):
+    arguments = ["--device", "cpu", "--models", str(llama_folder), "--methods", "qzo", "--seq-len", "64"]
     assert cells.main([*arguments, "--seconds", "0", "--out", str(tmp_path)]) == 1
     assert "the time is over" in capsys.readouterr().err
     assert cells.why_not(PREDICTED, 2 << 30) == "it needs 3.0 of 2.0 GiB"

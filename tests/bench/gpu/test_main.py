@@ -4,22 +4,8 @@ import json
 import sys
 import time
 
-import pytest
-
 from bench.gpu import __main__ as session
 from bench.gpu import events, facts, seconds
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    from transformers import LlamaConfig
-
-    path = tmp_path_factory.mktemp("model")
-    LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=1, vocab_size=200,
-        max_position_embeddings=512, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(path)  # fmt: skip
-    return path
 
 
 def python(code):
@@ -61,23 +47,33 @@ def test_files_bear_the_name_of_the_card(tmp_path):
     assert sys.executable not in commands["facts"]
 
 
-def test_seconds_are_written_method_by_method(folder, tmp_path, monkeypatch):
+def test_seconds_are_written_method_by_method(llama_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(seconds, "SHAPES", ((1, 16), (2, 16)))
     out = tmp_path / "seconds.json"
-    arguments = ["--device", "cpu", "--models", str(folder), "--methods", f"{seconds.FORWARDS},qzo,mezo-reference"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--models",
+        str(llama_folder),
+        "--methods",
+        f"{seconds.FORWARDS},qzo,mezo-reference",
+    ]
     assert seconds.main([*arguments, "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["method"] for row in rows] == [seconds.FORWARDS, "qzo", "mezo-reference"]
     for row in rows:
         assert row["status"] == "ok" and [shape["batch_size"] for shape in row["shapes"]] == [1, 2]
         assert all(0 < shape["median"] < 60 for shape in row["shapes"])
-    assert seconds.main(["--device", "cpu", "--models", str(folder), "--seconds", "-1", "--out", str(out)]) == 0
+    assert seconds.main(["--device", "cpu", "--models", str(llama_folder), "--seconds", "-1", "--out", str(out)]) == 0
 
 
-def test_a_method_that_fails_is_told_and_the_others_are_measured(folder, tmp_path, monkeypatch):
+def test_a_method_that_fails_is_told_and_the_others_are_measured(llama_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(seconds, "SHAPES", ((1, 4096),))  # more tokens than the model has positions
     out = tmp_path / "seconds.json"
-    assert seconds.main(["--device", "cpu", "--models", str(folder), "--methods", "qzo,mezo", "--out", str(out)]) == 1
+    assert (
+        seconds.main(["--device", "cpu", "--models", str(llama_folder), "--methods", "qzo,mezo", "--out", str(out)])
+        == 1
+    )
     assert [row["status"] for row in json.loads(out.read_text())["rows"]] == ["error", "error"]
 
 
@@ -86,9 +82,9 @@ def test_facts_without_a_gpu_are_the_environment(tmp_path):
     assert set(json.loads((tmp_path / "facts.json").read_text())) == {"environment"}
 
 
-def test_events_of_a_cell_are_those_of_its_ledger_where_there_is_no_allocator(folder, tmp_path):
+def test_events_of_a_cell_are_those_of_its_ledger_where_there_is_no_allocator(llama_folder, tmp_path):
     out = tmp_path / "events.json"
-    assert events.main(["--device", "cpu", "--cells", f"{folder}:qzo", "--out", str(out)]) == 0
+    assert events.main(["--device", "cpu", "--cells", f"{llama_folder}:qzo", "--out", str(out)]) == 0
     (cell,) = json.loads(out.read_text())["cells"]
     assert cell["method"] == "qzo" and cell["allocator"] == []
     assert set(cell["ledger"]) == {"perturb", "forward-plus", "forward-minus", "update"}

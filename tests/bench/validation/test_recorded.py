@@ -13,21 +13,9 @@ from qzo.errors import QzoError
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    from transformers import LlamaConfig
-
-    path = tmp_path_factory.mktemp("model")
-    LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000,
-        max_position_embeddings=128, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(path)  # fmt: skip
-    return path
-
-
-@pytest.fixture(scope="module")
-def measured(folder):
+def measured(llama_folder):
     return {
-        method: cpu.run(BenchCase(str(folder), method, device="cpu", seq_len=64, steps=3))
+        method: cpu.run(BenchCase(str(llama_folder), method, device="cpu", seq_len=64, steps=3))
         for method in ("ft-mixed", "qzo")
     }
 
