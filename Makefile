@@ -14,7 +14,7 @@ READY   := $(VENV)/.ready
 PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench report compare test test-gptqmodel lint format baselines paper gptq-report \
+.PHONY: help setup bench report compare test test-gptqmodel attack lint format baselines paper gptq-report \
 	accuracy formats bench-step validation gpu gpu-report clean
 
 help: ## show this list
@@ -50,6 +50,9 @@ $(GPTQMODEL)/.ready: pyproject.toml
 
 test: $(READY) ## all tests that need no GPU, each process with THREADS threads, which do not spin while they wait
 	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+attack: $(READY) ## hours, by night: damaged and hostile inputs by the thousand; ARGS="NAME ..." for some of tests/attack
+	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(RUN) -m tests.attack $(ARGS)
 
 lint: $(READY) ## ruff, mypy, and who may import whom
 	$(RUN) -m ruff check .
