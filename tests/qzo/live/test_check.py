@@ -7,7 +7,7 @@ import pytest
 import standin
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, TrainingArguments
 
 import qzo
 from qzo import QuantLinear, QzoError, check_live, load, quantize, scales
@@ -117,6 +117,70 @@ def test_the_noise_of_the_loss_is_not_taken_for_an_effect(make_model, input_ids)
     model, dice = cache(quantize(make_model(), 4, 32)), iter([0.0, 1.0, 0.5, 0.4, 0.6])
     with pytest.raises(QzoError, match="CachedLinear"):
         check_live(model, lambda: float(model(input_ids, labels=input_ids).loss) + next(dice))
+
+
+class Normed(nn.Module):
+    """A norm follows the layer, so that a factor common to all its scales cancels to the bit."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([QuantLinear.from_weight(torch.randn(64, 32), group_size=32)])
+
+    def forward(self, x):
+        y = self.layers[0](x)
+        return y / y.square().mean(-1, keepdim=True).sqrt()
+
+
+def test_a_norm_after_the_layer_does_not_hide_its_scales():
+    model, x = Normed(), torch.randn(4, 32)
+    before = model(x)
+    model.layers[0].scales.mul_(2)
+    assert torch.equal(before, model(x))  # the symmetry
+    for seed in range(8):
+        assert check_live(model, lambda: model(x)[:, 0].sum(), seed) == ["layers.0"]
+
+
+def test_no_scales_of_a_model_with_norms_after_attention_and_mlp_are_called_dead(input_ids):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma3TextConfig(vocab_size=96, num_hidden_layers=1, head_dim=16, initializer_range=0.4, **shape)
+    model = quantize(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), 4, 32)
+    drawn = {check_live(model, lambda: float(loss_of(model, input_ids)()), seed)[0] for seed in range(20)}
+    assert len({path.rpartition(".")[2] for path in drawn}) == 7
+
+
+@pytest.mark.parametrize("value", [0.0, 7.5])
+def test_a_loss_that_cannot_move_is_no_dead_scale(make_model, input_ids, value):
+    model = quantize(make_model(), 4, 32)
+    assert check_live(model, lambda: float(model(input_ids).logits.sum()) * 0 + value)
+    with pytest.raises(QzoError, match=f"leave the loss at {value:g} and the logits"):
+        check_live(cache(model), lambda: float(model(input_ids).logits.sum()) * 0 + value)
+
+
+def test_queries_and_keys_of_single_tokens_do_not_use_up_all_tries(make_model):
+    model, tokens = quantize(make_model(), 4, 32), torch.tensor([[7], [9]])
+    dead = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qk"]
+    assert not {check_live(model, lambda: float(model(tokens).logits.sum()), seed)[0] for seed in range(20)} & {*dead}
+
+
+def test_a_number_that_becomes_nan_has_not_moved(make_model, input_ids):
+    model = cache(quantize(make_model(), 4, 32))
+    start = {name: scale.clone() for name, scale in scales(model).items()}
+
+    def loss():
+        same_scales = all(torch.equal(scales(model)[name], start[name]) for name in start)
+        return float(model(input_ids, labels=input_ids).loss) if same_scales else float("nan")
+
+    with pytest.raises(QzoError, match="CachedLinear"):
+        check_live(model, loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_that_are_not_finite_before_the_first_step_are_blamed_on_the_dtype(make_model, input_ids, dtype):
+    model = quantize(make_model(dtype=dtype), 4, 32)
+    model.model.norm.weight.data.fill_(float("inf"))
+    remedy = r"load it with dtype=torch\.bfloat16 \(--dtype bfloat16\)" if dtype == torch.float16 else "qzo inspect"
+    with pytest.raises(QzoError, match=f"not finite, in {str(dtype)[6:]}, before any step; .*{remedy}"):
+        check_live(model, loss_of(model, input_ids))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
