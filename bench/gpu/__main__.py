@@ -32,6 +32,7 @@ class Part:
     name: str
     seconds: float
     command: Callable[[Path, str], list[str]]
+    by_default: bool = True
 
 
 def _tests(out: Path, device: str) -> list[str]:
@@ -56,15 +57,19 @@ PARTS = (
     Part("seconds", 190, _writing("bench.gpu.seconds", "seconds")),
     Part("tests", 90, _tests),
     Part("events", 60, _writing("bench.gpu.events", "events")),
+    Part("recipes", 240, _writing("bench.gpu.recipes", "recipes"), by_default=False),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 if every part ended well within its time."""
     names = [part.name for part in PARTS]
+    by_default = ",".join(part.name for part in PARTS if part.by_default)
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu is for a dry run")
-    parser.add_argument("--parts", default=",".join(names), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--parts", default=by_default, help=f"comma-separated, of {', '.join(names)} (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("reports/measurements"), help="folder (default: %(default)s)")
     parser.add_argument("further", nargs="*", help="after --: options for the one part of --parts")
     options = parser.parse_args(arguments)

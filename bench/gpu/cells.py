@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--seconds", type=float, default=SECONDS, help="start no cell after these (default: %(default)s)"
     )
+    found.add_argument("--missing", action="store_true", help="keep what the file holds, and measure only the others")
     found.add_argument("--predict", metavar="GPU", help="write the predictions for this GPU, and measure nothing")
     found.add_argument("--out", type=Path, default=Path("reports/measurements"), help="folder (default: %(default)s)")
     return found
@@ -82,14 +83,16 @@ def run(options: argparse.Namespace) -> int:
         return 0
     on_gpu = options.device == "cuda"
     queue = Queue(memory - SPARE_BYTES if on_gpu else memory, start + options.seconds)
+    results = Results(options.out / f"{target}.jsonl", predicted, options.missing)
     for case in cases:
+        if key(case) in results.kept:
+            continue
         known = predicted[key(case)]
         reason = why_not(known, queue.free)
         if reason:
             say(case, f"not measured, {reason}")
         else:
             queue.add(replace(case, device=options.device, gpu=None), needed(known, case))
-    results = Results(options.out / f"{target}.jsonl", predicted)
     queue.work(options.processes if on_gpu else 1, results)
     print(f"{len(results.lines)} cells in {results.out}; next: python -m bench validate {results.out}")
     return int(results.failed or not results.lines)
@@ -165,12 +168,14 @@ def say(case: BenchCase, words: str) -> None:
 class Results:
     """The file of records, written anew as a whole with each: an interrupted run leaves the cells that were finished.
 
-    A record that is not `ok` goes to a file beside it, which is no measurement file.
+    A record that is not `ok` goes to a file beside it, which is no measurement file. `keep` leaves the records that the
+    file holds already; `kept` has their keys.
     """
 
-    def __init__(self, out: Path, predicted: dict[str, Any]) -> None:
+    def __init__(self, out: Path, predicted: dict[str, Any], keep: bool = False) -> None:
         self.out, self.predicted = out, predicted
-        self.lines: list[str] = []
+        self.lines = out.read_text(encoding="utf-8").splitlines() if keep and out.exists() else []
+        self.kept = {json.loads(line)["key"] for line in self.lines}
         self.others: list[str] = []
         self.failed = False
 
@@ -180,7 +185,7 @@ class Results:
         ok = record["status"] == "ok"
         self.failed |= not ok and record["status"] != "unsupported"
         lines, out = (self.lines, self.out) if ok else (self.others, self.out.with_suffix(".failures.txt"))
-        lines.append(json.dumps({**record, "predicted": self.predicted[key(case)]["figures"]}))
+        lines.append(json.dumps({**record, "key": key(case), "predicted": self.predicted[key(case)]["figures"]}))
         replace_file(out, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
 

@@ -100,7 +100,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
                 f"{path}, line {number} has no object 'measured_mib'; see bench/validation/measurement.py for the keys"
             )
         if is_record(row):
-            row.pop("predicted", None)  # kept for readers of the file; it is made again here
+            for note in ("key", "predicted"):  # kept for readers of the file; they are made again here
+                row.pop(note, None)
             try:
                 validate_record(row)
             except QzoError as error:

@@ -26,6 +26,16 @@ def test_the_dry_run_writes_records_beside_their_predictions(llama_folder, tmp_p
     assert not (tmp_path / "cpu.failures.txt").exists()
 
 
+def test_a_second_session_measures_what_the_file_lacks(llama_folder, tmp_path, capsys):
+    arguments = ["--device", "cpu", "--models", str(llama_folder), "--seq-len", "64", "--out", str(tmp_path)]
+    assert cells.main([*arguments, "--methods", "mezo"]) == 0
+    first = (tmp_path / "cpu.jsonl").read_text()
+    assert cells.main([*arguments, "--methods", "mezo,qzo", "--missing"]) == 0
+    both = (tmp_path / "cpu.jsonl").read_text()
+    assert both.startswith(first)
+    assert [json.loads(line)["key"].split(", ")[-2] for line in both.splitlines()] == ["mezo", "qzo"]
+
+
 def test_what_was_predicted_before_is_taken_from_its_file(llama_folder, tmp_path):
     case = BenchCase(str(llama_folder), "qzo", gpu="cpu", seq_len=64, steps=3)
     (tmp_path / "cpu.predictions.json").write_text(json.dumps({cells.key(case): {"status": "oom", "message": "no"}}))
