@@ -1,4 +1,4 @@
-"""The one exception family of the project, and the error of a library that is missing."""
+"""The one exception family of the project, the error of a library that is missing, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -7,9 +7,32 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+LONGEST = 2_000  # characters of an error; a name in a damaged file may have millions
+
 
 class QzoError(ValueError):
-    """Wrong input or a case that cannot be served; the command line prints the message and returns 2."""
+    """Wrong input or a case that cannot be served; the command line prints the message and returns 2.
+
+    A message is one line that any terminal can be shown (see `printable`), whatever names of files, tensors or keys are
+    in it.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = printable(message)
+        super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
+
+
+def printable(text: object) -> str:
+    """Text in one line that does nothing to a terminal: what is no printable character is shown as Python escapes it.
+
+    Names in files are free to hold escape codes, which move the cursor or set the clipboard, line breaks, which
+    counterfeit a second message, marks that turn the direction of writing, and halves of characters, which cannot be
+    encoded. Applied twice it changes nothing more.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 @contextmanager

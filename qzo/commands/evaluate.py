@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.durable import replace_file
-from qzo.errors import QzoError
+from qzo.errors import QzoError, printable
 from qzo.training.settings import DTYPES
 
 SIZES = {"train": 1000, "validation": 500, "test": 1000}  # as in the papers
@@ -101,4 +101,4 @@ def _table(record: dict[str, Any]) -> str:
     lines["predictions"] = ", ".join(f"{word} {count:,}" for word, count in record["predictions"].items())
     if record["prior"] is not None:
         lines["prior"] = " ".join(f"{value:.3f}" for value in record["prior"]) + " (log-probabilities, subtracted)"
-    return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+    return "\n".join(printable(f"{name:<12} {value}") for name, value in lines.items())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from qzo.errors import printable
+
 
 def add_command(commands: Any) -> None:
     """Add `export` to the subcommands of a parser."""
@@ -20,4 +22,4 @@ def run(options: argparse.Namespace) -> None:
     from qzo.training.export import export
 
     count = export(options.source, options.out, options.state)
-    print(f"{options.out}: {count} tuned tensors written, all else as it came")
+    print(f"{printable(options.out)}: {count} tuned tensors written, all else as it came")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qzo.durable import replace_file
-from qzo.errors import QzoError
+from qzo.errors import QzoError, printable
 
 if TYPE_CHECKING:
     from qzo.models.inspection import Inspection
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(found: Inspection) -> str:
-    """The lines for people."""
+    """The lines for people, each safe to print whatever the checkpoint calls its parts."""
     lines = [("model", found.model), ("format", f"{found.format}{f', {found.version}' if found.version else ''}")]
     if found.layers:
         lines.append(("quantized layers", f"{found.layers:,}"))
@@ -54,4 +54,4 @@ def table(found: Inspection) -> str:
     for name, count in found.trainable.items() if found.reason is None else ():
         note = f" ({found.moving})" if name == "scales+offsets" else ""
         lines.append((f"  {name}", f"{count:>16,} numbers{note}"))
-    return "\n".join(f"{name:<22}{value}" for name, value in lines)
+    return "\n".join(printable(f"{name:<22}{value}") for name, value in lines)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from qzo.commands import evaluate, export, inspect, quantize, replay, train
-from qzo.errors import QzoError
+from qzo.errors import QzoError, printable
 from qzo.kernels.heap import keep_freed_memory
 
 COMMANDS = (quantize, replay, evaluate, inspect, train, export)  # in the order of `qzo --help`
@@ -22,11 +23,14 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 an error, told in one line on stderr."""
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # an ASCII terminal is shown escapes where it has no character
+            stream.reconfigure(errors="backslashreplace")
     try:
         options = _parser().parse_args(arguments)
         options.run(options)
     except (QzoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     return 0
 

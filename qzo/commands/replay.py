@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, printable
 
 
 def add_command(commands: Any) -> None:
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     model = load(options.model, getattr(torch, header["dtype"]), header["device"], dequantize=not packed)
     optimizer, notices = replay(model, journal, snapshot=not options.no_snapshot)
     for notice in notices:
-        print(f"notice: {notice}", file=sys.stderr)
+        print(f"notice: {printable(notice)}", file=sys.stderr)
     if options.out:
         source, out = Path(options.model), Path(options.out)
         if in_own_layout(options.model):

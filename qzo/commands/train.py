@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qzo.errors import printable
 from qzo.optim.estimator import SIDES
 from qzo.training.settings import DTYPES, METHODS, SCHEDULERS, UPDATES, TrainSettings
 
@@ -77,4 +78,4 @@ def run(options: argparse.Namespace) -> None:
     for name, value in test.items():
         if isinstance(value, float):  # not counts, nor what the task tells beside
             print(f"{name:<12} {trained.best[name]:>12.4f} validation {value:>12.4f} test")
-    print(f"{out} holds the run; qzo export {out} OUT writes the model")
+    print(printable(f"{out} holds the run; qzo export {out} OUT writes the model"))

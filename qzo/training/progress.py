@@ -7,6 +7,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from qzo.errors import printable
 from qzo.training.learners import Outcome
 
 WINDOW = 100  # steps that the share of clipped ones is taken over
@@ -50,7 +51,7 @@ class Progress:
 
     def notice(self, text: str) -> None:
         """Tell what happened on a resume."""
-        print(f"notice: {text}", file=sys.stderr)
+        print(f"notice: {printable(text)}", file=sys.stderr)
 
     def _scalars(self, group: str, values: dict[str, Any], steps: int) -> None:
         for name, value in values.items() if self._writer is not None else ():

@@ -1,7 +1,7 @@
 """What every attack has in common: helpers of the tests within reach, and one line of figures at its end.
 
-An attack is a script `attack_NAME.py` beside this file that runs by itself (`python tests/attack/attack_NAME.py`), needs
-no network and no GPU, and ends with `finish(...)`.
+An attack is a script `attack_NAME.py` beside this file that runs by itself (`python tests/attack/attack_NAME.py`),
+needs no network and no GPU, and ends with `finish(...)`.
 """
 
 from __future__ import annotations
