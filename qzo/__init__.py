@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qzo import tasks
     from qzo.checkpoints.load import load
+    from qzo.checkpoints.save import save
     from qzo.errors import QzoError
     from qzo.formats.gptq.layer import QuantLinear
     from qzo.journal.journal import Journal
@@ -49,6 +50,7 @@ __all__ = [
     "quantize",
     "release",
     "replay",
+    "save",
     "scales",
     "tasks",
     "trainable",
@@ -76,6 +78,7 @@ _PLACES = {
     "quantize": "qzo.quantizers.quantize",
     "release": "qzo.live.adopt",
     "replay": "qzo.journal.replay",
+    "save": "qzo.checkpoints.save",
     "scales": "qzo.live.scales",
     "trainable": "qzo.live.trainable",
 }

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qzo.checkpoints.save import GENERATION, writes_itself
+from qzo.checkpoints.tokenizer import load_tokenizer as load_tokenizer
 from qzo.errors import QzoError
 from qzo.formats.table import find
 from qzo.models.folder import download, headers_in, one_line, weight_files
-from qzo.models.settings import source_of
+from qzo.models.origin import Origin, note_origin
+from qzo.models.settings import Source, source_of
 from qzo.models.skeleton import check_architecture, check_counts, skeleton
 from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def load(
@@ -24,6 +27,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     dequantize: bool = True,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model.
 
@@ -39,30 +43,26 @@ def load(
         dequantize: of a .gguf file. False keeps its blocks packed, as GgufLinear layers, and trains their scales: for
             `qzo.scales` and `qzo.QZO`. Llama, Mistral and Qwen 2 and 3 files; Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
             scales to train, Q4_K, Q5_K and Q6_K stay frozen.
+        revision: of a hub id, a branch, tag or commit: configuration, weights and generation config are all of it.
+
+    A generation_config.json beside the weights is read for all formats. `model.save_pretrained` of a quantized model
+    writes what `qzo.save` writes.
 
     Raises:
         QzoError: nothing there, damaged or contradictory files, another quantization method.
     """
     path = Path(source)
+    if revision is not None and path.exists():
+        raise QzoError(f'revision="{revision}" is of a hub id, and {path} is on this machine; leave it out')
     if path.suffix == ".gguf":
         if not path.is_file():
             raise QzoError(f"{path} is not a file; give the path of a .gguf file")
-        found = find(source_of(path))
-        if found is not None and not dequantize:
-            return found.load(dtype, torch.device(device))
-        from transformers import GgufConfig
-
-        from qzo.formats.gguf.header import read_gguf_header
-
-        read_gguf_header(path)  # a damaged one is told before anything believes it
-
-        dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
-        return _from_pretrained(path.parent, dtype, device, gguf_file=path.name, quantization_config=dense)
-    folder = path if path.is_dir() else download(str(source))
+        return _from_file(path, dtype, device, dequantize)
+    folder = path if path.is_dir() else download(str(source), revision)
     about = source_of(folder)
     found = find(about)
     if found is not None:
-        return found.load(dtype, torch.device(device))
+        return _packed(found.load(dtype, torch.device(device)), about)
     if about.settings is not None:
         raise QzoError(
             f'{folder}: quant_method="{about.method}" is not supported; give a checkpoint of a format that the README '
@@ -72,20 +72,41 @@ def load(
     check_counts(folder, about.config, len(headers))
     check_architecture(folder, about.config)
     skeleton(folder, headers, torch.bfloat16)
-    return _from_pretrained(folder, dtype, device)
+    model = _from_pretrained(folder, dtype, device)
+    note_origin(model, Origin(folder.resolve()))
+    return model
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of what `load` loads. Raises QzoError where there is none."""
-    from transformers import AutoTokenizer
+def _from_file(path: Path, dtype: torch.dtype | None, device: torch.device | str, dequantize: bool) -> Any:
+    about = source_of(path)
+    found = find(about)
+    if found is not None and not dequantize:
+        return _packed(found.load(dtype, torch.device(device)), about)
+    from transformers import GgufConfig
 
-    path = Path(source)
-    place, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
-    try:
-        with quiet_libraries():
-            return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **options)
-    except Exception as error:  # as in _from_pretrained
-        raise QzoError(f"{source} has no tokenizer that loads: {one_line(error)}") from error
+    from qzo.formats.gguf.header import read_gguf_header
+
+    read_gguf_header(path)  # a damaged one is told before anything believes it
+
+    dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
+    model = _from_pretrained(path.parent, dtype, device, gguf_file=path.name, quantization_config=dense)
+    note_origin(model, Origin(path.resolve()))
+    return model
+
+
+def _packed(model: Any, about: Source) -> Any:
+    """A model on the codes of its files: it remembers them, reads its generation config, and saves itself."""
+    note_origin(model, Origin(about.path.resolve(), packed=True, settings=about.settings))
+    if (about.path / GENERATION).is_file():
+        from transformers import GenerationConfig
+
+        try:
+            with quiet_libraries():
+                model.generation_config = GenerationConfig.from_pretrained(about.path)
+        except Exception as error:  # as in _from_pretrained
+            raise QzoError(f"{about.path / GENERATION}: {one_line(error)}; mend it, or remove it") from error
+    writes_itself(model)
+    return model
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:

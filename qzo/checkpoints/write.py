@@ -53,7 +53,7 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
 
     def write(folder: Path) -> None:
         write_weights(folder)
-        _copy_rest(source, folder)
+        copy_rest(source, folder)
 
     whole_folder(out, write)
     return len(tensors)
@@ -65,7 +65,7 @@ def _writing(source: Path, tensors: dict[str, Tensor]) -> Write:
     return rewriting(source, tensors) if found is None else found.writing(tensors)
 
 
-def _copy_rest(source: Path, folder: Path) -> None:
+def copy_rest(source: Path, folder: Path) -> None:
     """Configuration, tokenizer and whatever else is no weights."""
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):

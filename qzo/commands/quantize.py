@@ -36,7 +36,7 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Quantize, write the checkpoint, and print the bytes of its parts."""
     from qzo.checkpoints.load import load
-    from qzo.checkpoints.save import _copy_beside, save
+    from qzo.checkpoints.save import save
     from qzo.durable import check_target
     from qzo.live.scales import quantized_bytes
     from qzo.quantizers.quantize import quantize
@@ -55,8 +55,7 @@ def run(options: argparse.Namespace) -> None:
         act_order=options.act_order,
         static_groups=options.static_groups,
     )
-    save(model, target, options.format)
-    _copy_beside(Path(options.model), target)
+    save(model, target, checkpoint_format=options.format)
     for name, size in quantized_bytes(model).items():
         if size:
             print(f"{name:<12}{size:>16,}{'' if name == 'scale_count' else ' bytes'}")

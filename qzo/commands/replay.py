@@ -25,12 +25,10 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from qzo.checkpoints.load import load
-    from qzo.checkpoints.save import _copy_beside, format_of, save
-    from qzo.checkpoints.write import in_own_layout, write_tuned
+    from qzo.checkpoints.save import save
     from qzo.durable import check_target
     from qzo.journal.lines import read
     from qzo.journal.replay import replay
-    from qzo.optim.spsa import live_tensors
 
     journal = Path(options.journal)
     header = read(journal).header
@@ -44,10 +42,5 @@ def run(options: argparse.Namespace) -> None:
     for notice in notices:
         print(f"notice: {printable(notice)}", file=sys.stderr)
     if options.out:
-        source, out = Path(options.model), Path(options.out)
-        if in_own_layout(options.model):
-            write_tuned(options.model, live_tensors(optimizer), out)
-        else:
-            save(model, out, format_of(source))
-            _copy_beside(source, out)
+        save(model, options.out)
     print(f"steps       {optimizer.steps:>16,}\nskipped     {optimizer.skipped_steps:>16,}")

@@ -67,8 +67,13 @@ class Saver(Protocol):
     def NAMES(self) -> tuple[str, ...]:
         """What `checkpoint_format` may be, the usual first."""
 
-    def settings(self, model: nn.Module, layers: dict[str, Any], name: str) -> dict[str, Any]:
-        """The quantization_config. Raises QzoError for layers that it cannot hold together."""
+    def settings(
+        self, model: nn.Module, layers: dict[str, Any], name: str, read: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """The quantization_config: what was `read`, but for the format; of a new model made of its layers.
+
+        Raises QzoError for layers that it cannot hold together.
+        """
 
     def stored(self, layers: dict[str, Any], name: str) -> dict[str, Tensor]:
         """Tensors that the file has otherwise than the layers, by their names in the model."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from qzo.errors import QzoError, named
 from qzo.formats.table import LIBRARIES
+from qzo.models.origin import refuse_save_pretrained, replace_save_pretrained, restore_save_pretrained
 from qzo.models.walk import freeze, put
 
 Make = Callable[[nn.Module], nn.Module | None]
@@ -28,6 +29,7 @@ def adopt(model: nn.Module) -> nn.Module:
     if not layers:
         raise QzoError(f"{type(model).__name__} has no quantized layer of a known library; see qzo.load")
     _replace(model, layers)
+    replace_save_pretrained(model, refuse_save_pretrained)
     if hasattr(model, "hf_quantizer"):
         model.is_quantized = False  # type: ignore[assignment]
     return freeze(model).eval()
@@ -42,6 +44,7 @@ def release(model: nn.Module) -> nn.Module:
     if not layers:
         raise QzoError(f"{type(model).__name__} has no layer to give back; it is not of qzo.adopt")
     _replace(model, layers)
+    restore_save_pretrained(model)
     if getattr(model, "hf_quantizer", None) is not None:
         model.is_quantized = True  # type: ignore[assignment]
     return model

@@ -19,14 +19,17 @@ PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pick
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def download(name: str) -> Path:
-    """The folder of a hub id. Raises QzoError for what looks like a path, and where there is no such id."""
+def download(name: str, revision: str | None = None) -> Path:
+    """The folder of a hub id, at a branch, tag or commit.
+
+    Raises QzoError for what looks like a path, and where there is no such id.
+    """
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).exists():
         raise QzoError(f"{name} is not a folder; give a folder with config.json, a .gguf file or a hub id")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
     except Exception as error:  # network, authorization, unknown name
         raise QzoError(f"{name} is neither a folder nor on the hub: {one_line(error)}") from error
 

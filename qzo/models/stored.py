@@ -114,6 +114,27 @@ class Stored(ABC):
         finish(model, device)
         return freeze(model).eval()
 
+    def changed(self, live: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Of a model that was loaded from here, the live tensors by name whose values are no longer those of the files.
+
+        A value of the files is taken as it was loaded, in the dtype that it has in the model. None where `live` lacks a
+        tensor or has other codes: it is a model of other files. Memory: the tensors of one file.
+        """
+        found = {}
+        for tensors in self.batches():
+            for name, stored in tensors.items():
+                own = live.get(name)
+                if own is None and name.endswith(IMPLIED):
+                    continue
+                if own is None or own.shape != stored.shape:
+                    return None
+                if torch.equal(stored.to("cpu", own.dtype), own.detach().cpu()):
+                    continue
+                if not own.is_floating_point():
+                    return None
+                found[name] = own.detach()
+        return found
+
     def inspect(self, name: str) -> Inspection:
         """What headers and settings tell; `reason` is None just where loading needs no more than sound data."""
         counts, sizes = self.counted()

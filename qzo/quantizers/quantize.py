@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qzo.checkpoints.save import writes_itself
 from qzo.errors import QzoError, named
 from qzo.formats.gptq.layer import QuantLinear
 from qzo.formats.vocabulary import QuantEmbedding, TiedQuantHead, check_table
@@ -65,12 +66,14 @@ def quantize(
     if options is not None:
         del sites  # they would keep the old layers alive
         quantize_gptq(model, options, batches)
+        writes_itself(model)
         return freeze(model)
 
     def build(_: int, weight: Tensor, bias: Tensor | None) -> QuantLinear:
         return QuantLinear.from_weight(weight, bias, n_bits, group_size, symmetric)
 
     replace_sites(model, sites, build)
+    writes_itself(model)
     return freeze(model)
 
 

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.checkpoints.save import format_of, save
-from qzo.checkpoints.write import in_own_layout, write_tuned
+from qzo.checkpoints.save import save
 from qzo.durable import read_tensors, write_tensors
 from qzo.errors import QzoError
 from qzo.journal.journal import Journal
 from qzo.live.check import check_live
-from qzo.live.scales import linear_scales, quantized_layers, scales
-from qzo.live.trainable import live_named, scale_group
+from qzo.live.scales import linear_scales
+from qzo.live.trainable import scale_group
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
 from qzo.quiet import quiet_libraries
@@ -27,7 +26,6 @@ with quiet_libraries():
     from transformers import Trainer
 
 OPTIMIZER = "optimizer.pt"  # what Trainer calls it
-LIVE = (".scales", ".offsets")
 
 
 class TakenStep(torch.optim.Optimizer):
@@ -205,24 +203,16 @@ class QZOTrainer(Trainer):
         if _internal_call and self.zeroth_order is not None:
             metadata = {"model": str(getattr(self.model, "name_or_path", "")), "steps": str(self.zeroth_order.steps)}
             write_tensors(folder / TRAINED, live_tensors(self.zeroth_order), metadata)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
         else:
             self._save_whole(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
 
     def _save_whole(self, folder: Path) -> None:
         """Write a checkpoint beside what the folder holds already, each file as a whole."""
         partial_folder = folder / ".model.part"
         model: Any = self.model
-        source = Path(getattr(model, "name_or_path", ""))
-        if any(layer.views() for layer in quantized_layers(model).values()):  # offsets too
-            tensors = {name: tensor for name, tensor in live_named(model).items() if name.endswith(LIVE)}
-            write_tuned(str(source), tensors, partial_folder)
-        elif in_own_layout(str(source)):
-            tuned = scales(model) if self.zeroth_order is None else live_tensors(self.zeroth_order)
-            write_tuned(str(source), tuned, partial_folder)
-        else:
-            save(model, partial_folder, format_of(source))
+        save(model, partial_folder, self.processing_class)
         for file in partial_folder.iterdir():
             os.replace(file, folder / file.name)
         partial_folder.rmdir()

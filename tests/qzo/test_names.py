@@ -44,7 +44,7 @@ def test_functions_and_optimizers_import_pytorch_and_no_library_of_models(code):
 
 
 def test_every_name_is_there_and_listed():
-    assert set(qzo.__all__) <= set(dir(qzo)) and len(qzo.__all__) == 22
+    assert set(qzo.__all__) <= set(dir(qzo)) and len(qzo.__all__) == 23
     everything: dict[str, object] = {}
     exec("from qzo import *", everything)
     assert {name: getattr(qzo, name) for name in qzo.__all__}.items() <= everything.items()
@@ -69,5 +69,5 @@ def test_names_are_the_things_themselves():
     from qzo.formats.gptq.layer import QuantLinear
 
     assert qzo.load is load and pickle.loads(pickle.dumps(qzo.QuantLinear)) is QuantLinear
-    assert list(inspect.signature(qzo.load).parameters) == ["source", "dtype", "device", "dequantize"]
+    assert list(inspect.signature(qzo.load).parameters) == ["source", "dtype", "device", "dequantize", "revision"]
     assert qzo.tasks is sys.modules["qzo.tasks"]

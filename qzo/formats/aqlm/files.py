@@ -45,8 +45,13 @@ def _layout(source: Source) -> Layout:
     return Layout(sizes.nbits_per_codebook, build, per_number=sizes.in_group_size * sizes.out_group_size)
 
 
-def settings(model: nn.Module, layers: dict[str, Any], name: str) -> dict[str, Any]:
-    """The quantization_config of a model with these layers. Raises QzoError where they have several layouts."""
+def settings(model: nn.Module, layers: dict[str, Any], name: str, read: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The quantization_config of a model with these layers, the one that was read where there was one.
+
+    Raises QzoError where they have several layouts.
+    """
+    if read is not None:
+        return read
     layout = next(iter(layers.values())).layout
     for path, layer in layers.items():
         if layer.layout != layout:

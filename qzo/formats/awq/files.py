@@ -44,8 +44,13 @@ def _layout(source: Source) -> Layout:
     return Layout(n_bits, build)
 
 
-def settings(model: nn.Module, layers: dict[str, Any], name: str) -> dict[str, Any]:
-    """The quantization_config of a model with these layers. Raises QzoError where it takes more than one."""
+def settings(model: nn.Module, layers: dict[str, Any], name: str, read: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The quantization_config of a model with these layers, the one that was read where there was one.
+
+    Raises QzoError where it takes more than one.
+    """
+    if read is not None:
+        return read
     n_bits, group_size = in_common(layers)
     plain = left_plain(model) or None
     own = {"zero_point": True, "version": "gemm", "modules_to_not_convert": plain}

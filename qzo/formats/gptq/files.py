@@ -15,6 +15,7 @@ from qzo.models.settings import FORMATS, Source, either, whole_number
 
 LAYER = QuantLinear
 NAMES = FORMATS
+NAMED = ("checkpoint_format",)
 
 
 def find(source: Source) -> PackedCheckpoint | None:
@@ -42,8 +43,13 @@ def _layout(source: Source) -> Layout:
     return Layout(n_bits, build, read)
 
 
-def settings(model: nn.Module, layers: dict[str, Any], name: str) -> dict[str, Any]:
-    """The quantization_config of a model with these layers. Raises QzoError where it takes more than one."""
+def settings(model: nn.Module, layers: dict[str, Any], name: str, read: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The quantization_config of a model with these layers, the one that was read where there was one.
+
+    Raises QzoError where it takes more than one.
+    """
+    if read is not None:
+        return {**read, **dict.fromkeys(("checkpoint_format", "format") if "format" in read else NAMED, name)}
     n_bits, group_size = in_common(layers)
     return {
         "quant_method": "gptq",

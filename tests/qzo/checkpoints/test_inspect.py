@@ -26,7 +26,7 @@ def make_folder(make_model, tmp_path):
         if kind == "plain":
             model.save_pretrained(tmp_path / kind)
         else:
-            save(quantize(model, n_bits, group_size), tmp_path / kind, checkpoint_format)
+            save(quantize(model, n_bits, group_size), tmp_path / kind, checkpoint_format=checkpoint_format)
         return tmp_path / kind
 
     return make

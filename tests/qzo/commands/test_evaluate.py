@@ -17,7 +17,7 @@ def place(tmp_path):
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer), torch.bfloat16)
     quantize(model, group_size=32)
-    save(model, tmp_path / "model", "gptq")
+    save(model, tmp_path / "model", checkpoint_format="gptq")
     tokenizer.save_pretrained(tmp_path / "model")
     write_task(tmp_path / "data", "sst2")
     write_task(tmp_path / "data", "copa")

@@ -14,7 +14,11 @@ from qzo.commands.main import main
 @pytest.fixture
 def run(make_model, input_ids, tmp_path):
     """A GPTQ checkpoint in the v2 format, tuned for five steps under a journal; returns the tuned scales."""
-    save(quantize(make_model(dtype=torch.bfloat16), 4, 32, symmetric=False), tmp_path / "model", "gptq_v2")
+    save(
+        quantize(make_model(dtype=torch.bfloat16), 4, 32, symmetric=False),
+        tmp_path / "model",
+        checkpoint_format="gptq_v2",
+    )
     (tmp_path / "model/tokenizer.json").write_text("{}")
     model = load(tmp_path / "model")
     optimizer = QZO(scales(model), lr=1e-5)
@@ -66,7 +70,7 @@ def test_errors_are_one_line_and_exit_code_2(run, make_model, tmp_path, capsys, 
         other = make_model(dtype=torch.bfloat16).requires_grad_(False)
         other.model.layers[0].mlp.up_proj.weight.zero_()
         model = tmp_path / "other"
-        save(quantize(other, 4, 32, symmetric=False), model, "gptq_v2")
+        save(quantize(other, 4, 32, symmetric=False), model, checkpoint_format="gptq_v2")
     elif case == "damaged":
         journal.write_bytes(journal.read_bytes().replace(b"\n2 0 ", b"\n2 1 "))
         message = "line 4 is damaged"

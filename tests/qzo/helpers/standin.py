@@ -85,7 +85,7 @@ def module():
 def write_model(model, folder: Path, quantized: bool, checkpoint_format: str = "gptq") -> Path:
     """A model folder with a tokenizer; GPTQ of group size 32 where `quantized`."""
     if quantized:
-        save(quantize(model, 4, 32, symmetric=False), folder, checkpoint_format)
+        save(quantize(model, 4, 32, symmetric=False), folder, checkpoint_format=checkpoint_format)
     else:
         model.save_pretrained(folder)
     write_tokenizer(folder)

@@ -1,6 +1,5 @@
 """AQLM models: folders read, trained and written back, modules of the library taken over and given back."""
 
-import json
 import sys
 import types
 
@@ -78,7 +77,7 @@ def test_one_checkpoint_holds_one_layout(make_model, tmp_path):
     with pytest.raises(QzoError, match=r"up_proj: AqlmLayout.num_codebooks=1.* another layer has"):
         save(model, tmp_path / "model")
     with pytest.raises(QzoError, match='a AqlmLinear cannot be written with checkpoint_format="gptq"'):
-        save(model, tmp_path / "model", "gptq")
+        save(model, tmp_path / "model", checkpoint_format="gptq")
 
 
 def test_layers_left_unquantized_stay_so(make_model, tmp_path, input_ids):
@@ -89,10 +88,7 @@ def test_layers_left_unquantized_stay_so(make_model, tmp_path, input_ids):
     assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear and len(scales(model)) == 12
     torch.testing.assert_close(model(input_ids).logits, cases_aqlm.logits(folder, input_ids), rtol=0, atol=1e-5)
     save(model, tmp_path / "again")
-    settings = json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
-    left = [f"model.layers.{number}.self_attn.o_proj" for number in range(2)]
-    names = settings["linear_weights_not_to_quantize"]
-    assert names == ["lm_head", *left, "lm_head.weight", *(f"{path}.weight" for path in left)]
+    assert (tmp_path / "again/config.json").read_bytes() == (folder / "config.json").read_bytes()
     torch.testing.assert_close(cases_aqlm.logits(tmp_path / "again", input_ids), model(input_ids).logits)
 
 

@@ -303,7 +303,7 @@ def test_the_layer_with_bad_inputs_is_named(make_model):
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 def test_checkpoints_come_back_bit_for_bit(make_model, tmp_path, input_ids, order, checkpoint_format):
     model = quantize(make_model("llama"), 4, 16, method="gptq", calibration=batches(2), **ORDERS[order])
-    save(model, tmp_path / "model", checkpoint_format)
+    save(model, tmp_path / "model", checkpoint_format=checkpoint_format)
     again = load(tmp_path / "model")
     assert torch.equal(again(input_ids).logits, model(input_ids).logits)
     assert again.model.layers[0].mlp.down_proj.act_order == (order == "act-order")

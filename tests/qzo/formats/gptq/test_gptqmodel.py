@@ -191,7 +191,7 @@ def test_a_model_the_library_loaded_trains_and_what_it_saves_is_tuned(
     if kind == "awq":
         awq_files.write_awq(model, tmp_path / "model", GROUP)
     else:
-        save(quantize(model, 4, GROUP, symmetric=kind == "gptq"), tmp_path / "model", kind)
+        save(quantize(model, 4, GROUP, symmetric=kind == "gptq"), tmp_path / "model", checkpoint_format=kind)
     standin.write_tokenizer(tmp_path / "model")
     backend = BACKEND.AUTO if auto else BACKEND.AWQ_TORCH if kind == "awq" else BACKEND.GPTQ_TORCH
     live = GPTQModel.load(str(tmp_path / "model"), backend=backend, device="cpu", dtype=torch.float16)

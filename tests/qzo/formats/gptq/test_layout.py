@@ -94,14 +94,14 @@ def test_plain_transformers_gives_the_logits_of_a_tuned_export(
             static_groups=static_groups,
         ),
         tmp_path / "original",
-        checkpoint_format,
+        checkpoint_format=checkpoint_format,
     )
     digest = hashlib.sha256((tmp_path / "original/model.safetensors").read_bytes()).digest()
     tuned = load(tmp_path / "original")
     optimizer = QZO(scales(tuned), lr=1e-4, eps=1e-4)
     for _ in range(3):
         optimizer.step(lambda: tuned(input_ids, labels=input_ids).loss)
-    save(tuned, tmp_path / "tuned", checkpoint_format)
+    save(tuned, tmp_path / "tuned", checkpoint_format=checkpoint_format)
     logits = tuned(input_ids).logits.float()
     torch.testing.assert_close(plain_model(tmp_path / "tuned")(input_ids).logits.float(), logits, rtol=0, atol=1e-2)
     assert (logits - load(tmp_path / "original")(input_ids).logits.float()).abs().max() > 0
@@ -112,7 +112,7 @@ def test_plain_transformers_gives_the_logits_of_a_tuned_export(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_weight_is_decoded_to_the_bit(make_model, tmp_path, n_bits, symmetric):
     model = quantize(make_model(), n_bits, 32, symmetric, method="gptq", calibration=batches(), act_order=True)
-    save(model, tmp_path / "model", "gptq_v2")
+    save(model, tmp_path / "model", checkpoint_format="gptq_v2")
     tensors = numpy_tensors(tmp_path / "model/model.safetensors")
     for name in scales(model):
         path = name.removesuffix(".scales")
@@ -132,7 +132,7 @@ def test_metadata_is_what_transformers_and_gptq_software_expect(make_model, tmp_
         act_order=act_order,
         static_groups=static_groups,
     )
-    save(model, tmp_path / "model", checkpoint_format)
+    save(model, tmp_path / "model", checkpoint_format=checkpoint_format)
     settings = json.loads((tmp_path / "model/quantize_config.json").read_text())
     understood = GPTQConfig.from_dict({**settings, "act_group_aware": False})
     assert (understood.bits, understood.group_size, understood.sym) == (4, 16, True)

@@ -126,7 +126,7 @@ def test_sizes_that_do_not_fill_three_words_are_refused(shape):
 def test_a_checkpoint_is_written_read_trained_and_written_back(make_model, tmp_path, version, method):
     text = [torch.randint(5, 96, (8, 24))] if method == "gptq" else None
     model = quantize(make_model(), 3, 32, method=method, calibration=text)
-    save(model, tmp_path / "model", version)
+    save(model, tmp_path / "model", checkpoint_format=version)
     raw = load_file(tmp_path / "model/model.safetensors")
     assert raw[f"{Q_PROJ}.qweight"].shape == (6, 64) and raw[f"{Q_PROJ}.qzeros"].shape == (2, 6)
     before = (tmp_path / "model/model.safetensors").read_bytes()
@@ -139,7 +139,7 @@ def test_a_checkpoint_is_written_read_trained_and_written_back(make_model, tmp_p
     optimizer = QZO(scales(tuned), lr=1e-5, eps=1e-4)
     losses = [optimizer.step(lambda: tuned(input_ids, labels=input_ids).loss) for _ in range(50)]
     assert losses[-1] < losses[0]
-    save(tuned, tmp_path / "tuned", version)
+    save(tuned, tmp_path / "tuned", checkpoint_format=version)
     again = load(tmp_path / "tuned", torch.float32)
     new = load_file(tmp_path / "tuned/model.safetensors")
     assert all(torch.equal(new[name], raw[name]) for name in raw if not name.endswith(".scales"))

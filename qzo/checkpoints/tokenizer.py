@@ -1,0 +1,27 @@
+"""The tokenizer beside a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qzo.errors import QzoError
+from qzo.models.folder import one_line
+from qzo.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of what `load` loads, with the same arguments. Raises QzoError where there is none."""
+    from transformers import AutoTokenizer
+
+    path = Path(source)
+    place, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
+    try:
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(str(place), revision=revision, trust_remote_code=False, **options)
+    except Exception as error:  # as in _from_pretrained
+        raise QzoError(f"{source} has no tokenizer that loads: {one_line(error)}") from error
