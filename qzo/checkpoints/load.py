@@ -51,6 +51,17 @@ def load(
     Raises:
         QzoError: nothing there, damaged or contradictory files, another quantization method.
     """
+    model: Any = _load(source, dtype, device, dequantize)
+    if (
+        model.name_or_path and Path(model.name_or_path).exists()
+    ):  # a place, which means the same wherever the process goes next
+        model.name_or_path = model.config.name_or_path = str(Path(model.name_or_path).absolute())
+    return model
+
+
+def _load(
+    source: str | os.PathLike[str], dtype: torch.dtype | None, device: torch.device | str, dequantize: bool
+) -> PreTrainedModel:
     path = Path(source)
     if revision is not None and path.exists():
         raise QzoError(f'revision="{revision}" is of a hub id, and {path} is on this machine; leave it out')
