@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,11 @@ from qzo.live.trainable import scale_group
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
 from qzo.quiet import quiet_libraries
+from qzo.training.arguments import SHARDED, check_arguments, check_optimizer
 from qzo.training.export import TRAINED
 
 with quiet_libraries():
+    from accelerate.utils.memory import clear_device_cache
     from transformers import Trainer
 
 OPTIMIZER = "optimizer.pt"  # what Trainer calls it
@@ -82,8 +85,9 @@ class QZOTrainer(Trainer):
         journal: file for a `qzo.Journal`, QZO only; a resume from a checkpoint cuts it there.
         arguments: of Trainer.
 
-    Raises QzoError for an optimizer without closures, several processes, `fp16` (it scales gradients), and tensors that
-    are not on the device of the arguments.
+    Raises QzoError for an optimizer without closures, several processes, arguments that a training without gradients
+    cannot honour (see `qzo.training.arguments`; of others that make no difference it warns), and tensors that are not
+    on the device of the arguments.
     """
 
     def __init__(
@@ -99,11 +103,13 @@ class QZOTrainer(Trainer):
         self._closures: list[Closure] = []
         self._clipped: list[bool] = []
         self._checked = False
+        given = inspect.signature(Trainer.__init__).bind_partial(self, *arguments, **named).arguments
+        if given.get("args") is not None:
+            check_arguments(given["args"])
+        check_optimizer(given, self.qzo_options)
         super().__init__(*arguments, **named)
         if self.args.world_size > 1:
-            raise QzoError(f"world_size={self.args.world_size}: zeroth-order steps need a single process")
-        if self.args.fp16:
-            raise QzoError("fp16=True scales gradients, and there are none; leave it out and load a float16 model")
+            raise QzoError(f"world_size={self.args.world_size}: {SHARDED}")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """QZO on linear layers unless an optimizer was given. Raises QzoError for one that needs gradients."""
@@ -154,6 +160,9 @@ class QZOTrainer(Trainer):
             self.journal.record()
         last = self.zeroth_order.last
         self._clipped.append(last is not None and last.clipped)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return torch.tensor(loss, device=self.args.device)
 
     def _loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
