@@ -51,16 +51,18 @@ def load(
     Raises:
         QzoError: nothing there, damaged or contradictory files, another quantization method.
     """
-    model: Any = _load(source, dtype, device, dequantize)
-    if (
-        model.name_or_path and Path(model.name_or_path).exists()
-    ):  # a place, which means the same wherever the process goes next
+    model: Any = _load(source, dtype, device, dequantize, revision)
+    if model.name_or_path and Path(model.name_or_path).exists():  # a place, the same wherever the process goes next
         model.name_or_path = model.config.name_or_path = str(Path(model.name_or_path).absolute())
     return model
 
 
 def _load(
-    source: str | os.PathLike[str], dtype: torch.dtype | None, device: torch.device | str, dequantize: bool
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    dequantize: bool,
+    revision: str | None,
 ) -> PreTrainedModel:
     path = Path(source)
     if revision is not None and path.exists():
