@@ -10,7 +10,7 @@ from qzo.formats.packed import parts_of
 from qzo.formats.table import find
 from qzo.models.folder import headers_in, weight_files
 from qzo.models.inspection import Inspection, obstacle
-from qzo.models.settings import Source, source_of
+from qzo.models.settings import Source, is_gguf, source_of
 from qzo.models.skeleton import check_architecture, check_counts, dtype_of, skeleton
 
 
@@ -22,7 +22,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
     Raises QzoError for what is neither, and for files that cannot be read.
     """
     path = Path(source)
-    if path.suffix != ".gguf" and not path.is_dir():
+    if not is_gguf(path) and not path.is_dir():
         raise QzoError(f"{source} is not a folder; give a folder with config.json, or a .gguf file")
     about = source_of(path)
     settings, method = about.settings, str(about.method)

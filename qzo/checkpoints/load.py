@@ -11,10 +11,11 @@ import torch
 from qzo.checkpoints.save import GENERATION, writes_itself
 from qzo.checkpoints.tokenizer import load_tokenizer as load_tokenizer
 from qzo.errors import QzoError
+from qzo.formats.gguf.files import GgufCheckpoint
 from qzo.formats.table import find
 from qzo.models.folder import download, headers_in, one_line, weight_files
 from qzo.models.origin import Origin, note_origin
-from qzo.models.settings import Source, source_of
+from qzo.models.settings import Source, is_gguf, source_of
 from qzo.models.skeleton import check_architecture, check_counts, skeleton
 from qzo.quiet import quiet_libraries
 
@@ -67,10 +68,8 @@ def _load(
     path = Path(source)
     if revision is not None and path.exists():
         raise QzoError(f'revision="{revision}" is of a hub id, and {path} is on this machine; leave it out')
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise QzoError(f"{path} is not a file; give the path of a .gguf file")
-        return _from_file(path, dtype, device, dequantize)
+    if is_gguf(path):
+        return _from_file(path, dtype, torch.device(device), dequantize)
     folder = path if path.is_dir() else download(str(source), revision)
     about = source_of(folder)
     found = find(about)
@@ -90,19 +89,19 @@ def _load(
     return model
 
 
-def _from_file(path: Path, dtype: torch.dtype | None, device: torch.device | str, dequantize: bool) -> Any:
-    about = source_of(path)
-    found = find(about)
-    if found is not None and not dequantize:
-        return _packed(found.load(dtype, torch.device(device)), about)
-    from transformers import GgufConfig
+def _from_file(path: Path, dtype: torch.dtype | None, device: torch.device, dequantize: bool) -> Any:
+    """A .gguf file, by `qzo.formats.gguf`; dequantized by transformers where its architecture is not known there."""
+    if not path.is_file():
+        raise QzoError(f"{path} is not a file; give the path of a .gguf file")
+    file = GgufCheckpoint(path)
+    if not dequantize:
+        return _packed(file.load(dtype, device), source_of(path))
+    model = file.dequantized(dtype, device)
+    if model is None:
+        from transformers import GgufConfig
 
-    from qzo.formats.gguf.header import read_gguf_header
-
-    read_gguf_header(path)  # a damaged one is told before anything believes it
-
-    dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
-    model = _from_pretrained(path.parent, dtype, device, gguf_file=path.name, quantization_config=dense)
+        dense = GgufConfig(dequantize=True)  # unasked, transformers keeps weights packed where it has kernels
+        model = _from_pretrained(path.parent, dtype, device, gguf_file=path.name, quantization_config=dense)
     note_origin(model, Origin(path.resolve()))
     return model
 

@@ -22,7 +22,7 @@ from qzo.formats.table import SAVERS, Checkpoint, find
 from qzo.models.folder import one_line
 from qzo.models.origin import Origin, origin_of, replace_save_pretrained
 from qzo.models.rewrite import Write
-from qzo.models.settings import FORMATS, either, method_of, source_of
+from qzo.models.settings import FORMATS, either, is_gguf, method_of, source_of
 from qzo.models.stored import Stored
 from qzo.quiet import quiet_libraries
 
@@ -90,7 +90,7 @@ def _from_its_name(model: nn.Module) -> Origin | None:
     """Where a model of transformers says it came from, if that is on this machine; for what `qzo.adopt` took over."""
     name = str(getattr(model, "name_or_path", "") or "")
     path = Path(name)
-    if not name or not ((path.suffix == ".gguf" and path.is_file()) or (path / "config.json").is_file()):
+    if not name or not ((is_gguf(path) and path.is_file()) or (path / "config.json").is_file()):
         return None
     about = source_of(path)
     is_quantized = any(isinstance(module, Quantized) for module in model.modules())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qzo.errors import QzoError
 from qzo.models.folder import one_line
+from qzo.models.settings import is_gguf
 from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
     from transformers import AutoTokenizer
 
     path = Path(source)
-    place, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (source, {})
+    place, options = (path.parent, {"gguf_file": path.name}) if is_gguf(path) else (source, {})
     try:
         with quiet_libraries():
             return AutoTokenizer.from_pretrained(str(place), revision=revision, trust_remote_code=False, **options)

@@ -12,7 +12,7 @@ from qzo.errors import QzoError
 from qzo.formats.table import find
 from qzo.models.folder import download
 from qzo.models.rewrite import Write, rewriting
-from qzo.models.settings import source_of
+from qzo.models.settings import is_gguf, source_of
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -20,7 +20,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 def in_own_layout(model: str) -> bool:
     """Whether a model's scales are written by `write_tuned` alone, into the files they came in."""
     path = Path(model)
-    if path.suffix != ".gguf" and not (path / "config.json").is_file():
+    if not is_gguf(path) and not (path / "config.json").is_file():
         return False
     found = find(source_of(path))
     return found is not None and found.saved_as is None
@@ -28,7 +28,7 @@ def in_own_layout(model: str) -> bool:
 
 def write_tuned(model: str, tensors: dict[str, Tensor], out: Path) -> int:
     """Write `model` with some tensors replaced, a .gguf file as a .gguf file; returns how many."""
-    if model.endswith(".gguf") and all(name.endswith((".scales", ".offsets")) for name in tensors):
+    if is_gguf(model) and all(name.endswith((".scales", ".offsets")) for name in tensors):
         whole_folder(out, _writing(Path(model), tensors))
         return len(tensors)
     return write_checkpoint(checkpoint_folder(model), tensors, out)
@@ -36,7 +36,7 @@ def write_tuned(model: str, tensors: dict[str, Tensor], out: Path) -> int:
 
 def checkpoint_folder(source: str) -> Path:
     """The folder of a checkpoint or hub id. Raises QzoError for what is no folder of safetensors files."""
-    if source.endswith(".gguf"):
+    if is_gguf(source):
         raise QzoError(f"{source} is not in safetensors format; qzo export it first, and train what that writes")
     folder = Path(source) if Path(source).is_dir() else download(source)
     if not (folder / "config.json").is_file():
@@ -68,5 +68,5 @@ def _writing(source: Path, tensors: dict[str, Tensor]) -> Write:
 def copy_rest(source: Path, folder: Path) -> None:
     """Configuration, tokenizer and whatever else is no weights."""
     for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+        if file.is_file() and not file.name.lower().endswith(WEIGHT_SUFFIXES):
             shutil.copyfile(file, folder / file.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,14 @@ class Source:
         return None if self.settings is None else method_of(self.settings)
 
 
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of a GGUF file by its name, however its suffix is written."""
+    return Path(path).suffix.lower() == ".gguf"
+
+
 def source_of(path: Path) -> Source:
     """What lies at a path. Raises QzoError for a folder without a config.json that can be read."""
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return Source(path, {}, None)
     config = read_json(path / "config.json")
     return Source(path, config, settings_of(path, config))

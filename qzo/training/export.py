@@ -14,6 +14,7 @@ from qzo.durable import check_target, read_tensors, whole_folder
 from qzo.errors import QzoError
 from qzo.journal.replay import replay
 from qzo.live.adapters import put_adapters
+from qzo.models.settings import is_gguf
 from qzo.optim.spsa import live_tensors
 from qzo.quiet import quiet_libraries
 from qzo.training.learners import JOURNAL, LAST
@@ -49,7 +50,7 @@ def export(source: str | os.PathLike[str], out: str | os.PathLike[str], state: s
     if (source / TRAINED).is_file():
         tensors, metadata = read_tensors(source / TRAINED)
         return write_tuned(metadata["model"], tensors, out)
-    if source.suffix == ".gguf":
+    if is_gguf(source):
         model = load(source)
         tokenizer = load_tokenizer(source)
         with quiet_libraries():

@@ -15,6 +15,7 @@ GGUF_VERSIONS = (2, 3)
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
 GGUF_MAX_DIMS = 4
+GGUF_MAX_LISTED = 1024  # numbers of an array that is read: no model has as many layers
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata, arrays as None, and name -> place of every tensor."""
+    """Metadata, arrays as None but short ones of numbers as lists, and name -> place of every tensor."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
@@ -80,7 +81,7 @@ class _GgufCursor:
         return self.data[start : start + length].decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
-        """A number or a string; an array is skipped and None."""
+        """A number or a string; an array is skipped and None, but for a short one of numbers: one for each layer."""
         if kind in GGUF_SCALARS:
             return self.number(GGUF_SCALARS[kind])
         if kind == GGUF_STRING:
@@ -88,6 +89,8 @@ class _GgufCursor:
         if kind != GGUF_ARRAY:
             raise ValueError(f"its header has a value of unknown type {kind}")
         item, count = self.number("I"), self.number("Q")
+        if item in GGUF_SCALARS and count <= GGUF_MAX_LISTED:
+            return [self.number(GGUF_SCALARS[item]) for _ in range(count)]
         if item in GGUF_SCALARS:
             self.skip(count * struct.calcsize("<" + GGUF_SCALARS[item]))
         elif item == GGUF_STRING:

@@ -140,20 +140,21 @@ class GgufLinear(GgufTensor):
 class GgufEmbedding(GgufTensor):
     """A table [V, K] in blocks of a GGUF file: the rows asked for are gathered, then rebuilt in `dtype`.
 
-    A tied head is a `qzo.formats.vocabulary.TiedQuantHead` on it.
+    A tied head is a `qzo.formats.vocabulary.TiedQuantHead` on it, which does not multiply by `multiplier`.
     """
 
     is_table = True
 
-    def __init__(self, blocks: Tensor, kind: BlockType, dtype: torch.dtype) -> None:
-        """Take the blocks as they are."""
+    def __init__(self, blocks: Tensor, kind: BlockType, dtype: torch.dtype, multiplier: float | None = None) -> None:
+        """Take the blocks as they are; rows are multiplied by `multiplier` (Gemma), which is rounded to their dtype."""
         super().__init__(blocks, kind)
         self.num_embeddings, self.embedding_dim = self.shape
-        self.dtype = dtype
+        self.dtype, self.multiplier = dtype, multiplier
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[...] int -> [..., K]; differentiable in scales and offsets that require a gradient."""
         index = input_ids.flatten()
         trained = [nn.functional.embedding(index, tensor) for tensor in self.trained()]
         weights = self.kind.weights(self.blocks.index_select(0, index), *trained)
-        return weights.to(self.dtype).view(*input_ids.shape, self.embedding_dim)
+        rows = weights.to(self.dtype).view(*input_ids.shape, self.embedding_dim)
+        return rows if self.multiplier is None else rows * torch.tensor(self.multiplier, dtype=rows.dtype)
