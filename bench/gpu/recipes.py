@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measured(by_name[options.one[0]], options.one[1], options.device)))
         return 0
     chosen = [by_name[name] for name in options.recipes] if options.recipes else list(RECIPES)
-    about = {"model": options.model, "steps": STEPS, "environment": environment(), "libraries": libraries()}
+    about = {"steps": STEPS, "environment": environment(), "libraries": libraries()}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="qzo-recipes-", dir=_shared_memory()) as folder:
         checkpoints = {size: str(Path(folder) / size) for size in {recipe.max_shard_size for recipe in chosen}}
@@ -125,8 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             group = [recipe for recipe in chosen if (recipe.peft is None) == whole]
             with ThreadPoolExecutor(PROCESSES[whole] if options.device == "cuda" else 1) as pool:
                 for row in pool.map(partial(_in_a_process, options.device, checkpoints), group):
-                    rows.append(row)
-                    print(json.dumps(row)[:400], file=sys.stderr, flush=True)
+                    rows.append(row | {"model": options.model})
+                    print(json.dumps(rows[-1])[:400], file=sys.stderr, flush=True)
                     write_json(options.out, about | {"recipes": rows})
     return int(any(row["status"] == "error" for row in rows))
 

@@ -38,6 +38,7 @@ class MeasuredWorld:
         """
         if self.device == "cuda" and quantized_layers(model):
             model = model.to("cpu")
+            torch._C._cuda_clearCublasWorkspaces()  # of products while it was quantized: one keeps its whole segment
             torch.cuda.empty_cache()
         return model.to(self.device)
 

@@ -1,7 +1,7 @@
 """What a GPU says: `python -m reports.studies.gpu.page` writes gpu.md from what `make gpu` left behind.
 
-Of one card: `NAME.jsonl` (records, each with what was predicted before), `NAME.facts.json`, `NAME.seconds.json`, and
-`NAME.left-out.json` (records that count for nothing, each with the reason).
+Of one card: `NAME.jsonl` (records, each with what was predicted before), `NAME.facts.json`, `NAME.seconds.json`,
+`NAME.recipes.json`, and `NAME.left-out.json` (records that count for nothing, each with the reason).
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ weights and random tokens: memory and seconds do not depend on them.
 """
 
 
-def page(name: str, records: Sequence[Row], facts: Row, seconds: Row, left_out: Sequence[Row]) -> str:
-    """The Markdown of one card's measurements."""
+def page(
+    name: str, records: Sequence[Row], facts: Row, seconds: Row, left_out: Sequence[Row], measured: Row | None
+) -> str:
+    """The Markdown of one card's measurements; `measured` are recipes, if there are any."""
     tables = [card(name, facts, records), errors(records), cells(records, left_out), steps(seconds), kernels(seconds)]
+    if measured:
+        tables.append(recipes(measured))
     return "\n\n".join([HEAD.rstrip(), *(table.to_markdown() for table in tables)]) + "\n"
 
 
@@ -62,24 +66,29 @@ def card(name: str, facts: Row, records: Sequence[Row]) -> Table:
 
 
 def errors(records: Sequence[Row]) -> Table:
-    """How far the predictions were that nobody could adapt to what was measured."""
+    """How far the predictions were that nobody could adapt to what was measured, session by session."""
+    sessions: dict[str, list[Row]] = {}
+    for record in records:
+        sessions.setdefault(record["environment"]["commit"], []).append(record)
     rows = []
-    for metric in METRICS:
-        found = [error(record, metric) for record in records]
-        sizes = [abs(value) for value in found]
-        exact = sum(_close(record, metric) for record in records)
-        rows.append(
-            [metric, *(f"{value:.3f} %" for value in (statistics.fmean(sizes), statistics.median(sizes), max(sizes),
-                                                      statistics.fmean(found))), f"{exact} of {len(records)}"]
-        )  # fmt: skip
+    for number, session in enumerate(sessions.values(), 1):
+        for metric in METRICS:
+            found = [error(record, metric) for record in session]
+            sizes = [abs(value) for value in found]
+            exact = sum(_close(record, metric) for record in session)
+            rows.append(
+                [str(number), metric, *(f"{value:.3f} %" for value in (statistics.fmean(sizes),
+                 statistics.median(sizes), max(sizes), statistics.fmean(found))), f"{exact} of {len(session)}"]
+            )  # fmt: skip
     notes = [
         "Errors are (predicted - measured) / measured.",
-        "Process bytes were all predicted too low: nobody had measured the CUDA context of this card, and the "
-        "estimate took the kernels of a T4 for those of every card. What is predicted now that it is known: "
-        "[validation.md](../validation/validation.md).",
+        "Session 1 predicted all process bytes too low: nobody had measured the CUDA context of this card, and the "
+        "estimate took the kernels of a T4 for those of every card. Session 2 has cells that were not measured in "
+        "session 1, predicted anew with that context.",
+        "What is predicted today, of all of them: [validation.md](../validation/validation.md).",
     ]
-    headers = ["predicted before", "mean", "median", "worst", "mean, signed", "within 64 KiB"]
-    return Table("Memory, predicted and then measured", headers, rows, notes)
+    headers = ["session", "predicted before", "mean", "median", "worst", "mean, signed", "within 64 KiB"]
+    return Table("Memory, predicted and then measured", headers, rows, notes, text_columns=2)
 
 
 def cells(records: Sequence[Row], left_out: Sequence[Row]) -> Table:
@@ -92,8 +101,8 @@ def cells(records: Sequence[Row], left_out: Sequence[Row]) -> Table:
         far = [f"{error(record, metric):+.2f} %" for metric in METRICS]
         rows.append([case["model"], case["method"], _format(case), size, *peaks, *far])
     notes = [
-        "In most cells 16 KiB more were allocated than predicted: the tokens of the two steps to come, which were on "
-        "the GPU already (they no longer are).",
+        "In most cells of session 1 16 KiB more were allocated than predicted: the tokens of the two steps to come, "
+        "which were on the GPU already (they no longer are).",
         *(f"Left out: {_name(item['record']['case'])}: {item['why']}." for item in left_out),
     ]  # fmt: skip
     headers = ["model", "method", "format", "tokens", *(f"{metric}, MiB" for metric in METRICS), *METRICS]
@@ -136,6 +145,36 @@ def kernels(seconds: Row) -> Table:
     return Table("Kernels of a step", headers, rows, text_columns=3)
 
 
+def recipes(measured: Row) -> Table:
+    """Published recipes as the Trainer of transformers runs them: peaks of loading and of the steps."""
+    rows = []
+    for row in measured["recipes"]:
+        if row["status"] != "ok":
+            continue
+        recipe, steps, loading = row["recipe"], row["steps"][1:], row["loading"]
+        peaks = [max(step[f"peak_{metric}"] for step in steps) for metric in METRICS[:2]]
+        tokens = f"{recipe['batch_size']} x {max(recipe['lengths'])}"
+        rows.append(
+            [row["model"], recipe["name"], tokens, *(_mib(loading[f"peak_{metric}"]) for metric in METRICS[:2]),
+             *map(_mib, peaks), _mib(row["process"])]
+        )  # fmt: skip
+    libraries = ", ".join(f"{name} {version}" for name, version in measured["libraries"].items())
+    notes = [
+        f"Nothing of ours takes part: `from_pretrained`, PEFT and `Trainer` with {libraries}, the versions of torch "
+        f"and transformers as above; each recipe in its libraries' own words in the file of measurements.",
+        "Loading: until the Trainer is made; a model whose weights are all trained is moved to the GPU by the Trainer.",
+    ]
+    headers = [
+        "model", "recipe", "tokens", "loading: allocated, MiB", "reserved, MiB", "steps: allocated, MiB",
+        "reserved, MiB", "process, MiB",
+    ]  # fmt: skip
+    return Table("Recipes as others publish them", headers, rows, notes, text_columns=3)
+
+
+def _mib(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / MIB:,.0f}"
+
+
 def in_order(rows: Iterable[Row]) -> list[Row]:
     """Larger models first, methods as in `ORDER`; failed ones are left out."""
     peaks = {row["model"]: max(s["peak_allocated"] or 0 for s in row["shapes"]) for row in rows if row["shapes"]}
@@ -176,9 +215,12 @@ def render(folder: Path = MEASUREMENTS) -> str:
         raise ReportError(f"{folder} has no measurements; `make gpu` makes them on a machine with a GPU")
     name = files[0].stem
     records = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()]
-    left_out = folder / f"{name}.left-out.json"
     facts, seconds = (load(folder / f"{name}.{part}.json") for part in ("facts", "seconds"))
-    return page(name, records, facts, seconds, load(left_out) if left_out.exists() else [])
+    left_out, measured = (folder / f"{name}.{part}.json" for part in ("left-out", "recipes"))
+    return page(
+        name, records, facts, seconds, load(left_out) if left_out.exists() else [],
+        load(measured) if measured.exists() else None,
+    )  # fmt: skip
 
 
 def main() -> int:
