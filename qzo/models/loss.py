@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qzo.errors import QzoError
+from qzo.models.positions import position_options
 
 IGNORED = -100  # transformers' label for "no label here"
 
@@ -30,7 +31,8 @@ def label_loss(
         model: a transformers causal language model.
         input_ids: [B, T].
         labels: [B, T]; -100 where there is no label. Column 0 has nothing to be predicted from and never counts.
-        attention_mask: [B, T], or None.
+        attention_mask: [B, T], 0 on padding, on whichever side; or None. Positions count the tokens of a row alone, so
+            that the loss is that of the rows without padding.
         keep: number of last columns that hold every label; None looks for it, which reads `labels` once. Needed on
             `meta`. A label further left is not seen.
 
@@ -38,7 +40,8 @@ def label_loss(
         Scalar fp32 tensor.
 
     Raises:
-        QzoError: shapes that do not fit, or no label at all.
+        QzoError: shapes that do not fit, no label at all, or padding that the model cannot leave out, see
+            `qzo.models.positions.position_options`.
     """
     if input_ids.dim() != 2 or labels.shape != input_ids.shape:
         raise QzoError(
@@ -50,8 +53,11 @@ def label_loss(
         keep = length - 1 - int(columns[0]) if len(columns) else 0
     if not 1 <= keep < length:
         raise QzoError(f"keep={keep} label columns of {length}; need at least 1 label, after the first column")
+    options: dict[str, Any] = position_options(model, attention_mask, length)
     with last_columns_only(model, keep + 1):
-        output = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep + 1, use_cache=False)
+        output = model(
+            input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep + 1, use_cache=False, **options
+        )
     logits = output.logits[:, -keep - 1 : -1].float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, -keep:].flatten(), ignore_index=IGNORED)
 
