@@ -35,6 +35,10 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+class NotFinite(QzoError):
+    """A model gives NaN or infinity where numbers are needed."""
+
+
 @contextmanager
 def named(layer: str) -> Iterator[None]:
     """Put the layer's name in front of a QzoError raised inside."""

@@ -27,7 +27,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--samples", type=int, metavar="N", help="examples, default 1000, or 500 of validation")
     parser.add_argument("--seed", type=int, default=0, help="of the splits (default 0)")
     parser.add_argument("--batch-size", type=int, default=16, help="examples run together (default 16)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens a row; longer texts are cut (default 256)")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens a row; longer texts are cut at the beginning; default: the model's positions",
+    )
     parser.add_argument("--calibrated", action="store_true", help="subtract the label words' prior on training texts")
     parser.add_argument("--device", default="cpu", help="where to run (default cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="of unquantized tensors (default: as load chooses)")
@@ -41,24 +46,24 @@ def run(options: argparse.Namespace) -> None:
 
     from qzo import tasks
     from qzo.checkpoints.load import load, load_tokenizer
+    from qzo.models.positions import row_length
 
     _check(options)
     task = tasks.get(options.task, options.data)
     if options.calibrated and not task.words:
         raise QzoError(f"--calibrated needs a task with label words; {task.name} has none")
     splits = _splits(task, options)  # before the model: wrong data costs no time
-    encoder = tasks.Encoder(task, load_tokenizer(options.model), options.max_length)
-    for example in splits[options.split]:
-        encoder.encode(example)
+    tokenizer = load_tokenizer(options.model)
+    if options.max_length is not None:  # what is too short is told before the model is loaded
+        tasks.Encoder(task, tokenizer, options.max_length).cut(splits[options.split])
     dtype = getattr(torch, options.dtype) if options.dtype else None
     model = load(options.model, dtype, _device(options.device))
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and options.max_length > longest:
-        raise QzoError(f"--max-length {options.max_length} is more than the {longest} positions of {options.model}")
+    encoder = tasks.Encoder(task, tokenizer, row_length(model, options.max_length, options.model))
+    cut = encoder.cut(splits[options.split])
     prior = tasks.label_prior(model, encoder, splits["train"], options.batch_size) if options.calibrated else None
     result = tasks.evaluate(model, encoder, splits[options.split], options.batch_size, prior)
-    named = {name: getattr(options, name) for name in ("model", "task", "split", "seed", "max_length")}
-    record = {**named, "metric": task.metric, "prior": prior, **result}
+    named = {name: getattr(options, name) for name in ("model", "task", "split", "seed")}
+    record = {**named, "max_length": encoder.max_length, "cut": cut, "metric": task.metric, "prior": prior, **result}
     print(_table(record))
     if options.json:
         text = json.dumps(record, indent=2)
@@ -95,6 +100,11 @@ def _splits(task: Any, options: argparse.Namespace) -> dict[str, list[Any]]:
 def _table(record: dict[str, Any]) -> str:
     lines = {"model": record["model"], "task": f"{record['task']}, {record['split']} split, seed {record['seed']}"}
     lines["examples"] = f"{record['count']:,}"
+    if record["cut"]:
+        lines["cut"] = (
+            f"{record['cut']:,} prompts, longer than {record['max_length']} tokens: their texts at the beginning, "
+            "questions and answers are whole"
+        )
     scores = [record["metric"], *(name for name in PERCENT if name in record and name != record["metric"])]
     lines |= {name: f"{100 * record[name]:.1f} %" for name in scores}
     lines["loss"] = f"{record['loss']:.4f}"

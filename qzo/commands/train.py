@@ -15,6 +15,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "how long": {
         "steps": (int, "steps in all"),
         "batch_size": (int, "examples a step"),
+        "max_length": (int, "tokens a row; longer texts are cut at the beginning; default: the model's positions"),
+        "eval_batch_size": (int, "examples that a validation runs together"),
         "eval_every": (int, "steps between validations"),
         "patience": (int, "validations without a new best before training stops; default: never"),
         "seed": (int, "of data order, split and z"),

@@ -51,29 +51,32 @@ class Batch:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of a prompt, cut to fit, and of each answer."""
+    """Tokens of a prompt, cut to fit, and of each answer; `cut` tells how many tokens of the text were left out."""
 
     prompt: list[int]
     answers: list[list[int]]
+    cut: int = 0
 
 
 class Encoder:
     """Makes batches of the examples of one task; each example is encoded once and kept.
 
     A prompt that would take more than `max_length` tokens with its longest answer is cut on the left of its text, never
-    in the question or the answer; a beginning-of-sequence token stays where the tokenizer puts one.
+    in the question or the answer; a beginning-of-sequence token stays where the tokenizer puts one. `cut` counts such
+    examples: what is left out may have held the answer.
 
     Args:
         task: gives the label words, and tells whether answers are chosen or written.
         tokenizer: a transformers tokenizer.
-        max_length: tokens a row may have, answer included.
+        max_length: tokens a row may have, answer included; None, any number: nothing is cut, and a row that is longer
+            than the model has positions is refused by `qzo.tasks.loss` and `evaluate`.
 
     Raises:
         QzoError: when an example is encoded: label words that share their first token, or a `max_length` that is too
             short for question and answer alone.
     """
 
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int = 256) -> None:
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
         self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
         self._start = self._start_tokens()
         self._kept: dict[Example, Encoded] = {}
@@ -103,6 +106,10 @@ class Encoder:
         encoded = self.encode(example)
         return len(encoded.prompt) + max(map(len, encoded.answers))
 
+    def cut(self, examples: Iterable[Example]) -> int:
+        """Number of examples whose text does not fit and is cut. Raises QzoError as `encode`."""
+        return sum(self.encode(example).cut > 0 for example in examples)
+
     def encode(self, example: Example) -> Encoded:
         """The tokens of one example. Raises QzoError, see above."""
         if example not in self._kept:
@@ -119,11 +126,12 @@ class Encoder:
         if self.task.words:
             self._check_words(answers)
         prompt = self._start + prompt[:shared]
-        room = self.max_length - max([*map(len, answers), MAX_ANSWER if self.task.generates else 1])
-        if (surplus := len(prompt) - room) > 0:
-            self._check_room(example, surplus)
+        longest = max([*map(len, answers), MAX_ANSWER if self.task.generates else 1])
+        surplus = 0 if self.max_length is None else max(0, len(prompt) + longest - self.max_length)
+        if surplus:
+            self._check_room(example, prompt, surplus)
             prompt = self._start + prompt[len(self._start) + surplus :]
-        return Encoded(prompt, answers)
+        return Encoded(prompt, answers, surplus)
 
     def _check_words(self, answers: list[list[int]]) -> None:
         first: dict[Any, str] = {}
@@ -138,12 +146,14 @@ class Encoder:
                 )
             first[token] = word
 
-    def _check_room(self, example: Example, surplus: int) -> None:
-        short = surplus - len(self._tokens(example.text))
-        if short >= 0:
+    def _check_room(self, example: Example, prompt: list[int], surplus: int) -> None:
+        """Raise QzoError where no token would stay that is of the text alone."""
+        text = _shared(prompt[len(self._start) :], [self._tokens(example.text)])
+        if surplus >= text:
+            needed = (self.max_length or 0) + surplus - text
             raise QzoError(
-                f"max_length={self.max_length} is too short for {self.task.name}: the question and "
-                f"answer of an example alone take {self.max_length + short} tokens; choose more"
+                f"max_length={self.max_length} is too short for {self.task.name}: the question and answer of an "
+                f"example alone take {needed} tokens; choose more, or a model with more positions"
             )
 
     def _tokens(self, text: str) -> list[int]:

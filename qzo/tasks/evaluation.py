@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qzo.errors import QzoError
+from qzo.errors import NotFinite, QzoError
+from qzo.models.positions import check_columns, position_options
 from qzo.tasks.encoding import MAX_ANSWER, Batch, Encoder
 from qzo.tasks.example import Example
 from qzo.tasks.metrics import answers_f1_and_exact_match
-from qzo.tasks.scoring import candidate_scores, loss, position_options
+from qzo.tasks.scoring import candidate_scores, loss
+
+Watch = Callable[[int, int], None]  # examples done, and how many there are
+WIDER = {torch.float16: "--dtype bfloat16, in Python dtype=torch.bfloat16", torch.bfloat16: "--dtype float32"}
 
 
 def evaluate(
@@ -23,6 +27,7 @@ def evaluate(
     examples: Sequence[Example],
     batch_size: int = 16,
     prior: Sequence[float] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Score a model; it is put in eval mode meanwhile and nothing of it is changed.
 
@@ -32,6 +37,7 @@ def evaluate(
         examples: what to score.
         batch_size: examples that are run together; they are sorted by length first.
         prior: log-probability of each label word that `label_prior` found; it is subtracted from the scores.
+        watch: called with the number of examples done and that of all, after each batch.
 
     Returns:
         The task's scores, 0 to 1 ("accuracy", or "f1" and "em"), "loss" (mean over the examples, or over the answers'
@@ -39,15 +45,16 @@ def evaluate(
         the candidate in tasks without label words, and "answered" or "empty" in a generation task.
 
     Raises:
-        QzoError: no examples, or a prior that does not fit the task.
+        QzoError: no examples, a prior that does not fit the task, or rows that are longer than the model has positions;
+            `NotFinite` where logits are NaN or infinite, for then nothing was chosen.
     """
     if not examples:
         raise QzoError(f"there are no {encoder.task.name} examples to evaluate")
     _check_prior(encoder, prior)
     with _evaluating(model):
         if encoder.task.generates:
-            return _evaluate_written(model, encoder, examples, batch_size)
-        scores = _scores(model, encoder, examples, batch_size)
+            return _evaluate_written(model, encoder, examples, batch_size, watch)
+        scores = _scores(model, encoder, examples, batch_size, watch)
     if prior is not None:
         scores = scores - torch.tensor(prior)
     predictions = scores.argmax(1).tolist()
@@ -87,26 +94,47 @@ def _check_prior(encoder: Encoder, prior: Sequence[float] | None) -> None:
         )
 
 
-def _scores(model: nn.Module, encoder: Encoder, examples: Sequence[Example], batch_size: int) -> Tensor:
-    """Log-likelihoods of the candidates, [N, C] on the CPU, in the order of the examples."""
+def _scores(
+    model: nn.Module, encoder: Encoder, examples: Sequence[Example], batch_size: int, watch: Watch | None = None
+) -> Tensor:
+    """Log-likelihoods of the candidates, [N, C] on the CPU, in the order of the examples. Raises NotFinite."""
     found: dict[int, Tensor] = {}
     for part in _by_length(encoder, examples, batch_size):
         batch = encoder.batch([examples[index] for index in part]).to(_device(model))
-        found.update(zip(part, candidate_scores(model, batch).cpu(), strict=True))
+        scores = candidate_scores(model, batch).cpu()
+        _check_finite(model, scores)
+        found.update(zip(part, scores, strict=True))
+        if watch is not None:
+            watch(len(found), len(examples))
     return torch.stack([found[index] for index in range(len(examples))])
 
 
+def _check_finite(model: nn.Module, numbers: Tensor) -> None:
+    """Raise NotFinite for NaN or infinity, with what helps where the model's dtype may be the cause."""
+    if numbers.isfinite().all():
+        return
+    dtype = next(model.parameters()).dtype
+    range_of = "its numbers end at 65,504, and activations of this model are larger: " if dtype == torch.float16 else ""
+    remedy = f"{range_of}run it in a wider dtype, {WIDER[dtype]}" if dtype in WIDER else "look for NaN in its weights"
+    raise NotFinite(f"the logits are not finite in {str(dtype)[6:]}; {remedy}")
+
+
 def _evaluate_written(
-    model: nn.Module, encoder: Encoder, examples: Sequence[Example], batch_size: int
+    model: nn.Module, encoder: Encoder, examples: Sequence[Example], batch_size: int, watch: Watch | None
 ) -> dict[str, Any]:
-    texts, total, tokens = [""] * len(examples), 0.0, 0
+    texts, total, tokens, done = [""] * len(examples), 0.0, 0, 0
     for part in _by_length(encoder, examples, batch_size):
         chosen = [examples[index] for index in part]
         count = sum(len(encoder.encode(example).answers[0]) for example in chosen)
-        total += loss(model, encoder.batch(chosen).to(_device(model))).item() * count
+        value = loss(model, encoder.batch(chosen).to(_device(model)))
+        _check_finite(model, value)
+        total += value.item() * count
         tokens += count
         for index, text in zip(part, write_answers(model, encoder, chosen), strict=True):
             texts[index] = text
+        done += len(part)
+        if watch is not None:
+            watch(done, len(examples))
     answered = sum(bool(text) for text in texts)
     return {
         **answers_f1_and_exact_match(examples, texts),
@@ -152,6 +180,7 @@ def write_answers(model: nn.Module, encoder: Encoder, examples: Sequence[Example
     if tokenizer.eos_token_id is not None:
         stops.append(tokenizer.eos_token_id)
     batch = encoder.prompts(examples).to(next(model.parameters()).device)
+    check_columns(model, batch.input_ids.shape[1] + MAX_ANSWER)
     written = _greedy(model, batch, torch.tensor(stops, dtype=torch.int64, device=batch.input_ids.device))
     texts = [str(tokenizer.decode(_until(row, stops), skip_special_tokens=True)) for row in written.tolist()]
     return [text.strip().split("\n")[0].strip() for text in texts]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.models.loss import IGNORED, last_columns_only
+from qzo.models.positions import check_columns, position_options
 from qzo.tasks.encoding import Batch
 
 
@@ -29,6 +27,9 @@ def loss(model: nn.Module, batch: Batch, centering: float = 0.0) -> Tensor:
 
     Returns:
         Scalar fp32 tensor.
+
+    Raises:
+        QzoError: rows that are longer than the model has positions.
     """
     if batch.choices is None and batch.targets is not None and batch.targets.shape[0] == batch.labels.shape[0]:
         losses = _token_losses(model, batch, batch.targets)
@@ -50,7 +51,11 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def forward(model: nn.Module, batch: Batch, keep: int) -> Tensor:
-    """Logits of the last `keep` columns, [R, keep, V]; positions count from the first token that is no padding."""
+    """Logits of the last `keep` columns, [R, keep, V]; positions count from the first token that is no padding.
+
+    Raises QzoError for rows that are longer than the model has positions.
+    """
+    check_columns(model, batch.input_ids.shape[1])
     with last_columns_only(model, keep):
         output = model(
             input_ids=batch.input_ids,
@@ -66,13 +71,3 @@ def _token_losses(model: nn.Module, batch: Batch, targets: Tensor) -> Tensor:
     """Cross entropy of each answer token, 0 where there is none; [R, A]."""
     logits = forward(model, batch, keep=targets.shape[1] + 1)[:, :-1].float()
     return nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-
-
-def position_options(model: nn.Module, mask: Tensor, columns: int) -> dict[str, Tensor]:
-    """`position_ids` of the last columns where the model takes them; ALiBi models, e.g., derive them from the mask."""
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):  # PEFT passes everything on
-        inner = inner.get_base_model()
-    if "position_ids" not in inspect.signature(inner.forward).parameters:
-        return {}
-    return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -columns:]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qzo.errors import NotFinite
 from qzo.training.learners import Learner
 from qzo.training.progress import Progress
 from qzo.training.run import Result, Run
@@ -47,8 +49,9 @@ def train(
         evaluate: result of a validation of the model as it stands; needs the run's metric and "loss".
         progress: what to show it with.
 
-    Raises QzoError where losses are not finite several times in a row, and where the disk is full; what is on disk then
-    is sound, and the run can be resumed.
+    Raises QzoError where the validation before the first step is not finite, where losses are not several times in a
+    row, and where the disk is full; what is on disk then is sound, and the run can be resumed. A later validation that
+    is not finite is recorded as null and is never the best.
     """
     settings = run.settings
     run.begin(learner.steps)
@@ -78,7 +81,23 @@ def _due(taken: int, steps: int, every: int) -> bool:
 
 @torch.no_grad()
 def _validate(learner: Learner, run: Run, evaluate: Callable[[], Result], progress: Progress | None) -> None:
-    result = evaluate()
+    result = _result(learner.steps, run.metric, evaluate)
     better = run.add_validation(learner.steps, result, learner.tensors())
     if progress is not None:
         progress.validation(learner.steps, result, better)
+
+
+def _result(steps: int, metric: str, evaluate: Callable[[], Result]) -> Result:
+    """Of a validation; NaN where logits are not finite. Raises NotFinite for that before the first step."""
+    try:
+        result = evaluate()
+    except NotFinite as error:
+        if steps == 0:
+            raise NotFinite(f"before the first step, {error}") from error
+        return {metric: math.nan, "loss": math.nan}
+    if steps == 0 and not all(math.isfinite(result[name]) for name in {metric, "loss"} & result.keys()):
+        raise NotFinite(
+            f"before the first step, validation gives {metric} {result.get(metric)} and loss {result.get('loss')}; "
+            "run it in a wider dtype, --dtype bfloat16 or float32"
+        )
+    return result

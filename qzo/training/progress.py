@@ -1,9 +1,12 @@
-"""What a training run shows while it runs: a bar on stderr, and TensorBoard scalars where that is installed."""
+"""What a training run shows while it runs: a bar or lines on stderr, and TensorBoard scalars where it is installed."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,45 @@ from qzo.errors import printable
 from qzo.training.learners import Outcome
 
 WINDOW = 100  # steps that the share of clipped ones is taken over
+SILENCE = 30.0  # seconds after which a line tells how far the run is, where there is no terminal
+
+
+def tell(text: str) -> None:
+    """Say on stderr what begins now, or what a user must know."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def lines_of(what: str, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
+    """A function of (examples done, all of them) that tells every half minute how far `what` is."""
+    last = clock()
+
+    def watch(done: int, count: int) -> None:
+        nonlocal last
+        if clock() - last >= SILENCE and done < count:
+            last = clock()
+            tell(f"{what}: {done:,} of {count:,} examples")
+
+    return watch
 
 
 class Progress:
-    """A bar with step, loss, d, share of clipped steps, validation and time left; on a terminal only.
+    """On a terminal a bar: steps, time left, loss, d, share of clipped steps. Elsewhere a line every half minute.
 
-    Elsewhere each validation is one line on stderr. `folder` gets TensorBoard's files; None, no such files.
+    Each validation is one line, on a terminal above the bar, and tells how far it is meanwhile. `folder` gets
+    TensorBoard's files; None, no such files. `clock` gives seconds.
     """
 
-    def __init__(self, steps: int, start: int = 0, slope_name: str = "d", folder: Path | None = None) -> None:
-        self.slope_name = slope_name
+    def __init__(
+        self,
+        steps: int,
+        start: int = 0,
+        slope_name: str = "d",
+        folder: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.steps, self.start, self.slope_name, self._clock = steps, start, slope_name, clock
+        self._begun = self._last_line = clock()
         self._clipped: deque[bool] = deque(maxlen=WINDOW)
-        self._validation = ""
         self._writer: Any = None if folder is None else _summary_writer(folder, start)
         self._bar: Any = _bar(steps, start) if sys.stderr.isatty() else None
 
@@ -36,22 +66,53 @@ class Progress:
         self._clipped.append(outcome.clipped)
         scalars = {"loss": outcome.loss, self.slope_name: outcome.slope, "lr": lr, "clipped": self.clipped_share}
         self._scalars("train", scalars, steps)
+        slope = f"{self.slope_name} {outcome.slope:.3g}"
+        text = f"train loss {outcome.loss:.4f}  {slope}  clipped {self.clipped_share:.0%}"
         if self._bar is not None:
-            text = f"loss {outcome.loss:.4f}  {self.slope_name} {outcome.slope:.3g}  clipped {self.clipped_share:.0%}"
-            self._bar.update(self._bar.task_ids[0], completed=steps, text=f"{text}{self._validation}")
+            self._bar.update(self._bar.task_ids[0], completed=steps, text=text)
+        elif self._is_due():
+            self._line(f"step {steps} of {self.steps}  {text}  {self._times(steps)}")
+
+    def validating(self, done: int, count: int) -> None:
+        """Show how many examples of a validation are done."""
+        text = f"validation: {done:,} of {count:,} examples"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], text=text)
+        elif self._is_due():
+            self._line(f"{text}  {_shown(self._clock() - self._begun)} spent")
 
     def validation(self, steps: int, result: dict[str, Any], better: bool) -> None:
-        """Show a validation."""
+        """Show the result of a validation."""
         numbers = {name: value for name, value in result.items() if name != "count"}
         self._scalars("validation", numbers, steps)
-        text = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float))
-        self._validation = f"  {text}"
-        if self._bar is None:
-            print(f"step {steps}  {text}{'  best' if better else ''}", file=sys.stderr)
+        text = "  ".join(
+            f"validation {name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float)
+        )
+        self._line(f"step {steps}  {text}{'  best' if better else ''}")
+
+    def phase(self, text: str) -> None:
+        """Tell what begins now and is no step."""
+        self._line(text)
 
     def notice(self, text: str) -> None:
         """Tell what happened on a resume."""
-        print(f"notice: {printable(text)}", file=sys.stderr)
+        self._line(f"notice: {text}")
+
+    def _is_due(self) -> bool:
+        return self._clock() - self._last_line >= SILENCE
+
+    def _line(self, text: str) -> None:
+        self._last_line = self._clock()
+        if self._bar is None:
+            tell(text)
+        else:
+            self._bar.console.print(printable(text), highlight=False, markup=False)
+
+    def _times(self, steps: int) -> str:
+        """Time spent, and what the steps to come will take if they take as long."""
+        spent = self._clock() - self._begun
+        left = spent / max(1, steps - self.start) * (self.steps - steps)
+        return f"{_shown(spent)} spent, {_shown(left)} left"
 
     def _scalars(self, group: str, values: dict[str, Any], steps: int) -> None:
         for name, value in values.items() if self._writer is not None else ():
@@ -66,12 +127,19 @@ class Progress:
             self._writer.close()
 
 
+def _shown(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
 def _bar(steps: int, start: int) -> Any:
+    """Count and time left in front, and one line however narrow the terminal: what does not fit is cut at its end."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
-    columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    words = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (MofNCompleteColumn(), BarColumn(bar_width=10), TimeRemainingColumn(), words)
     bar = Bar(*columns, console=Console(stderr=True))
     bar.add_task("train", total=steps, completed=start, text="")
     bar.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from qzo.errors import QzoError
@@ -24,7 +24,8 @@ UPDATES: dict[str, dict[str, Any]] = {"sgd": {}, "momentum": {"momentum": 0.9}, 
 SCHEDULERS = ("constant", "linear", "cosine")
 DTYPES = ("bfloat16", "float16", "float32")
 EXAMPLES = {"lr": 1e-6, "eps": 1e-3, "clip_threshold": 100}
-MAY_CHANGE = ("steps", "patience")  # on a resume
+MAY_CHANGE = ("steps", "patience", "eval_batch_size")  # on a resume
+EVAL_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class TrainSettings:
             gradients; "lora" and "qlora" adapters on the two kinds of model, "ft" all weights, by AdamW.
         steps: in all, not more of them after a resume.
         batch_size: examples a step.
+        max_length: tokens of a prompt with its answer; the text of a longer one is cut at its beginning. None, as many
+            as the model has positions.
         lr: None, the method's: 1e-7 for qzo (the paper's, for 7B; a smaller model has fewer scales and needs more),
             1e-6 for mezo, 1e-4 for adapters, 1e-5 for ft.
         eps, relative, clip_threshold, directions: of `qzo.QZO`; those that a method has no use for must be left alone.
@@ -45,6 +48,7 @@ class TrainSettings:
         centering: share of the label words' mean over the batch that the loss leaves out, see `qzo.tasks.loss`.
         update: qzo only: "sgd" as in the paper, "momentum" 0.9, or "adam" with betas 0.9 and 0.999.
         scheduler: of the learning rate over `steps`: "constant", "linear" down to 0, or half a "cosine" down to 0.
+        eval_batch_size: examples that a validation, and the test at the end, run together.
         eval_every: steps between validations; there is one before the first step and one after the last as well.
         patience: validations without a new best before training stops; None, never.
         layers: zeroth order only: "14-24" trains what is in these decoder layers, counted from 0; None, everything.
@@ -58,6 +62,7 @@ class TrainSettings:
     method: str = "qzo"
     steps: int = 1000
     batch_size: int = 16
+    max_length: int | None = None
     lr: float | None = None
     eps: float = 1e-3
     relative: bool = False
@@ -67,6 +72,7 @@ class TrainSettings:
     centering: float = 0.0
     update: str = "sgd"
     scheduler: str = "constant"
+    eval_batch_size: int = EVAL_BATCH_SIZE
     eval_every: int = 100
     patience: int | None = None
     layers: str | None = None
@@ -93,7 +99,7 @@ class TrainSettings:
             value = getattr(self, name)
             if not value > 0 or (name != "clip_threshold" and math.isinf(value)):
                 raise QzoError(f"{name}={value} is not a positive number; choose e.g. {EXAMPLES[name]}")
-        for name in ("steps", "batch_size", "directions", "eval_every", "patience"):
+        for name in ("steps", "batch_size", "max_length", "directions", "eval_batch_size", "eval_every", "patience"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise QzoError(f"{name}={value} is not a positive whole number")
@@ -142,9 +148,14 @@ class TrainSettings:
         values = asdict(self)
         return {**values, "clip_threshold": None if math.isinf(values["clip_threshold"]) else values["clip_threshold"]}
 
+    def as_begun(self, saved: dict[str, Any]) -> TrainSettings:
+        """These settings, with what a run of an older version did where it could not be asked for."""
+        older = {name: value for name, value in _before(saved).items() if getattr(self, name) == _default(name)}
+        return replace(self, **older)
+
     def check_resume(self, saved: dict[str, Any]) -> None:
         """Raise QzoError where a run was begun with other settings than these, but for those that may change."""
-        own = self.to_json()
+        own, saved = self.to_json(), {**_before(saved), **saved}
         for field in fields(self):  # a run of an older version lacks the newer settings
             name, begun = field.name, saved.get(field.name, field.default)
             if begun != own[name] and (name not in MAY_CHANGE or self._shapes_lr(name)):
@@ -152,3 +163,13 @@ class TrainSettings:
 
     def _shapes_lr(self, name: str) -> bool:
         return name == "steps" and self.scheduler != "constant"
+
+
+def _default(name: str) -> Any:
+    return TrainSettings.__dataclass_fields__[name].default
+
+
+def _before(saved: dict[str, Any]) -> dict[str, Any]:
+    """What a run did that was begun before these settings were there."""
+    older = {"max_length": 256, "eval_batch_size": saved.get("batch_size", _default("batch_size"))}
+    return {name: value for name, value in older.items() if name not in saved}

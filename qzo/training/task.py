@@ -17,12 +17,13 @@ from qzo.durable import read_tensors, replace_file
 from qzo.errors import QzoError
 from qzo.live.check import check_live
 from qzo.live.trainable import live_named
+from qzo.models.positions import row_length
 from qzo.models.prefix import SharedPrefix
 from qzo.training.batches import batch_numbers
 from qzo.training.learners import check_model, make_learner
 from qzo.training.loop import Trained, train
-from qzo.training.progress import Progress
-from qzo.training.run import BEST, Result, Run, check_folder, dtype_of
+from qzo.training.progress import Progress, lines_of, tell
+from qzo.training.run import BEST, RUN, Result, Run, check_folder, dtype_of, read_run
 from qzo.training.settings import QUANTIZED, TrainSettings
 
 RESULT = "result.json"
@@ -48,54 +49,89 @@ def train_task(
         data: folder of the task's files, None for where the task has them from.
         resume: go on where the run ended.
 
-    Raises QzoError for wrong input, losses that are not finite, and a full disk; what is on disk can be resumed.
+    Raises QzoError for wrong input, a model whose logits are not finite, losses that are not, and a full disk; what is
+    on disk can be resumed.
     """
     tasks: Any = import_module("qzo.tasks")
     out = Path(out)
     about = {"model": _place(source), "task": task_name, "data": data if data is None else _place(data)}
+    if resume and (out / RUN).is_file():
+        settings = settings.as_begun(read_run(out)["settings"])
     check_folder(out, settings, about, resume)
     task = tasks.get(task_name, data_dir=data)
     splits = task.splits(seed=settings.seed)
+    tell(f"loading {source}")
     packed = settings.method in QUANTIZED
     model: Any = load(source, dtype_of(asdict(settings)), _device(), dequantize=not packed).eval()
     check_model(model, settings, source)
-    encoder = tasks.Encoder(task, load_tokenizer(source), max_length=256)
-    device, examples = next(model.parameters()).device, splits["train"]
-    known = [encoder.length(example) for example in examples], [example.label for example in examples]
-
-    def batch_at(step: int) -> Any:
-        numbers = batch_numbers(*known, settings.batch_size, settings.seed, step)
-        return encoder.batch([examples[number] for number in numbers]).to(device)
-
-    def evaluate(split: str = "validation") -> Result:
-        return dict(tasks.evaluate(model, encoder, splits[split], batch_size=settings.batch_size))
-
-    def loss(batch: Any) -> torch.Tensor:
-        value: torch.Tensor = tasks.loss(model, batch, settings.centering)
-        return value
-
+    encoder = tasks.Encoder(task, load_tokenizer(source), row_length(model, settings.max_length, source))
+    for notice in cut_notices(encoder, splits):  # all are encoded now, so that one that does not fit is told now
+        tell(f"notice: {notice}")
+    work = _Work(tasks, model, encoder, splits, settings)
     first = (settings.layer_range or (0, 0))[0]
     run = Run(out, settings, about, task.metric, resume)
-    trained = _run(model, source, run, batch_at, SharedPrefix(model, loss, first) if first else loss, evaluate)
+    trained = _run(source, run, work, SharedPrefix(model, work.loss, first) if first else work.loss)
     put_best(model, out)
-    test = evaluate("test")
+    tell(f"testing the state of step {trained.best_step} on {len(splits['test']):,} examples")
+    test = work.evaluate(lines_of("test"), "test")
     content = json.dumps({**asdict(trained), "test": test}, indent=2) + "\n"
     replace_file(out / RESULT, lambda path: path.write_text(content, encoding="utf-8"))
     return trained, test
 
 
-def _run(model: nn.Module, source: str, run: Run, batch_at: Any, loss: Any, evaluate: Any) -> Trained:
+class _Work:
+    """A model and the splits of a task, as the loop asks for them."""
+
+    def __init__(
+        self, tasks: Any, model: nn.Module, encoder: Any, splits: dict[str, list[Any]], settings: TrainSettings
+    ) -> None:
+        self.tasks, self.model, self.encoder, self.splits, self.settings = tasks, model, encoder, splits, settings
+        self.device, examples = next(model.parameters()).device, splits["train"]
+        self._known = [encoder.length(example) for example in examples], [example.label for example in examples]
+
+    def batch_at(self, step: int) -> Any:
+        """The batch of a step."""
+        numbers = batch_numbers(*self._known, self.settings.batch_size, self.settings.seed, step)
+        return self.encoder.batch([self.splits["train"][number] for number in numbers]).to(self.device)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The training loss of the model as it stands."""
+        value: torch.Tensor = self.tasks.loss(self.model, batch, self.settings.centering)
+        return value
+
+    def evaluate(self, watch: Any, split: str = "validation") -> Result:
+        """The scores of the model as it stands; `watch` is told how far it is."""
+        examples, size = self.splits[split], self.settings.eval_batch_size
+        return dict(self.tasks.evaluate(self.model, self.encoder, examples, size, watch=watch))
+
+
+def cut_notices(encoder: Any, splits: dict[str, list[Any]]) -> list[str]:
+    """What to tell of prompts that are longer than a row may be. Raises QzoError for one that cannot be cut."""
+    cut = {split: encoder.cut(examples) for split, examples in splits.items()}
+    if not any(cut.values()):
+        return []
+    parts = ", ".join(f"{count:,} of {len(splits[split]):,} {split}" for split, count in cut.items() if count)
+    return [
+        f"{parts} prompts are longer than max_length={encoder.max_length} tokens: their texts are cut at the "
+        "beginning, questions and answers are whole"
+    ]
+
+
+def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
     """Make what the loop needs, and release it whatever happens."""
     try:
-        learner = make_learner(model, run.settings, run.folder, source)
+        learner = make_learner(work.model, run.settings, run.folder, source)
         progress = Progress(run.settings.steps, learner.steps, learner.slope_name, run.folder)
         for notice in learner.notices:
             progress.notice(notice)
         try:
             if run.settings.method == "qzo" and learner.steps < run.settings.steps:
-                first = batch_at(learner.steps)
-                check_live(model, lambda: loss(first), run.settings.seed, run.settings.layer_range)
-            return train(learner, run, batch_at, loss, evaluate, progress)
+                progress.phase("checking that the scales are live")
+                first = work.batch_at(learner.steps)
+                check_live(work.model, lambda: loss(first), run.settings.seed, run.settings.layer_range)
+            if learner.steps == 0:
+                progress.phase(f"validation before the first step, {len(work.splits['validation']):,} examples")
+            return train(learner, run, work.batch_at, loss, lambda: work.evaluate(progress.validating), progress)
         except KeyboardInterrupt as error:
             raise QzoError(f"stopped after {learner.steps} steps; go on with --resume") from error
         finally:

@@ -53,6 +53,31 @@ def test_eval_of_other_splits_and_with_a_prior(place, capsys):
     assert table.index("f1 ") < table.index("em ") and "answered " in table
 
 
+def test_eval_says_how_many_prompts_were_cut(place, capsys):
+    file = place / "result.json"
+    assert evaluate(place, "--task", "squad", "--samples", "3", "--max-length", "80", "--json", str(file)) == 0
+    table, record = capsys.readouterr().out, json.loads(file.read_text())
+    assert record["max_length"] == 80 and record["cut"] == 0 and "cut " not in table
+    assert evaluate(place, "--task", "sst2", "--samples", "3", "--max-length", "8", "--json", str(file)) == 0
+    table, record = capsys.readouterr().out, json.loads(file.read_text())
+    assert record["cut"] == 3 and "cut          3 prompts, longer than 8 tokens: their texts at the beginning" in table
+    assert evaluate(place, "--task", "sst2", "--samples", "3", "--json", str(file)) == 0
+    assert json.loads(file.read_text())["max_length"] == 512  # the model's positions
+
+
+def test_a_model_that_overflows_has_no_accuracy(place, capsys):
+    model = load(place / "model", torch.float16)
+    model.model.norm.weight.data *= 6e4
+    save(model, place / "over", checkpoint_format="gptq")
+    make_tokenizer().save_pretrained(place / "over")
+    command = ["eval", str(place / "over"), "--data", str(place / "data"), "--task", "sst2"]
+    assert main([*command, "--dtype", "float16"]) == 2
+    captured = capsys.readouterr()
+    assert "the logits are not finite in float16" in captured.err and "--dtype bfloat16" in captured.err
+    assert not captured.out
+    assert main([*command, "--dtype", "bfloat16"]) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,5 +1,6 @@
 """The command line."""
 
+import re
 import subprocess
 import sys
 
@@ -149,4 +150,7 @@ def test_training_and_what_follows_tells_its_own_progress_alone(tmp_path, method
     ]
     replay = ["replay", model, f"{run}/run.journal", str(tmp_path / "replayed")]
     lines = told(*commands, *([replay] if method == "qzo" else []))
-    assert [line.split("  ")[0] for line in lines] == ["step 0", "step 1", "step 2"]
+    live = ["checking that the scales are live"] if method == "qzo" else []
+    begun = [f"loading {model}", *live, "validation before the first step, 10 examples"]
+    assert [line.split("  ")[0] for line in lines[:-1]] == [*begun, "step 0", "step 1", "step 2"]
+    assert re.fullmatch(r"testing the state of step \d on 12 examples", lines[-1])

@@ -11,9 +11,12 @@ import pytest
 import standin
 import torch
 from standin import metrics, same
+from task_files import make_model as make_small
+from task_files import make_tokenizer, write_task
 
 import qzo
 from qzo.checkpoints.load import load
+from qzo.checkpoints.save import save
 from qzo.commands.main import main
 from qzo.durable import read_tensors
 from qzo.journal import lines as journal_lines
@@ -143,6 +146,52 @@ def test_without_a_terminal_each_validation_is_a_line(task, models, tmp_path, ca
     assert main(["train", models["quantized"], *SMALL, "--out", str(tmp_path / "run")]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["0", "3", "6"] and lines[0].endswith("best")
+
+
+@pytest.fixture
+def real(tmp_path):
+    """`qzo train` on a task of its own files with a model of 100 positions: (options) -> exit code."""
+    tokenizer = make_tokenizer()
+    model = make_small(len(tokenizer))
+    model.config.max_position_embeddings = 100
+    save(qzo.quantize(model, 4, 16), tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = write_task(tmp_path / "data", "rte")
+    rows = (data / "rte/train.jsonl").read_text().splitlines()
+    long = [json.loads(row) for row in rows[:4]]
+    rows[:4] = [json.dumps({**row, "premise": f"{row['premise']} {'And so on. ' * 200}"}) for row in long]
+    (data / "rte/train.jsonl").write_text("\n".join(rows))
+    task = ["--task", "rte", "--data", str(data), "--steps", "1", "--batch-size", "2", "--out", str(tmp_path / "run")]
+    return lambda *options: main(["train", str(tmp_path / "model"), *task, *options])
+
+
+def test_prompts_that_are_cut_are_told_and_a_length_that_cannot_be_is_refused(real, capsys):
+    assert real("--max-length", "101") == 2
+    assert "--max-length 101 is more than the 100 positions of" in errors(capsys)[0]
+    assert real("--max-length", "12") == 2
+    assert "max_length=12 is too short for rte" in errors(capsys)[0]
+    assert real("--max-length", "0") == 2
+    assert "max_length=0 is not a positive whole number" in errors(capsys)[0]
+    assert real() == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("notice: ")]
+    assert len(told) == 1 and "prompts are longer than max_length=100 tokens" in told[0]
+    assert "cut at the beginning, questions and answers are whole" in told[0]
+
+
+def test_a_run_of_the_version_that_cut_at_256_tokens_goes_on_so(task, models, tmp_path, monkeypatch):
+    lengths, sizes, encoder, evaluate = [], [], task.Encoder, task.evaluate
+    task.Encoder = lambda *given: (lengths.append(given[2]), encoder(*given))[1]
+    task.evaluate = lambda *given, **more: (sizes.append(given[3]), evaluate(*given, **more))[1]
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["train", models["quantized"], *SMALL, *out]) == 0
+    assert lengths == [2048] and set(sizes) == {16}
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    del about["settings"]["max_length"], about["settings"]["eval_batch_size"]
+    (tmp_path / "run/run.json").write_text(json.dumps(about))
+    lengths.clear(), sizes.clear()
+    assert main(["train", models["quantized"], *SMALL, *out, "--resume", "--max-length", "300"]) == 2
+    assert main(["train", models["quantized"], *SMALL, *out, "--resume", "--steps", "9"]) == 0
+    assert lengths == [256] and set(sizes) == {4}
 
 
 @pytest.mark.parametrize("method", ["qzo", "mezo"])

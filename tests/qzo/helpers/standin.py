@@ -51,8 +51,11 @@ def example(dice):
 
 
 class Encoder:
-    def __init__(self, task, tokenizer, max_length=256):
-        self.tokenizer = tokenizer
+    def __init__(self, task, tokenizer, max_length=None):
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def cut(self, examples):
+        return 0
 
     def length(self, example):
         return len(example)
@@ -64,7 +67,7 @@ class Encoder:
         return Batch(input_ids=input_ids, labels=labels)
 
 
-def evaluate(model, encoder, examples, batch_size=16):
+def evaluate(model, encoder, examples, batch_size=16, watch=None):
     batch = encoder.batch(examples)
     with torch.no_grad():
         logits = model(batch["input_ids"], logits_to_keep=2).logits[:, 0, :2]

@@ -1,5 +1,6 @@
 """Tasks: tokens, losses, scores and metrics."""
 
+import math
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import qzo
 from qzo import QzoError, tasks
 from qzo.checkpoints.load import load_tokenizer
+from qzo.errors import NotFinite
 from qzo.tasks import metrics, scoring
 from qzo.tasks.encoding import MAX_ANSWER
 from qzo.tasks.evaluation import write_answers
@@ -147,6 +149,55 @@ def test_written_answers_keep_their_room(tmp_path, tokenizer):
     encoder, splits = prepare("squad", tmp_path, tokenizer, max_length=80)
     long = replace(splits["train"][0], text="and many more words " * 40)
     assert len(encoder.encode(long).prompt) == 80 - MAX_ANSWER
+
+
+def test_nothing_is_cut_unless_a_length_is_given_and_then_it_is_counted(tmp_path, tokenizer, model):
+    encoder, splits = prepare("rte", tmp_path, tokenizer, max_length=None)
+    example = splits["train"][0]
+    long = replace(example, text=f"{example.text} {'and so on ' * 300}")
+    whole = encoder.encode(long)
+    assert tokenizer.decode(whole.prompt).endswith(long.text + long.ask) and encoder.cut([example, long]) == 0
+    with pytest.raises(QzoError, match=r"a row of \d+ tokens is longer than the 512 positions"):
+        tasks.evaluate(model, encoder, [long])
+    shorter = tasks.Encoder(encoder.task, tokenizer, 512)
+    prompt = shorter.encode(long).prompt
+    assert shorter.cut([example, long]) == 1 and len(prompt) == 511 and prompt == whole.prompt[-511:]
+    assert shorter.encode(long).answers == whole.answers and shorter.encode(long).cut == len(whole.prompt) - 511
+    assert tasks.evaluate(model, shorter, [long])["count"] == 1
+
+
+@pytest.mark.parametrize("name", CHOICE)
+def test_what_is_cut_is_of_the_text_alone(tmp_path, tokenizer, name):
+    """Word for word: question and answers stay whole in every length that is taken at all."""
+    encoder, splits = prepare(name, tmp_path, tokenizer, max_length=None)
+    example = splits["train"][0]
+    needed = len(encoder.encode(replace(example, text="")).prompt) + max(map(len, encoder.encode(example).answers))
+    for length in range(needed + 2, needed + 6):
+        found = tasks.Encoder(encoder.task, tokenizer, length).encode(example)
+        assert tokenizer.decode(found.prompt).endswith(example.ask.rstrip())
+        assert found.answers == encoder.encode(example).answers
+
+
+@pytest.mark.parametrize("name", ["sst2", "copa", "squad"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_logits_that_are_not_finite_are_no_score(tmp_path, tokenizer, name, dtype):
+    encoder, splits = prepare(name, tmp_path, tokenizer)
+    broken = make_model(len(tokenizer), dtype)
+    broken.model.norm.weight.data[0] = math.inf
+    remedy = {torch.float16: "65,504.*--dtype bfloat16", torch.bfloat16: "--dtype float32", torch.float32: "weights"}
+    with pytest.raises(NotFinite, match=f"the logits are not finite in {str(dtype)[6:]}; .*{remedy[dtype]}"):
+        tasks.evaluate(broken, encoder, splits["test"])
+    if name == "sst2":
+        with pytest.raises(NotFinite, match="not finite"):
+            tasks.label_prior(broken, encoder, splits["train"])
+
+
+def test_an_evaluation_tells_how_far_it_is(tmp_path, tokenizer, model):
+    for name in ("sst2", "squad"):
+        encoder, splits = prepare(name, tmp_path / name, tokenizer)
+        seen = []
+        tasks.evaluate(model, encoder, splits["test"], 4, watch=lambda *told, seen=seen: seen.append(told))
+        assert seen == [(4, 9), (8, 9), (9, 9)]
 
 
 def test_a_length_without_room_for_text_is_refused(tmp_path, tokenizer):

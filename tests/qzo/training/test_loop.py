@@ -15,6 +15,7 @@ from standin import metrics, same
 import qzo
 from qzo import QzoError
 from qzo.durable import read_tensors
+from qzo.errors import NotFinite
 from qzo.journal import lines as journal_lines
 from qzo.training.batches import batch_numbers
 from qzo.training.learners import make_learner
@@ -73,6 +74,31 @@ def test_the_best_state_is_kept_and_patience_ends_the_run(tmp_path, metric, accu
     trained = train(Scripted(), run, lambda step: step, lambda batch: 1.0, lambda: next(results))
     assert (trained.best_step, trained.steps, trained.stopped_early) == (best, steps, steps < 8)
     assert float(read_tensors(tmp_path / "run/best.safetensors")[0]["steps"]) == best
+
+
+@pytest.mark.parametrize("raised", [False, True])
+def test_a_validation_that_is_not_finite_is_never_the_best_and_ends_a_run_before_its_first_step(tmp_path, raised):
+    def evaluation(values):
+        numbers = iter(values)
+
+        def evaluate():
+            value = next(numbers)
+            if raised and math.isnan(value):
+                raise NotFinite("the logits are not finite in float16; run it in a wider dtype, --dtype bfloat16")
+            return {"accuracy": 0.5, "loss": value, "count": 1}
+
+        return evaluate
+
+    settings = TrainSettings(steps=4, eval_every=2)
+    learner, run = Scripted(), Run(tmp_path / "begun", settings, {}, "accuracy", resume=False)
+    with pytest.raises(QzoError, match=r"before the first step, .*--dtype bfloat16"):
+        train(learner, run, lambda step: step, lambda batch: 1.0, evaluation([math.nan]))
+    assert learner.steps == 0 and run.best is None and not (tmp_path / "begun/best.safetensors").exists()
+    run = Run(tmp_path / "run", settings, {}, "accuracy", resume=False)
+    trained = train(Scripted(), run, lambda step: step, lambda batch: 1.0, evaluation([1.0, math.nan, 0.9]))
+    assert (trained.best_step, trained.best["loss"]) == (4, 0.9)
+    validations = [entry["validation"] for entry in metrics(tmp_path / "run") if "validation" in entry]
+    assert [result["loss"] for result in validations] == [1, None, 0.9]
 
 
 @pytest.mark.parametrize(("scheduler", "wanted"), [("linear", [4, 3, 2, 1]), ("cosine", [4, 3.414214, 2, 0.585786])])
