@@ -11,7 +11,7 @@ from qzo.formats.table import find
 from qzo.models.folder import headers_in, weight_files
 from qzo.models.inspection import Inspection, obstacle
 from qzo.models.settings import Source, is_gguf, source_of
-from qzo.models.skeleton import check_architecture, check_counts, dtype_of, skeleton
+from qzo.models.skeleton import check_unquantized
 
 
 def inspect(source: str | os.PathLike[str]) -> Inspection:
@@ -44,10 +44,6 @@ def _unquantized(name: str, source: Source) -> Inspection:
     headers = headers_in(weight_files(source.path))
     counts, sizes = parts_of(headers)
 
-    def build() -> None:
-        check_counts(source.path, source.config, len(headers))
-        check_architecture(source.path, source.config)
-        skeleton(source.path, headers, dtype_of(source.config))
-
-    reason = obstacle(source.path, build) or f"it is not quantized; first run: qzo quantize {name} OUT"
+    obstructed = obstacle(source.path, lambda: check_unquantized(source.path, source.config, headers))
+    reason = obstructed or f"it is not quantized; first run: qzo quantize {name} OUT"
     return Inspection(name, "unquantized", counts=counts, sizes=sizes, reason=reason)

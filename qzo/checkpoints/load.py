@@ -13,10 +13,11 @@ from qzo.checkpoints.tokenizer import load_tokenizer as load_tokenizer
 from qzo.errors import QzoError
 from qzo.formats.gguf.files import GgufCheckpoint
 from qzo.formats.table import find
+from qzo.models.build import auto_class
 from qzo.models.folder import download, headers_in, one_line, weight_files
 from qzo.models.origin import Origin, note_origin
 from qzo.models.settings import Source, is_gguf, source_of
-from qzo.models.skeleton import check_architecture, check_counts, skeleton
+from qzo.models.skeleton import check_unquantized
 from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -80,10 +81,7 @@ def _load(
             f'{folder}: quant_method="{about.method}" is not supported; give a checkpoint of a format that the README '
             "names, or an unquantized one"
         )
-    headers = headers_in(weight_files(folder))
-    check_counts(folder, about.config, len(headers))
-    check_architecture(folder, about.config)
-    skeleton(folder, headers, torch.bfloat16)
+    check_unquantized(folder, about.config, headers_in(weight_files(folder)))
     model = _from_pretrained(folder, dtype, device)
     note_origin(model, Origin(folder.resolve()))
     return model
@@ -122,12 +120,15 @@ def _packed(model: Any, about: Source) -> Any:
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     source = folder / options.get("gguf_file", "")
     try:
         with quiet_libraries():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            kind: Any = AutoModelForCausalLM
+            if "gguf_file" not in options:
+                kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+            loaded: Any = kind.from_pretrained(
                 folder,
                 dtype=dtype or torch.bfloat16,
                 use_safetensors=True,

@@ -30,6 +30,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--seq-len", type=int, default=256, help="gptq: tokens a sequence (default 256)")
     parser.add_argument("--act-order", action="store_true", help="gptq: columns by falling weight of their inputs")
     parser.add_argument("--static-groups", action="store_true", help="gptq: with --act-order, keep groups in place")
+    names = "names of modules, such as mlp.gate or layers.0"
+    parser.add_argument("--skip", nargs="+", metavar="NAME", help=f"leave in 16 bits: {names}")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="leave all else in 16 bits")
     parser.set_defaults(run=run)
 
 
@@ -54,6 +57,8 @@ def run(options: argparse.Namespace) -> None:
         calibration=calibration,
         act_order=options.act_order,
         static_groups=options.static_groups,
+        skip=options.skip,
+        only=options.only,
     )
     save(model, target, checkpoint_format=options.format)
     for name, size in quantized_bytes(model).items():

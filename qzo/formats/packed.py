@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,16 +28,18 @@ class Layout:
     """How a checkpoint holds its codes.
 
     Args:
-        n_bits: of a code.
-        build: (weight [N, K] on meta, bias) -> a layer with the tensors that the checkpoint has for it.
-        read: a tensor of a file under a name that ends so -> as the layer has it.
+        build: (stored path, weight [N, K] on meta, bias) -> a layer with the tensors that the checkpoint has for it.
+        bits_of: stored path -> bits of a code.
+        zeros: (words of zero points, bits) -> as the layer has them; None where they are stored so.
         per_number: weights that a stored number may stand for.
+        implied: (stored path, rows of its words) -> by their names in the layer, tensors that need not be stored.
     """
 
-    n_bits: int
-    build: Callable[[Tensor, Tensor | None], nn.Module]
-    read: tuple[str, Callable[[Tensor], Tensor]] | None = None
+    build: Callable[[str, Tensor, Tensor | None], nn.Module]
+    bits_of: Callable[[str], int]
+    zeros: Callable[[Tensor, int], Tensor] | None = None
     per_number: int = PER_NUMBER
+    implied: Callable[[str, int], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,6 @@ class PackedCheckpoint(Stored):
     saved_as: str | None
     more: str = "scales+offsets"
     by_name = True
-    head_too = False
     moving = WHOLE_ZEROS
 
     @cached_property
@@ -70,30 +71,54 @@ class PackedCheckpoint(Stored):
         """Of all tensors. Raises QzoError for files that are damaged or not there."""
         return headers_in(weight_files(self.folder))
 
-    def writing(self, tensors: dict[str, Tensor]) -> Write:
+    @cached_property
+    def _laid_out(self) -> Layout:
+        return self.layout()
+
+    def write(self, tensors: dict[str, Tensor]) -> Write:
         """Tensors have the names of the checkpoint."""
         return rewriting(self.folder, tensors)
 
     def paths(self) -> Collection[str]:
         """Layers that have codes; so what the quantizer left alone (`modules_to_not_convert`) stays as it is."""
+        return self._paths
+
+    @cached_property
+    def _paths(self) -> Collection[str]:
         return {name.removesuffix(f".{self.codes}") for name in self.headers if name.endswith(f".{self.codes}")}
 
     def builder(self) -> tuple[Build, int]:
         """By the settings, with the shapes of the model's weights."""
-        layout = self.layout()
-        return lambda _, weight, bias: layout.build(weight, bias), max(PER_NUMBER, layout.per_number)
+        layout = self._laid_out
+        return layout.build, max(PER_NUMBER, layout.per_number)
+
+    def implied(self) -> Container[str]:
+        """Names in the model of what layers have without a tensor in the files."""
+        placed = self.placed
+        return {str(placed.named(name)) for path in placed.layers for name in self._not_stored(path)}
+
+    def _not_stored(self, path: str) -> dict[str, Tensor]:
+        """Name -> tensor of what a layer has and the files lack."""
+        implied, codes = self._laid_out.implied, self.headers[f"{path}.{self.codes}"]
+        if implied is None or not codes.shape:
+            return {}
+        own = {f"{path}.{name}": tensor for name, tensor in implied(path, codes.shape[0]).items()}
+        return {name: tensor for name, tensor in own.items() if name not in self.headers}
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The tensors of each file; zero points as the layers have them. Raises QzoError for groups not there."""
-        layout = self.layout()
+        layout, paths = self._laid_out, self.paths()
         for file in dict.fromkeys(header.file for header in self.headers.values()):
-            tensors = {}
+            tensors: dict[str, Tensor] = {}
             for name, tensor in read_tensors_of(file):
-                if layout.read is not None and name.endswith(layout.read[0]):
-                    tensor = layout.read[1](tensor)
-                elif name.endswith(".g_idx"):
-                    scales = self.headers[f"{name.removesuffix('g_idx')}scales"]
+                path, _, last = name.rpartition(".")
+                if path in paths and last == "qzeros" and layout.zeros is not None:
+                    tensor = layout.zeros(tensor, layout.bits_of(path))
+                elif path in paths and last == "g_idx":
+                    scales = self.headers[f"{path}.scales"]
                     tensor = _checked_groups(file, name, tensor, groups=scales.shape[0])
+                elif path in paths and last == self.codes:
+                    tensors |= self._not_stored(path)
                 tensors[name] = tensor
             yield tensors
 
@@ -104,9 +129,11 @@ class PackedCheckpoint(Stored):
     def inspect(self, name: str) -> Inspection:
         """As `Stored.inspect`; codes and zero points are counted where there is a layout for their words."""
         found = super().inspect(name)
-        if found.reason is None and self.codes == "qweight":  # words of n_bits
-            n_bits = self.layout().n_bits
-            found.counts.update({part: found.counts[part] * 32 // n_bits for part in ("codes", "zero_points")})
+        if found.reason is None and self.codes == "qweight":  # words of some codes
+            bits_of = self._laid_out.bits_of
+            for part, name in (("codes", "qweight"), ("zero_points", "qzeros")):
+                words = ((self.headers[f"{path}.{name}"].numel, bits_of(path)) for path in self.paths())
+                found.counts[part] = sum(count * 32 // n_bits for count, n_bits in words)
         return found
 
 

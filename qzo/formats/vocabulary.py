@@ -73,6 +73,10 @@ class QuantEmbedding(Quantized):
         """x Eᵀ, [..., K] -> [..., V]; differentiable in x and, where it requires a gradient, in the scales."""
         return chunked_linear(x, self.rows, (self.num_embeddings, self.embedding_dim), self.scales)
 
+    def whole(self) -> Tensor:
+        """The dequantized table [V, K] in the dtype of its rows."""
+        return self.rows(0, self.num_embeddings, self.dtype, self.scales)
+
     def rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of the dequantized table, [stop - start, K]."""
         return self._dequantize(self.codes[start:stop], scales[start:stop], dtype).view(-1, self.embedding_dim)
@@ -92,6 +96,9 @@ class Table(Protocol):
     def project(self, x: Tensor) -> Tensor:
         """x Eᵀ, [..., K] -> [..., V]."""
 
+    def whole(self) -> Tensor:
+        """E [V, K], made anew at each call."""
+
 
 class TiedQuantHead(nn.Module):
     """logits = h Eᵀ + bias over a table of codes, shared with the input embedding where the two are tied.
@@ -104,6 +111,11 @@ class TiedQuantHead(nn.Module):
         super().__init__()
         self.table: Table = table
         self.bias = frozen(bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """E [V, K] as a head has it, for losses that multiply with it themselves; made anew, and not kept."""
+        return self.table.whole()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., V] in x's dtype; differentiable in x and, where it requires a gradient, in the scales."""

@@ -141,7 +141,8 @@ def _laid_out(codes: Codes) -> Codes:
     """With tensors as compiled code reads them, which does not know where they end."""
     words, _, scales, zeros, g_idx = codes
     depth, columns = _shape(codes)
-    fits = scales.dim() == 2 and scales.shape[1] == columns and len(scales) > 0 and depth % len(scales) == 0
+    fits = scales.dim() == 2 and scales.shape[1] == columns and len(scales) > 0
+    fits = fits and (g_idx is not None or depth % len(scales) == 0)
     if not fits or (isinstance(zeros, Tensor) and zeros.shape != scales.shape):
         raise QzoError(f"scales {tuple(scales.shape)} or their zero points do not fit a weight [{columns}, {depth}]")
     if g_idx is not None and g_idx.shape != (depth,):

@@ -39,14 +39,23 @@ def resolve_group_size(in_features: int, group_size: int, common: int | None = N
     return group_size
 
 
-def check_layout(in_features: int, out_features: int, n_bits: int, group_size: int, common: int | None = None) -> int:
+def check_layout(
+    in_features: int,
+    out_features: int,
+    n_bits: int,
+    group_size: int,
+    common: int | None = None,
+    short_group: bool = False,
+) -> int:
     """Return the group size that a GPTQ layer of this shape gets; raise QzoError where the layout cannot hold it.
 
-    Codes of one column fill 32-bit words along K, zero points of one group along N: K and N must be multiples of
-    32 / n_bits, with 3 bits of 32, whose codes fill three words.
+    `short_group` allows a last group of fewer weights, as checkpoints of AutoGPTQ have them. Codes of one column fill
+    32-bit words along K, zero points of one group along N: K and N must be multiples of 32 / n_bits, with 3 bits of 32,
+    whose codes fill three words.
     """
     check_bits(n_bits)
-    group_size = resolve_group_size(in_features, group_size, common)
+    if not short_group or group_size < 1:
+        group_size = resolve_group_size(in_features, group_size, common)
     count, words = block_of(n_bits)
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if size % count:

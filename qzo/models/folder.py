@@ -15,6 +15,7 @@ from torch import Tensor
 from qzo.errors import QzoError
 
 WEIGHTS = "model.safetensors"
+INDEX = ".index.json"  # behind the name of the weights
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickles
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -35,34 +36,51 @@ def download(name: str, revision: str | None = None) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, whatever it is called, or those that its index names.
+    """The safetensors files of a folder: model.safetensors, those that an index names, or one of whatever name.
 
-    Raises QzoError where there is none, for pickles too, and for an index that names other files.
+    An index may have a name of its own (AutoGPTQ: gptq_model-4bit-128g.safetensors.index.json); one of pickles, left
+    over from another form of the model, counts for nothing. Raises QzoError where there are no such files, for pickles
+    too, and for an index that names other files.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    files = list(folder.glob("*.safetensors"))
-    if len(files) == 1 and not any(folder.glob("*.index.json")):  # AutoGPTQ: gptq_model-4bit-128g.safetensors
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    indices = sorted(folder.glob(f"*.safetensors{INDEX}"))
+    index = folder / f"{WEIGHTS}{INDEX}"
+    if index not in indices and len(indices) == 1:
+        index = indices[0]
+    if index in indices:
+        return _indexed(index)
+    if len(files) == 1:
         return files
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-        if pickles and not files:
-            raise QzoError(
-                f"{folder / pickles[0]} is a pickle, which can run code; only safetensors files are read: "
-                "convert it with the software that wrote it"
-            )
-        raise QzoError(f"{folder} has no {WEIGHTS} and no {index.name}; only safetensors files are read")
+    if files:
+        raise QzoError(
+            f"{folder} has {len(files)} safetensors files ({files[0].name}, ...) and not one index that names those of "
+            f"the model; add {WEIGHTS}{INDEX}, or leave only the files of one model"
+        )
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise QzoError(
+            f"{folder / pickles[0]} is a pickle, which can run code; only safetensors files are read: "
+            "convert it with the software that wrote it"
+        )
+    raise QzoError(
+        f"{folder} has no {WEIGHTS} and no {WEIGHTS}{INDEX}; only safetensors files are read: download the weights too"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names. Raises QzoError."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise QzoError(f"{index} has no weight_map")
+        raise QzoError(f"{index} has no weight_map, which says what file a tensor is in; download it again")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise QzoError(f"{index} names {name}, which is not a file in that folder")
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise QzoError(f"{index} names {name}, which is not a file in that folder; download it too")
         if not name.endswith(".safetensors"):
-            raise QzoError(f"{index} names {name}; only safetensors files are read")
-    return [folder / name for name in names]
+            raise QzoError(f"{index} names {name}; only safetensors files are read: convert them, or remove the index")
+    return [index.parent / name for name in names]
 
 
 class Header(NamedTuple):

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qzo.errors import QzoError
-from qzo.models.folder import Header, one_line
+from qzo.errors import QzoError, named
+from qzo.models.build import build
+from qzo.models.folder import Header
+from qzo.models.names import Placed, check_known, place
 from qzo.quiet import quiet_libraries
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,26 +28,51 @@ def dtype_of(config: dict[str, Any]) -> torch.dtype:
     return dtype
 
 
-IMPLIED = "rotary_emb.inv_freq"  # old checkpoints store what the config implies
 FLOATING: tuple[str, ...] = ("F16", "BF16", "F32", "F64")
 WHOLE = ("I32", "I64")
+CODES = (".qweight", ".qzeros", ".scales", ".g_idx")
 NAMED = {torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
 
 
-def check_tensors(folder: Path, model: Any, headers: dict[str, Header], checked: Container[str] = ()) -> None:
+def check_tensors(
+    folder: Path, model: Any, headers: dict[str, Header], placed: Placed, known: Container[str] = ()
+) -> None:
     """Tie the weights of a model on meta. Raises QzoError unless the headers are those of just the tensors it expects.
 
-    `checked` are names of the model's tensors that are known to be there, under other names.
+    Args:
+        folder: for messages.
+        model: with layers of a format in their places.
+        headers: of all tensors that are checked here.
+        placed: where they go.
+        known: names of the model's tensors that are there, though not among the headers.
     """
+    check_known(placed, headers)
     model.tie_weights()
     expected = model.state_dict(keep_vars=True)
+    given = set()
     for name, header in headers.items():
-        if not name.endswith(IMPLIED):
-            _check_fits(name, header, expected.get(name))
-    given = {id(tensor) for name, tensor in expected.items() if name in headers or name in checked}
-    missing = [name for name, tensor in expected.items() if tensor.is_meta and id(tensor) not in given]
+        target = placed.named(name)
+        if target is not None:
+            _check_fits(name, header, expected.get(target))
+            given.add(target)
+    for target, joined in placed.joined.items():
+        sources = {name: torch.empty(headers[name].shape, device="meta") for name in joined.sources}
+        file = headers[next(iter(sources))].file
+        with named(str(file)):
+            shape = tuple(joined.join(target, sources, model).shape)
+        if shape != tuple(expected[target].shape):
+            raise QzoError(
+                f"{file}: {next(iter(sources))} and {len(sources) - 1} others make up {target} {shape}, but "
+                f"config.json implies {tuple(expected[target].shape)}; take config.json and weights from one checkpoint"
+            )
+        given.add(target)
+    found = {id(tensor) for name, tensor in expected.items() if name in given or name in known}
+    missing = [name for name, tensor in expected.items() if tensor.is_meta and id(tensor) not in found]
     if missing:
-        raise QzoError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        raise QzoError(
+            f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}; download all files again, or "
+            "take config.json and weights from one checkpoint"
+        )
 
 
 def check_architecture(folder: Path, config: dict[str, Any]) -> None:
@@ -60,53 +87,57 @@ def check_architecture(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def skeleton(folder: Path, headers: dict[str, Header], dtype: torch.dtype, per_number: int = 1) -> Any:
-    """The unquantized model on meta. Raises QzoError for one that cannot be built, or is far larger than its files.
+def skeleton(
+    folder: Path, headers: dict[str, Header], dtype: torch.dtype, per_number: int = 1, part: bool = False
+) -> tuple[Any, bool]:
+    """The unquantized model on meta, and whether it is a part, see `build`.
 
     `per_number` is how many weights a stored number may hold. What is over twice what the files hold would take all
-    memory, or forever, before the first tensor is found not to fit.
+    memory, or forever, before the first tensor is found not to fit. Raises QzoError for such a one, and for one that
+    cannot be built.
     """
-    model = _build(folder, dtype)
+    model, is_part = build(folder, dtype, part)
     implied = sum(parameter.numel() for parameter in model.parameters())
     stored = sum(header.numel for header in headers.values())
     if implied > 2 * per_number * stored:
-        raise QzoError(f"{folder}: config.json implies {implied:,} weights, but the files hold {stored:,} numbers")
-    return model
+        raise QzoError(
+            f"{folder}: config.json implies {implied:,} weights, but the files hold {stored:,} numbers; take "
+            "config.json and weights from one checkpoint"
+        )
+    return model, is_part
 
 
-def _build(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with quiet_libraries():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with quiet_libraries(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # as in _from_pretrained
-        raise QzoError(f"{folder}: {one_line(error)}") from error
+def check_unquantized(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> None:
+    """Raise QzoError unless the files hold just what the unquantized model expects."""
+    check_counts(folder, config, len(headers))
+    check_architecture(folder, config)
+    model, _ = skeleton(folder, headers, dtype_of(config))
+    check_known(place(model, headers), headers)
 
 
 def _check_fits(name: str, header: Header, wanted: Tensor | None) -> None:
     """Raise QzoError unless a tensor is what config.json implies; only the floating dtype may differ."""
     file = header.file
     if wanted is None:
-        raise QzoError(f"{file}: the model has no tensor {name}; config.json and weights do not belong together")
+        raise QzoError(
+            f"{file}: the model has no tensor {name}; config.json and weights do not belong together: take both from "
+            "one checkpoint"
+        )
     dtypes = (NAMED[wanted.dtype],) if wanted.dtype in NAMED else FLOATING
     if name.endswith(".g_idx"):
         dtypes = WHOLE
+    cause = ' (by bits, group_size and "dynamic" of its quantization_config)' if name.endswith(CODES) else ""
     if header.shape != wanted.shape or header.dtype not in dtypes:
         raise QzoError(
             f"{file}: {name} is {header.dtype} {header.shape}, but config.json implies {dtypes[0]} "
-            f"{tuple(wanted.shape)}"
+            f"{tuple(wanted.shape)}{cause}; take config.json and weights from one checkpoint"
         )
 
 
 def finish(model: Any, device: torch.device, tie: bool = True) -> None:
     """Tie weights, and compute the buffers that no checkpoint holds (rotary tables, causal masks)."""
     if tie:
-        model.tie_weights()
+        _tie(model)
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # so that _init_weights leaves it alone
     with torch.no_grad():
@@ -116,6 +147,16 @@ def finish(model: Any, device: torch.device, tie: bool = True) -> None:
                 setattr(module, name, torch.empty_like(getattr(module, name), device=device))
             if unset:
                 model._init_weights(module)
+
+
+def _tie(model: Any) -> None:
+    """As `from_pretrained` does: where the files hold both of two tied weights, and they differ, both stay."""
+    missing = {name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta}
+    before = dict(model.all_tied_weights_keys)
+    with quiet_libraries():
+        model.tie_weights(missing_keys=missing)
+    if before and not model.all_tied_weights_keys:
+        model.config.tie_word_embeddings = False
 
 
 COUNTS = re.compile(r"n(um)?_?(hidden_|decoder_|encoder_)?layers?")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,11 @@ from qzo.errors import QzoError, named
 from qzo.models.experts import check_experts, looks_like_experts
 from qzo.models.folder import Header
 from qzo.models.inspection import Inspection, obstacle
+from qzo.models.names import Placed, check_known, owner_of, place
 from qzo.models.rewrite import Write
 from qzo.models.settings import Source
 from qzo.models.skeleton import (
     FLOATING,
-    IMPLIED,
     check_architecture,
     check_counts,
     check_tensors,
@@ -44,13 +45,13 @@ class Stored(ABC):
         format      quant_method
         source      the folder and its settings
         headers     of all stored tensors, by their stored names; raises QzoError for damaged files
-        batches     () -> the tensors by their names in the model, file by file
-        writing     tuned tensors by their names in the model -> what writes the weights with them into a folder
+        batches     () -> the tensors of each file; those of a quantized layer under its stored path, with the names
+                    that they have in the layer
+        write       tuned tensors under such names -> what writes the weights with them into a folder
         about       `version`, `n_bits` and `group_size` of an Inspection
     and where they are not these:
         saved_as    `checkpoint_format` of `qzo.checkpoints.save`; None where only its own files are written anew
         by_name     whether layers have the tensors of the files, under the same names
-        head_too    whether the output head may be quantized
         copied      whether the model gets copies of what is in batches, which lies in a mapped file or is a view
         more        the set of `qzo.trainable` that trains more of a quantized layer than its scales
         moving      what moves with scales, see `Inspection`
@@ -60,25 +61,24 @@ class Stored(ABC):
     source: Source
     headers: dict[str, Header]
     batches: Callable[[], Batches]
-    writing: Callable[[dict[str, Tensor]], Write]
+    write: Callable[[dict[str, Tensor]], Write]
     about: dict[str, Any]
     saved_as: str | None = None
     by_name = False
-    head_too = True
     copied = False
     more: str = "scales+offsets"
     moving: str = ""
 
     @abstractmethod
     def paths(self) -> Collection[str]:
-        """Of the quantized layers; those of experts as `Site.names` has them."""
+        """Of the quantized layers, as they are stored."""
 
     @abstractmethod
     def builder(self) -> tuple[Build, int]:
         """What makes the layer of a path, and how many weights a stored number may stand for.
 
-        The first gets the path, the weight [N, K] that is to be replaced, on meta and in the dtype of the model, and a
-        bias [N] or None. Both raise QzoError: for settings that are not supported, for tensors that do not fit them.
+        The first gets the stored path, the weight [N, K] that is to be replaced, on meta and in the dtype of the model,
+        and a bias [N] or None. Both raise QzoError: for settings that are not supported, and tensors that do not fit.
         """
 
     @abstractmethod
@@ -91,7 +91,7 @@ class Stored(ABC):
         return self.source.path
 
     def plain(self) -> dict[str, Header]:
-        """Headers of tensors that are called the same in the model."""
+        """Headers of tensors that the model has as they are stored, by their stored names."""
         paths = () if self.by_name else self.paths()
         return {name: header for name, header in self.headers.items() if layer_of(name, paths) is None}
 
@@ -104,12 +104,11 @@ class Stored(ABC):
         dtype = dtype or dtype_of(self.source.config)
         model, layers = self.empty(dtype)
         own = _buffers(layers)
-        for tensors in self.batches():
+        for tensors in self._in_model(model):
             ready = {}
             for name, tensor in tensors.items():
                 cast = tensor.is_floating_point() and name not in own
-                if not name.endswith(IMPLIED):
-                    ready[name] = tensor.to(device, dtype if cast else tensor.dtype, copy=self.copied)
+                ready[name] = tensor.to(device, dtype if cast else tensor.dtype, copy=self.copied)
             model.load_state_dict(ready, strict=False, assign=True)
         finish(model, device)
         return freeze(model).eval()
@@ -121,11 +120,9 @@ class Stored(ABC):
         tensor or has other codes: it is a model of other files. Memory: the tensors of one file.
         """
         found = {}
-        for tensors in self.batches():
+        for tensors in self._in_model(self.blank):
             for name, stored in tensors.items():
                 own = live.get(name)
-                if own is None and name.endswith(IMPLIED):
-                    continue
                 if own is None or own.shape != stored.shape:
                     return None
                 if torch.equal(stored.to("cpu", own.dtype), own.detach().cpu()):
@@ -162,40 +159,102 @@ class Stored(ABC):
 
         Raises QzoError for layers and tensors that the model has no place for, and for tensors that are missing.
         """
+        build, _ = self.builder()
+        model = self._skeleton(dtype)
+        layers = self._put(model, build)
+        known = self.implied() if self.by_name else _buffers(layers)
+        check_tensors(self.folder, model, self.plain(), self.placed, known)
+        return model, layers
+
+    def implied(self) -> Container[str]:
+        """Names in the model of what layers have without a tensor in the files; asked where they have their names."""
+        return ()
+
+    def _skeleton(self, dtype: torch.dtype) -> Any:
+        """The unquantized model on meta, its text part where it has others. Raises QzoError."""
         folder, config = self.folder, self.source.config
-        build, per_number = self.builder()
+        _, per_number = self.builder()
         check_counts(folder, config, len(self.headers))
         check_architecture(folder, config)
         if not self.paths():
-            raise QzoError(f"{folder}: no tensor holds codes, and config.json says {self.format}")
-        model = skeleton(folder, self.headers, dtype, per_number)
-        layers = self._put(model, build)
-        check_tensors(folder, model, self.plain(), () if self.by_name else _buffers(layers))
-        return model, layers
+            raise QzoError(
+                f"{folder}: no tensor holds codes, and config.json says {self.format}; take config.json and weights "
+                "from one checkpoint"
+            )
+        model, part = skeleton(folder, self.headers, dtype, per_number, part=True)
+        vars(self)["placed"] = place(model, self.headers, self.paths(), part)
+        return model
+
+    @cached_property
+    def placed(self) -> Placed:
+        """Where everything in the files goes. Raises QzoError."""
+        return cast(Placed, (self._skeleton(torch.bfloat16), vars(self)["placed"])[1])
+
+    @cached_property
+    def blank(self) -> Any:
+        """A model on meta that operations on several tensors may ask for its shapes. Raises QzoError."""
+        return self._skeleton(torch.bfloat16)
+
+    def _in_model(self, model: Any) -> Batches:
+        """The tensors by their names in the model, file by file; what is joined comes when all of it is there."""
+        placed, waiting = self.placed, {}
+        target_of = {name: target for target, joined in placed.joined.items() for name in joined.sources}
+        for tensors in self.batches():
+            ready = {}
+            for name, tensor in tensors.items():
+                target = target_of.get(name)
+                if target is not None:
+                    waiting[name] = tensor
+                    sources = placed.joined[target].sources
+                    if all(source in waiting for source in sources):
+                        parts = {source: waiting.pop(source) for source in sources}
+                        ready[target] = placed.joined[target].join(target, parts, model)
+                elif (own := placed.named(name)) is not None:
+                    ready[own] = tensor
+            yield ready
+
+    def writing(self, tensors: dict[str, Tensor]) -> Write:
+        """What writes the weights into a folder with tensors replaced, which have their names in the model.
+
+        Raises QzoError for one that has no place, or is made of several in the files.
+        """
+        paths, headers = self.paths(), self.headers
+        if all(name in headers or name.rpartition(".")[0] in paths for name in tensors):
+            return self.write(tensors)
+        joined = next((name for name in tensors if name in self.placed.joined), None)
+        if joined is not None:
+            raise QzoError(
+                f"{joined} is {len(self.placed.joined[joined].sources)} tensors in {self.folder}, which are not "
+                "written anew; train the scales alone"
+            )
+        return self.write({self.placed.stored(name): tensor for name, tensor in tensors.items()})
 
     def _put(self, model: Any, build: Build) -> dict[str, Any]:
         """Put a layer in the place of each path, with a bias where the model or the checkpoint has one."""
-        paths, headers = set(self.paths()), self.headers
-        head = None if self.head_too else output_head(model)
-        sites = [site for site in every_site(model) if site.module is not head and paths & set(site.names())]
+        placed, headers = self.placed, self.headers
+        self._check_layers()
+        paths = set(placed.stored_paths)
+        sites = [site.for_layers(paths) for site in every_site(model)]
+        sites = [site for site in sites if paths & set(site.names())]
         names = [name for site in sites for name in site.names()]
-        unknown = sorted(paths - set(names))
-        if unknown:
-            other = dict(model.named_modules()).get(unknown[0])
-            if other is not None and not isinstance(other, nn.Linear):
-                kind = type(other).__name__
-                raise QzoError(f"{self.folder}: {unknown[0]} is a quantized {kind}; only linear layers are trained")
+        unknown = min(paths - set(names), default=None)
+        if unknown is not None:
+            kind = type(dict(model.named_modules())[unknown]).__name__
             raise QzoError(
-                f"{self.folder}: the model has no linear layer {unknown[0]} that {self.format} quantizes; config.json "
-                "and weights do not belong together"
+                f"{self.folder}: {unknown} is a quantized {kind}; only linear layers are trained: take a checkpoint "
+                "that leaves it unquantized"
             )
         layers: dict[str, Any] = {}
+        head = output_head(model)
 
         def made(index: int, weight: Tensor, bias: Tensor | None) -> nn.Module:
             path = names[index]
-            if bias is None and f"{path}.bias" in headers:
+            stored = placed.stored_paths.get(path)
+            if stored is None:
+                raise QzoError(f"{path} is not quantized and other experts beside it are; take another checkpoint")
+            if bias is None and f"{stored}.bias" in headers:
                 bias = weight.new_empty(len(weight))
-            layers[path] = build(path, weight, bias)
+            layers[path] = build(stored, weight, bias)
             return layers[path]
 
         with named(str(self.folder)):
@@ -203,7 +262,18 @@ class Stored(ABC):
                 if looks_like_experts(site.module):
                     check_experts(site.paths[0], site.module)
             replace_sites(model, sites, made)
+        if head is not None and output_head(model) is not head and getattr(model.config, "tie_word_embeddings", False):
+            model.config.tie_word_embeddings = False  # the head has codes, the embedding has none
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         return layers
+
+    def _check_layers(self) -> None:
+        """Raise QzoError where a quantized layer has no place in the model."""
+        lost = {name: path for name in self.placed.unknown if (path := owner_of(name, self.paths())) is not None}
+        if not lost:
+            return
+        name, path = min(lost.items(), key=lambda item: item[1])
+        check_known(replace(self.placed, unknown=[name]), self.headers, f"linear layer {path}")
 
 
 @dataclass(frozen=True)
@@ -215,8 +285,8 @@ class StoredModel(Stored):
         source: the folder and its settings.
         headers: of all stored tensors, by their stored names.
         layers: path -> quantized layer, its tensors on meta or on mapped memory.
-        batches: () -> the tensors by their names in the model, file by file.
-        writing: tuned tensors by their names in the model -> what writes the weights with them into a folder.
+        batches: () -> the tensors of each file, see `Stored`.
+        write: tuned tensors -> what writes the weights with them into a folder.
         moving: what moves with scales, see `Inspection`.
     """
 
@@ -225,7 +295,7 @@ class StoredModel(Stored):
     headers: dict[str, Header]
     layers: dict[str, Any]
     batches: Callable[[], Batches]
-    writing: Callable[[dict[str, Tensor]], Write]
+    write: Callable[[dict[str, Tensor]], Write]
     moving: str
     copied = True
 
@@ -270,11 +340,9 @@ class StoredModel(Stored):
         }
 
 
-def layer_of(name: str, paths: Container[str]) -> str | None:
+def layer_of(name: str, paths: Collection[str]) -> str | None:
     """The quantized layer that a tensor of a file belongs to; None for a bias, and for what is of no such layer."""
-    path, parts, _ = name.partition(".weight.")  # of bitsandbytes, several for a weight
-    path, last = (path, "weight") if parts else name.rpartition(".")[::2]
-    return path if path in paths and last != "bias" else None
+    return None if name.endswith(".bias") else owner_of(name, paths)
 
 
 def count(headers: dict[str, Header], parts: Iterable[str], part_of: Callable[[str], str | None]) -> Counted:
@@ -284,7 +352,7 @@ def count(headers: dict[str, Header], parts: Iterable[str], part_of: Callable[[s
     for name, header in headers.items():
         part = part_of(name) or "unquantized"
         sizes[part] += header.nbytes
-        if part != "unquantized" or (header.dtype in FLOATING and not name.endswith(IMPLIED)):
+        if part != "unquantized" or (header.dtype in FLOATING and not name.endswith("rotary_emb.inv_freq")):
             counts[part] += header.numel
     return counts, sizes
 

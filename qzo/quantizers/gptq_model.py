@@ -12,8 +12,9 @@ from qzo.formats.gptq.layer import QuantLinear
 from qzo.formats.layer import scale_dtype
 from qzo.kernels.gptq import GptqOptions, gptq
 from qzo.models.experts import QuantExperts, looks_like_experts
-from qzo.models.walk import find_sites, put, weight_of
+from qzo.models.walk import candidates, put, weight_of
 from qzo.quantizers.layer_inputs import quantize_in_order
+from qzo.quantizers.selection import Selection
 from qzo.quantizers.trace import Batch, Paths, trace
 
 
@@ -50,16 +51,16 @@ def _check_ids(number: int, ids: Tensor, model: nn.Module, vocabulary: int) -> N
 
 
 @torch.no_grad()
-def quantize_gptq(model: nn.Module, options: GptqOptions, batches: list[Batch]) -> None:
-    """Replace every layer that `find_sites` names by a QuantLinear; the model is in its own mode again afterwards.
+def quantize_gptq(model: nn.Module, options: GptqOptions, batches: list[Batch], selection: Selection) -> None:
+    """Replace every layer that is selected by a QuantLinear; the model is in its own mode again afterwards.
 
     An expert that the router never chose gets round-to-nearest codes. Raises QzoError, with the layer's name.
     """
     modes = {path: module.training for path, module in model.named_modules()}
     model.eval()
     try:
-        _open_experts(model)
-        sites = find_sites(model)
+        _open_experts(model, selection)
+        sites = [site for site in candidates(model) if not selection.keeps(site.paths[0])]
         dtypes = {site.paths: weight_of(site.module).dtype for site in sites}
         plan = trace(model, sites, batches[0])
         del sites
@@ -75,7 +76,7 @@ def quantize_gptq(model: nn.Module, options: GptqOptions, batches: list[Batch]) 
             module.training = modes.setdefault(path, modes[path.rpartition(".")[0]])
 
 
-def _open_experts(model: nn.Module) -> None:
+def _open_experts(model: nn.Module, selection: Selection) -> None:
     """Put a linear layer for each expert in the place of stacked weights, which the layers go on using."""
 
     def build(_: int, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -84,5 +85,5 @@ def _open_experts(model: nn.Module) -> None:
         return layer
 
     for path, module in list(model.named_modules()):
-        if looks_like_experts(module):
+        if looks_like_experts(module) and not selection.keeps(path):
             put(model, (path,), QuantExperts.from_experts(module, build, 0))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qzo.checkpoints.save import writes_itself
@@ -14,9 +12,10 @@ from qzo.errors import QzoError, named
 from qzo.formats.gptq.layer import QuantLinear
 from qzo.formats.vocabulary import QuantEmbedding, TiedQuantHead, check_table
 from qzo.kernels.gptq import GptqOptions
-from qzo.kernels.sizes import check_layout
-from qzo.models.walk import Site, find_sites, freeze, output_head, replace_sites
+from qzo.kernels.sizes import check_bits
+from qzo.models.walk import freeze, output_head, replace_sites
 from qzo.quantizers.gptq_model import quantize_gptq, read_batches
+from qzo.quantizers.selection import Patterns, select
 from qzo.quantizers.trace import Batch
 
 
@@ -31,12 +30,19 @@ def quantize(
     act_order: bool = False,
     static_groups: bool = False,
     damping: float = 0.01,
+    skip: Patterns = None,
+    only: Patterns = None,
 ) -> nn.Module:
-    """Replace, in place, every linear layer but the output head by a QuantLinear; returns the model.
+    """Replace, in place, every linear layer but the heads by a QuantLinear; returns the model.
 
-    W ≈ Δ ⊙ W_int: see `QuantLinear`, `round_to_nearest` and `gptq`. Linear layers are nn.Linear, transformers' Conv1D
-    and the stacked experts of mixture models. Old weights are freed layer by layer; every parameter that remains is
-    frozen. "rtn" works on a model on `meta`, without data. Move the model to its device and dtype before `qzo.scales`.
+    W ≈ Δ ⊙ W_int: see `QuantLinear`, `round_to_nearest` and `gptq`. Linear layers are nn.Linear, subclasses that
+    compute the same, transformers' Conv1D and the stacked experts of mixture models. Old weights are freed layer by
+    layer; every parameter that remains is frozen. "rtn" works on a model on `meta`, without data. Move the model to its
+    device and dtype before `qzo.scales`.
+
+    A layer that the layout cannot hold (in_features that the group size does not divide, a router of a few columns)
+    stays in 16 bits, and is told of by a warning of the logger "qzo"; where that is more than half of the weights, it
+    is an error.
 
     Args:
         model: any nn.Module; the head is what `get_output_embeddings()` names.
@@ -51,28 +57,34 @@ def quantize(
             read once. 64 sequences of 128 tokens do, best without padding, which counts as text. Extra memory: see
             `quantize_in_order`.
         act_order, static_groups, damping: for "gptq", see `GptqOptions`.
+        skip: names of modules that stay in 16 bits. A name is the path of a module or the end of one, in whole parts,
+            with * for anything: "mlp.gate", "layers.0", "*_proj"; all layers inside a module that is named are named
+            too. "re:" before a regular expression matches paths from their start. One name, or several.
+        only: such names too; what they do not name stays in 16 bits.
 
     Raises QzoError, with the layer's name; before the first layer is replaced for all that can be known by then.
     """
     options = _options(method, calibration, n_bits, group_size, symmetric, act_order, static_groups, damping)
     if embeddings not in (None, 8):
         raise QzoError(f"embeddings={embeddings} is not supported; choose 8 bits, or None to leave them unquantized")
-    sites = find_sites(model)
-    _check_sites(sites, n_bits, group_size)
+    check_bits(n_bits)
+    selection = select(model, n_bits, group_size, skip, only)
     batches = [] if calibration is None else read_batches(model, calibration)
     if embeddings is not None:
         quantize_embeddings(model, embeddings, group_size)
 
     if options is not None:
-        del sites  # they would keep the old layers alive
-        quantize_gptq(model, options, batches)
+        selection.sites.clear()  # they would keep the old layers alive
+        quantize_gptq(model, options, batches, selection)
+        selection.tell()
         writes_itself(model)
         return freeze(model)
 
     def build(_: int, weight: Tensor, bias: Tensor | None) -> QuantLinear:
         return QuantLinear.from_weight(weight, bias, n_bits, group_size, symmetric)
 
-    replace_sites(model, sites, build)
+    replace_sites(model, selection.sites, build)
+    selection.tell()
     writes_itself(model)
     return freeze(model)
 
@@ -90,23 +102,6 @@ def _options(
     if calibration is not None or any(gptq_only[:2]):
         raise QzoError('method="rtn" knows no calibration, act_order or static_groups; choose method="gptq"')
     return None
-
-
-def _check_sites(sites: list[Site], n_bits: int, group_size: int) -> None:
-    layers = [layer for site in sites for layer in site.shapes()]
-    common = math.gcd(*(shape.in_features for _, shape in layers))
-    for name, shape in layers:
-        with named(name):
-            check_layout(shape.in_features, shape.out_features, n_bits, group_size, common)
-    for site in sites:
-        with named(site.paths[0]):
-            _check_finite(site.module)
-
-
-def _check_finite(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
-        if not parameter.is_meta and not bool(torch.isfinite(torch.stack(parameter.detach().aminmax())).all()):
-            raise QzoError(f"{name} has values that are not finite")
 
 
 def quantize_embeddings(model: nn.Module, n_bits: int, group_size: int) -> None:

@@ -122,7 +122,7 @@ class _Watch:
             id(layer): id(stack)
             for module in model.modules()
             if isinstance(module, QuantExperts)
-            for stack in (module.gate_up_proj, module.down_proj)
+            for stack in module.layers()
             for layer in stack
         }
         stages: dict[tuple[int | None, int], Stage] = {}

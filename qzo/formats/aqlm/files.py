@@ -38,11 +38,11 @@ def _layout(source: Source) -> Layout:
         names = [field.name for field in fields(AqlmLayout) if field.name in settings]
         sizes = AqlmLayout(**{name: settings[name] for name in names})
 
-    def build(weight: Tensor, bias: Tensor | None) -> AqlmLinear:
+    def build(_: str, weight: Tensor, bias: Tensor | None) -> AqlmLinear:
         rows, columns = weight.shape
         return AqlmLinear.empty(columns, rows, sizes, bias is not None, weight.dtype, weight.device)
 
-    return Layout(sizes.nbits_per_codebook, build, per_number=sizes.in_group_size * sizes.out_group_size)
+    return Layout(build, lambda _: sizes.nbits_per_codebook, per_number=sizes.in_group_size * sizes.out_group_size)
 
 
 def settings(model: nn.Module, layers: dict[str, Any], name: str, read: dict[str, Any] | None = None) -> dict[str, Any]:

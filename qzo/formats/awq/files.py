@@ -37,11 +37,16 @@ def _layout(source: Source) -> Layout:
     if settings.get("zero_point") is False:
         raise QzoError(f"{folder}: AWQ with zero_point=false is not supported; need true, AutoAWQ's default")
 
-    def build(weight: Tensor, bias: Tensor | None) -> AwqLinear:
+    def build(path: str, weight: Tensor, bias: Tensor | None) -> AwqLinear:
         rows, columns = weight.shape
+        if group_size > 0 and columns % group_size:
+            raise QzoError(
+                f"in_features={columns} is not divisible by group_size={group_size}, which no AWQ layer can be; take "
+                "config.json and weights from one checkpoint"
+            )
         return AwqLinear.empty(columns, rows, group_size, bias is not None, weight.dtype, weight.device)
 
-    return Layout(n_bits, build)
+    return Layout(build, lambda _: n_bits)
 
 
 def settings(model: nn.Module, layers: dict[str, Any], name: str, read: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class BnbCheckpoint(Stored):
         counts["codes"] = sizes["codes"] * 8 // self.about["n_bits"]
         return counts, sizes
 
-    def writing(self, tensors: dict[str, Tensor]) -> Write:
+    def write(self, tensors: dict[str, Tensor]) -> Write:
         """Scales become the tensors that the library keeps them in."""
         return rewriting(self.folder, tensors, _stored(self.folder, self.headers, tensors))
 

@@ -151,6 +151,10 @@ class GgufEmbedding(GgufTensor):
         self.num_embeddings, self.embedding_dim = self.shape
         self.dtype, self.multiplier = dtype, multiplier
 
+    def whole(self) -> Tensor:
+        """The dequantized table [V, K] as a head has it, in the dtype of its rows."""
+        return self.dequantize(self.dtype)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """[...] int -> [..., K]; differentiable in scales and offsets that require a gradient."""
         index = input_ids.flatten()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, named
 from qzo.formats.gptq.codes import zeros_from_v1, zeros_to_v1
+from qzo.formats.gptq.dynamic import dynamic_of
 from qzo.formats.gptq.layer import QuantLinear
 from qzo.formats.packed import Layout, PackedCheckpoint, facts, in_common
 from qzo.models.settings import FORMATS, Source, either, whole_number
+from qzo.models.walk import left_plain
 
 LAYER = QuantLinear
 NAMES = FORMATS
@@ -34,13 +38,31 @@ def _layout(source: Source) -> Layout:
     group_size = whole_number(folder, settings, "group_size", "q_group_size")
     version = str(either(settings, "checkpoint_format", "format") or "gptq")
     if version not in FORMATS:
-        raise QzoError(f'{folder}: checkpoint_format="{version}" is not supported; need gptq or gptq_v2')
+        raise QzoError(
+            f'{folder}: checkpoint_format="{version}" is not supported; need gptq or gptq_v2: save it so with gptqmodel'
+        )
+    with named(str(folder)):
+        dynamic = dynamic_of(n_bits, group_size, settings.get("dynamic"))
 
-    def build(weight: Tensor, bias: Tensor | None) -> QuantLinear:
-        return QuantLinear.from_weight(weight, bias, n_bits, group_size)
+    def build(path: str, weight: Tensor, bias: Tensor | None) -> QuantLinear:
+        rows, columns = weight.shape
+        own = dynamic.of(path)
+        rest = (bias is not None, weight.dtype, weight.device)
+        layer = QuantLinear.empty(columns, rows, own.n_bits, own.group_size, *rest, short_group=True)
+        layer.zero = 2 ** (own.n_bits - 1)
+        return layer
 
-    read = (".qzeros", partial(zeros_from_v1, n_bits=n_bits)) if version == "gptq" else None
-    return Layout(n_bits, build, read)
+    def g_idx(path: str, words: int) -> dict[str, Tensor]:
+        """Where it is not stored (AutoRound) columns are in their own order."""
+        own = dynamic.of(path)
+        columns = words * 32 // own.n_bits
+        return {
+            "g_idx": torch.arange(columns, dtype=torch.int32) // (own.group_size if own.group_size > 0 else columns)
+        }
+
+    in_order = not settings.get("desc_act") or bool(settings.get("static_groups"))
+    zeros = zeros_from_v1 if version == "gptq" else None
+    return Layout(build, lambda path: dynamic.of(path).n_bits, zeros, implied=g_idx if in_order else None)
 
 
 def settings(model: nn.Module, layers: dict[str, Any], name: str, read: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -51,6 +73,7 @@ def settings(model: nn.Module, layers: dict[str, Any], name: str, read: dict[str
     if read is not None:
         return {**read, **dict.fromkeys(("checkpoint_format", "format") if "format" in read else NAMED, name)}
     n_bits, group_size = in_common(layers)
+    left: dict[str, Any] = {f"-:^{re.escape(path)}$": {} for path in left_plain(model)}  # as gptqmodel asks for them
     return {
         "quant_method": "gptq",
         "bits": n_bits,
@@ -61,6 +84,7 @@ def settings(model: nn.Module, layers: dict[str, Any], name: str, read: dict[str
         "true_sequential": True,
         "checkpoint_format": name,
         "pack_dtype": "int32",
+        **({"dynamic": left} if left else {}),
     }
 
 

@@ -19,8 +19,8 @@ class QuantLinear(RebuiltLinear):
     """y = x Wᵀ + bias with W[n, k] = (q[n, k] - zero[n, i]) * scale[n, i], i = g_idx[k] (paper: W = Δ ⊙ W_int).
 
     Buffers (see qzo/formats/gptq/codes.py): qweight int32 [K*b/32, N], qzeros int32 [K/g, N*b/32] with true zero
-    points, scales [K/g, N] fp32 or fp16, g_idx int32 [K]. `bias` is a frozen parameter [N] or None. `scales` is what
-    QZO trains: the next forward sees a change of it.
+    points, scales [K/g, N] fp32 or fp16, g_idx int32 [K]; K/g is rounded up where the last group is shorter. `bias` is
+    a frozen parameter [N] or None. `scales` is what QZO trains: the next forward sees a change of it.
 
     W is never whole: forward and backward rebuild `CHUNK_ELEMENTS` of it at a time (16 MiB of int32, then of fp32, and
     the chunk in the dtype of x; compiled code needs less, see qzo/kernels/native.py). `act_order` says whether g_idx is
@@ -34,11 +34,17 @@ class QuantLinear(RebuiltLinear):
     scales: Tensor
     g_idx: Tensor
 
-    def __init__(self, in_features: int, out_features: int, n_bits: int, group_size: int) -> None:
-        """Check the sizes and set them; `empty` and `from_weight` add the tensors. Raises QzoError."""
+    def __init__(
+        self, in_features: int, out_features: int, n_bits: int, group_size: int, short_group: bool = False
+    ) -> None:
+        """Check the sizes and set them; `empty` and `from_weight` add the tensors.
+
+        `short_group` allows a last group of fewer weights. Raises QzoError.
+        """
         super().__init__()
-        self.group_size = check_layout(in_features, out_features, n_bits, group_size)
+        self.group_size = check_layout(in_features, out_features, n_bits, group_size, short_group=short_group)
         self.in_features, self.out_features, self.n_bits = in_features, out_features, n_bits
+        self.has_short_group = in_features % self.group_size > 0
         self.act_order = False
         self.zero: int | None = None
 
@@ -52,10 +58,11 @@ class QuantLinear(RebuiltLinear):
         bias: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         device: Device = None,
+        short_group: bool = False,
     ) -> QuantLinear:
         """A layer with uninitialized tensors on any device, `meta` included; `dtype` is that of bias and inputs."""
-        layer = cls(in_features, out_features, n_bits, group_size)
-        groups = in_features // layer.group_size
+        layer = cls(in_features, out_features, n_bits, group_size, short_group)
+        groups = -(-in_features // layer.group_size)
         qweight = torch.empty(in_features * n_bits // 32, out_features, dtype=torch.int32, device=device)
         qzeros = torch.empty(groups, out_features * n_bits // 32, dtype=torch.int32, device=device)
         scales = torch.empty(groups, out_features, dtype=scale_dtype(dtype), device=device)
@@ -115,8 +122,9 @@ class QuantLinear(RebuiltLinear):
         return self
 
     def _group_of_each(self, device: torch.device) -> Tensor:
-        groups = torch.arange(self.in_features // self.group_size, dtype=torch.int32, device=device)
-        return groups.repeat_interleave(self.group_size)
+        groups = torch.arange(-(-self.in_features // self.group_size), dtype=torch.int32, device=device)
+        found = groups.repeat_interleave(self.group_size)
+        return found[: self.in_features].clone() if self.has_short_group else found
 
     def _product(self, x: Tensor) -> Tensor:
         if x.shape[-1] == self.in_features and native.can_multiply(self.qweight, self.n_bits, self.scales, x):
@@ -126,7 +134,7 @@ class QuantLinear(RebuiltLinear):
     def _codes(self, start: int, stop: int, scales: Tensor) -> native.Codes:
         """What rows start:stop of W are made of."""
         zeros = self.zero_points(start, stop) if self.zero is None else self.zero
-        g_idx = self.g_idx if self.act_order else None
+        g_idx = self.g_idx if self.act_order or self.has_short_group else None
         return native.Codes(self.qweight[:, start:stop], self.n_bits, scales[:, start:stop], zeros, g_idx)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
@@ -139,7 +147,7 @@ class QuantLinear(RebuiltLinear):
         codes = unpack(self.qweight[:, start:stop], self.n_bits)  # [K, n]
         zeros = self.zero_points(start, stop) if self.zero is None else self.zero
         scale = scales[:, start:stop]  # [K/g, n]
-        if self.act_order:
+        if self.act_order or self.has_short_group:
             scale = scale.index_select(0, self.g_idx)  # [K, n]
             zeros = zeros.index_select(0, self.g_idx) if isinstance(zeros, Tensor) else zeros
         return columns(codes, zeros, scale).to(dtype).t()

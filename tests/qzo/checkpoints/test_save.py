@@ -146,7 +146,9 @@ DAMAGE = {
     "but config.json implies": lambda folder: reconfigure(folder, bits=8),
     "n_bits=5": lambda folder: reconfigure(folder, bits=5),
     "bits and group_size": lambda folder: reconfigure(folder, bits=None),
-    "not divisible by group_size=48": lambda folder: reconfigure(folder, group_size=48),
+    r"qzeros is I32 \(5, 8\), but config.json implies I32 \(4, 8\) \(by bits, group_size": lambda folder: reconfigure(
+        folder, group_size=48
+    ),
     'checkpoint_format="marlin"': lambda folder: reconfigure(folder, checkpoint_format="marlin"),
     'quant_method="quanto"': lambda folder: reconfigure(folder, quant_method="quanto"),
     "no tensor holds codes, and config.json says hqq": lambda folder: reconfigure(folder, quant_method="hqq"),

@@ -107,7 +107,7 @@ GPTQ = {
     "whole numbers bits and group_size ": lambda folder: configure(
         folder, lambda config: config["quantization_config"].update(group_size=float("inf"))
     ),
-    "is not divisible by group_size=7": lambda folder: configure(
+    "but config.json implies": lambda folder: configure(
         folder, lambda config: config["quantization_config"].update(group_size=7)
     ),
     "quantization_config in config.json is not a JSON object": lambda folder: configure(

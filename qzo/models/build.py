@@ -1,0 +1,68 @@
+"""The model that a configuration describes, on meta: with the head it names, of a multimodal one the text part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qzo.errors import QzoError
+from qzo.models.folder import one_line
+from qzo.models.names import TEXT_PARTS
+from qzo.quiet import quiet_libraries
+
+HEADS = {  # what the name of a class ends in -> who knows such classes
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+}
+
+
+def build(folder: Path, dtype: torch.dtype, part: bool) -> tuple[Any, bool]:
+    """The model on meta, and whether it is the text part of a multimodal one, which is built where `part` allows it.
+
+    Raises QzoError for a configuration that transformers does not build.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet_libraries():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
+        for one in (config, text):
+            if hasattr(one, "quantization_config"):
+                del one.quantization_config
+        with quiet_libraries(), torch.device("meta"):
+            if part and text is not config:
+                return _text_part(config, text, folder, dtype), True
+            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False), False
+    except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
+        raise QzoError(f"{folder}: {one_line(error)}") from error
+
+
+def auto_class(config: Any) -> Any:
+    """Who builds and loads a model of this configuration: causal language models, unless it names another head."""
+    import transformers
+
+    name = str(next(iter(getattr(config, "architectures", None) or ()), ""))
+    kind = next((kind for end, kind in HEADS.items() if name.endswith(end)), "AutoModelForCausalLM")
+    return getattr(transformers, kind)
+
+
+def _text_part(config: Any, text: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A causal model of the text configuration; where there is no such class the whole without its other parts."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text._name_or_path = str(folder)
+    if hasattr(config, "tie_word_embeddings"):
+        text.tie_word_embeddings = config.tie_word_embeddings  # the whole model asks its own configuration
+    if type(text) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM.from_config(text, dtype=dtype, trust_remote_code=False)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
+    base = getattr(model, model.base_model_prefix, model)
+    for name, child in list(base.named_children()):
+        if name not in (*TEXT_PARTS, "lm_head") and any(True for _ in child.parameters()):
+            setattr(base, name, None)
+    return model
