@@ -46,7 +46,6 @@ def check_tensors(
         placed: where they go.
         known: names of the model's tensors that are there, though not among the headers.
     """
-    check_known(placed, headers)
     model.tie_weights()
     expected = model.state_dict(keep_vars=True)
     given = set()
@@ -55,6 +54,7 @@ def check_tensors(
         if target is not None:
             _check_fits(name, header, expected.get(target))
             given.add(target)
+    check_known(placed, headers)
     for target, joined in placed.joined.items():
         sources = {name: torch.empty(headers[name].shape, device="meta") for name in joined.sources}
         file = headers[next(iter(sources))].file

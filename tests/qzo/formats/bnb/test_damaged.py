@@ -105,7 +105,7 @@ DAMAGE = {
     "but config.json implies [64, 32]": lambda folder: configure(
         folder, lambda config: config.update(hidden_size=32, head_dim=16)
     ),
-    "the model has no linear layer model.layers.1": lambda folder: configure(
+    "is of layer 1, but config.json implies layers 0 ... 0 only": lambda folder: configure(
         folder, lambda config: config.update(num_hidden_layers=1)
     ),
 }
