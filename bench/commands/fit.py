@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from typing import Any
 
@@ -13,9 +14,9 @@ from bench.capacity.capacity import Capacity, Question
 from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource
-from bench.records.files import write_json
 from bench.worlds import plan
 from qzo.errors import QzoError
+from qzo.output import check_output, write_output
 
 GIB = 1 << 30
 UNITS = {"gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         options.gradient_checkpointing,
     )  # fmt: skip
     if options.json:
-        write_json(options.json, {})  # a path that cannot be written is told before the work
+        check_output(options.json)  # a path that cannot be written is told before the work
     source, cases = plan.cells(case, methods)
     questions = [Question(item, memory, _positions(source)) for item in cases]
     report: dict[str, Any] = {
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     }  # fmt: skip
     print(table(report))
     if options.json:
-        write_json(options.json, report)
+        write_output(options.json, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return int(all(row["status"] != "fits" for row in report["methods"]))
 
 

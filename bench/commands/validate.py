@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 from tabulate import tabulate
 
-from bench.records.files import write_json
 from bench.validation.compare import CARDS_GIB, Row, error_statistics, predict_all, verdicts
 from bench.validation.measurement import METRICS, MIB, read_rows
+from qzo.output import check_output, write_output
 
 CASE = ("model_id", "method", "attention", "batch_size", "seq_len")
 
 
 def run(path: str, json_path: str | None) -> int:
     """Print the comparison; exit code 1 if a row could not be predicted or a verdict is wrong."""
+    if json_path:
+        check_output(json_path)  # before the work
     rows = read_rows(path)
     results = predict_all(rows)
     report: Row = {"statistics": error_statistics(results), "verdicts": verdicts(results), "rows": results}
     print(tables(report))
     if json_path:
-        write_json(Path(json_path), report)
+        write_output(json_path, json.dumps(report, indent=2, allow_nan=False) + "\n")
     failed = any(result["status"] != "ok" for result in results)
     return int(failed or report["verdicts"]["wrong"] > 0)
 

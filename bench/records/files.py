@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from bench.records.record import Record, validate_record
 from bench.records.summary import in_order
+from qzo.durable import reason, replace_file
 from qzo.errors import QzoError
 
 
@@ -72,17 +72,15 @@ def write_json(path: str | Path, value: Any) -> Path:
         QzoError: the folder cannot be made or written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise QzoError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+    try:
+        replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    except QzoError as error:
+        raise QzoError(f"cannot write {path}: {reason(error.__cause__ or error)}; choose another folder") from error
     return path
 
 

@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from qzo.errors import QzoError
+from qzo.formats.layer import Quantized
+from qzo.formats.table import find
 from qzo.models.folder import PICKLES, download, one_line, weight_files
-from qzo.models.settings import source_of
+from qzo.models.origin import origin_of
+from qzo.models.settings import is_gguf, source_of
 
 MODEL, BASE = "model", "base"  # keys: absolute path or hub id; SHA-256
 PIECE = 2**24  # bytes read at a time
@@ -36,7 +39,7 @@ class _Part(NamedTuple):
 
 
 def base_identity(model: nn.Module | str | os.PathLike[str]) -> dict[str, str]:
-    """{"model": absolute path or hub id, "base": SHA-256} of a model's files; "base" is left out where there are none.
+    """{"model": absolute path or hub id, "base": SHA-256} of a model's files; without "base" where there are none.
 
     Every tensor counts with its name, dtype, shape and bytes, and what config.json says of the quantizer; how tensors
     are spread over files, and all else of the configuration, does not. Reads all weights once: a second for some GB.
@@ -46,11 +49,24 @@ def base_identity(model: nn.Module | str | os.PathLike[str]) -> dict[str, str]:
 
     Raises QzoError for files that cannot be read.
     """
-    made = isinstance(model, nn.Module)
-    place = place_of(str(getattr(model, "name_or_path", "") or "") if made else os.fspath(model))  # type: ignore[arg-type]
-    if made and not (place and Path(place).exists()):
-        return {MODEL: place}  # made in memory: there are no files to be the same
+    if isinstance(model, nn.Module):
+        origin = origin_of(model)
+        place = place_of(getattr(model, "name_or_path", "") or "" if origin is None else origin.path)
+    else:
+        place = place_of(model)
+    if isinstance(model, nn.Module) and not (place and _is_of(model, Path(place))):
+        return {MODEL: place}
     return {MODEL: place, BASE: content_hash(_lying(place))}
+
+
+def _is_of(model: nn.Module, path: Path) -> bool:
+    """Whether a model has what files at a place hold, rather than having been made or quantized in memory."""
+    if not path.exists() or (path.is_dir() and not (path / "config.json").is_file()):
+        return False
+    if not any(isinstance(module, Quantized) for module in model.modules()):
+        return True
+    origin = origin_of(model)
+    return find(source_of(path)) is not None if origin is None else origin.packed
 
 
 def place_of(source: str | os.PathLike[str]) -> str:
@@ -77,7 +93,7 @@ def check_base(owner: str | os.PathLike[str], saved: Mapping[str, Any], model: s
     if model is None and (not isinstance(begun, str) or not begun):
         raise QzoError(f"{owner} does not say which model it was begun on; name it: --model PATH (model= in Python)")
     place = place_of(str(begun) if model is None else model)
-    if model is None and os.path.isabs(place) and not Path(place).exists():
+    if model is None and (os.path.isabs(place) or is_gguf(place)) and not Path(place).exists():
         raise QzoError(
             f"{owner} was begun on {place}, which is not there any more; name the place it moved to: --model PATH "
             "(model= in Python)"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qzo.checkpoints.layout import new_layout
 from qzo.checkpoints.tokenizer import load_tokenizer
-from qzo.checkpoints.write import copy_rest
+from qzo.checkpoints.write import check_link, copy_rest
 from qzo.durable import whole_folder
 from qzo.errors import QzoError
 from qzo.formats.layer import Quantized
@@ -176,10 +176,8 @@ def copy_beside(source: Path, target: Path) -> None:
 
     A generation config is copied too.
     """
-    for pattern in (*BESIDE_WEIGHTS, GENERATION) if source.is_dir() else ():
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    for file in beside(source):
+        shutil.copyfile(file, target / file.name)
     if not source.is_dir():
         try:
             tokenizer = load_tokenizer(source)
@@ -187,6 +185,15 @@ def copy_beside(source: Path, target: Path) -> None:
                 tokenizer.save_pretrained(target)
         except QzoError as error:
             print(f"note: {error}; {target} is written without one", file=sys.stderr)
+
+
+def beside(source: Path) -> list[Path]:
+    """Tokenizer and generation config of a model's folder. Raises QzoError for a link that leads out of it."""
+    patterns = (*BESIDE_WEIGHTS, GENERATION) if source.is_dir() else ()
+    files = [file for pattern in patterns for file in source.glob(pattern) if file.is_file()]
+    for file in files:
+        check_link(source, file)
+    return files
 
 
 def _write_generation(model: nn.Module, folder: Path) -> None:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qzo.durable import replace_file
 from qzo.errors import QzoError, printable
+from qzo.output import check_output, write_output
 from qzo.training.settings import DTYPES
 
 SIZES = {"train": 1000, "validation": 500, "test": 1000}  # as in the papers
@@ -18,7 +18,8 @@ PERCENT = ("accuracy", "f1", "em")
 def add_command(commands: Any) -> None:
     """Add `eval` to the subcommands of a parser."""
     parser = commands.add_parser("eval", help="score a model on a task, by prompts and label words")
-    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id, quantized or not")
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id; of a run, its best state")
+    parser.add_argument("--base", metavar="MODEL", help="of a run: where its model lies now, if that moved")
     parser.add_argument(
         "--task", required=True, help="sst2, rte, cb, boolq, wic, copa, multirc, squad, rotten-tomatoes"
     )
@@ -47,17 +48,22 @@ def run(options: argparse.Namespace) -> None:
     from qzo import tasks
     from qzo.checkpoints.load import load, load_tokenizer
     from qzo.models.positions import row_length
+    from qzo.training.tuned import is_tuned, read_tuned
 
     _check(options)
+    tuned = read_tuned(Path(options.model), model=options.base) if is_tuned(Path(options.model)) else None
+    if options.base and tuned is None:
+        raise QzoError(f"--base is for a run whose model moved, and {options.model} is a model; leave it out")
     task = tasks.get(options.task, options.data)
     if options.calibrated and not task.words:
         raise QzoError(f"--calibrated needs a task with label words; {task.name} has none")
     splits = _splits(task, options)  # before the model: wrong data costs no time
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(tuned.model if tuned else options.model)
     if options.max_length is not None:  # what is too short is told before the model is loaded
         tasks.Encoder(task, tokenizer, options.max_length).cut(splits[options.split])
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    model = load(options.model, dtype, _device(options.device))
+    device = _device(options.device)
+    model: Any = tuned.load(dtype, device) if tuned else load(options.model, dtype, device)
     encoder = tasks.Encoder(task, tokenizer, row_length(model, options.max_length, options.model))
     cut = encoder.cut(splits[options.split])
     prior = tasks.label_prior(model, encoder, splits["train"], options.batch_size) if options.calibrated else None
@@ -66,8 +72,7 @@ def run(options: argparse.Namespace) -> None:
     record = {**named, "max_length": encoder.max_length, "cut": cut, "metric": task.metric, "prior": prior, **result}
     print(_table(record))
     if options.json:
-        text = json.dumps(record, indent=2)
-        replace_file(Path(options.json), lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
+        write_output(options.json, json.dumps(record, indent=2) + "\n")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -75,8 +80,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise QzoError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise QzoError(f"--json {options.json}: there is no such folder")
+    if options.json:
+        check_output(options.json)
 
 
 def _device(name: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 from qzo.errors import printable
@@ -12,14 +14,17 @@ def add_command(commands: Any) -> None:
     """Add `export` to the subcommands of a parser."""
     parser = commands.add_parser("export", help="write a tuned model in the checkpoint format it came in")
     parser.add_argument("source", metavar="RUN", help="folder of qzo train, checkpoint of QZOTrainer, or a model")
-    parser.add_argument("out", metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument("out", metavar="OUT", help="folder to write, new or empty; of a .gguf file also NAME.gguf")
     parser.add_argument("--state", choices=("best", "last"), default="best", help="of a run (default best)")
+    parser.add_argument("--model", metavar="MODEL", help="where the original lies now, if it moved since the training")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the model, and tell how many tensors were tuned."""
-    from qzo.training.export import export
+    from qzo.training.export import export_model
 
-    count = export(options.source, options.out, options.state)
-    print(f"{printable(options.out)}: {count} tuned tensors written, all else as it came")
+    done = export_model(Path(options.source), Path(options.out), options.state, options.model)
+    if done.notice is not None:
+        print(f"notice: {printable(done.notice)}", file=sys.stderr)
+    print(f"{printable(options.out)}: {printable(done.text)}")

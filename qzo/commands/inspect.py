@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qzo.durable import replace_file
-from qzo.errors import QzoError, printable
+from qzo.errors import printable
+from qzo.output import check_output, write_output
 
 if TYPE_CHECKING:
     from qzo.models.inspection import Inspection
@@ -19,7 +19,7 @@ CALLED = {"zero_points": "zero points", "g_idx": "group indices"}
 def add_command(commands: Any) -> None:
     """Add `inspect` to the subcommands of a parser."""
     parser = commands.add_parser("inspect", help="what a checkpoint holds and whether its scales can be trained")
-    parser.add_argument("model", metavar="MODEL", help="folder or .gguf file; no tensor is read")
+    parser.add_argument("model", metavar="MODEL", help="folder or .gguf file, of which no tensor is read; or a run")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     parser.set_defaults(run=run)
 
@@ -27,14 +27,20 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Inspect, print the table, write the JSON file."""
     from qzo.checkpoints.inspect import inspect
+    from qzo.training.tuned import is_tuned, read_tuned
 
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise QzoError(f"--json {options.json}: there is no such folder")
-    found = inspect(options.model)
+    if options.json:
+        check_output(options.json)
+    tuned = read_tuned(Path(options.model)) if is_tuned(Path(options.model)) else None
+    found = inspect(tuned.model if tuned else options.model)
+    about = {}
+    if tuned is not None:
+        about = {"run": {"folder": options.model, "method": tuned.settings["method"], "step": tuned.step}}
+        after = "" if tuned.step is None else f", best after {tuned.step} steps"
+        print(f"{'run':<22}{printable(options.model)}: {tuned.settings['method']}{after}")
     print(table(found))
     if options.json:
-        text = json.dumps(found.to_json(), indent=2)
-        replace_file(Path(options.json), lambda file: file.write_text(f"{text}\n", encoding="utf-8"))
+        write_output(options.json, json.dumps({**found.to_json(), **about}, indent=2) + "\n")
 
 
 def table(found: Inspection) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import NoReturn
 
 from qzo.commands import evaluate, export, inspect, quantize, replay, train
+from qzo.commands.streams import tolerant_streams
 from qzo.errors import QzoError, printable
 from qzo.kernels.heap import keep_freed_memory
+from qzo.signals import Stopped, interruptible, number_of
 
 COMMANDS = (quantize, replay, evaluate, inspect, train, export)  # in the order of `qzo --help`
 
@@ -21,18 +24,28 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 an error, told in one line on stderr."""
+    """Run a command; returns the exit code: 0 done, 2 an error, told in one line on stderr, 130 Ctrl-C, 143 SIGTERM."""
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # an ASCII terminal is shown escapes where it has no character
             stream.reconfigure(errors="backslashreplace")
     try:
-        options = _parser().parse_args(arguments)
-        options.run(options)
+        with interruptible(), tolerant_streams():
+            options = _parser().parse_args(arguments)
+            options.run(options)
+    except Stopped as error:
+        return _told(error, 128 + error.number)
     except (QzoError, OSError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 2
+        return _told(error, 2)
+    except KeyboardInterrupt as error:
+        return _told("interrupted; nothing is left half written", 128 + number_of(error))
     return 0
+
+
+def _told(error: object, code: int) -> int:
+    with suppress(OSError):  # nobody listens
+        print(f"error: {printable(error)}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

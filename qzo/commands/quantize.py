@@ -39,13 +39,14 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Quantize, write the checkpoint, and print the bytes of its parts."""
     from qzo.checkpoints.load import load
-    from qzo.checkpoints.save import save
+    from qzo.checkpoints.save import beside, save
     from qzo.durable import check_target
     from qzo.live.scales import quantized_bytes
     from qzo.quantizers.quantize import quantize
 
     target = Path(options.out)
     check_target(target)
+    beside(Path(options.model))  # what cannot be copied is told before the work
     calibration = _calibration(options)  # before the model: a text that cannot be read costs no time
     model = load(options.model)
     quantize(

@@ -27,11 +27,14 @@ def run(options: argparse.Namespace) -> None:
     from qzo.checkpoints.load import load
     from qzo.checkpoints.save import save
     from qzo.durable import check_target
+    from qzo.journal.header import check_device, check_header
     from qzo.journal.lines import read
     from qzo.journal.replay import replay
 
     journal = Path(options.journal)
     header = read(journal).header
+    check_header(journal, header)
+    check_device(journal, header)
     if options.out and header["optimizer"] != "QZO":
         raise QzoError(f"{journal} is of {header['optimizer']}; only a quantized model can be written, leave OUT away")
     if options.out:

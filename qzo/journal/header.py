@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from qzo.checkpoints.identity import BASE, MODEL, base_identity
 from qzo.errors import QzoError
 from qzo.journal.fingerprint import model_hash, noise_fingerprint
 from qzo.journal.lines import VERSION
+from qzo.kernels.native import is_compiled
 from qzo.live.trainable import live_named, offsets
 from qzo.optim.mezo import MeZO
 from qzo.optim.qzo import QZO
@@ -19,6 +21,12 @@ from qzo.optim.rules import update_options
 from qzo.optim.spsa import SpsaOptimizer
 
 MADE_BY = {"QZO": QZO, "MeZO": MeZO}
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+# What a header must have, and of what kind. Later versions added: source, base, threads, carrier.
+KEYS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "noise", "torch", "device", "dtype", "optimizer"), str),
+    **{"seed": int, "estimator": dict, "offsets": list, "groups": list},
+}
 SHOWN = {"model": "another model", "noise": "a machine or PyTorch that draws other random numbers"}
 
 
@@ -43,7 +51,10 @@ def describe(model: nn.Module, optimizer: SpsaOptimizer) -> dict[str, Any]:
         "qzo_journal": VERSION,
         "model": model_hash(model, optimizer),
         "noise": noise_fingerprint(device, optimizer.estimator.distribution),
+        **{name: value for name, value in zip(("source", "base"), _files(model), strict=True) if value},
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "carrier": _carrier(),
         "device": device.type,
         "dtype": str(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))[6:],
         "optimizer": kind,
@@ -52,6 +63,52 @@ def describe(model: nn.Module, optimizer: SpsaOptimizer) -> dict[str, Any]:
         "offsets": [name for _, name, _, t in optimizer._tensors() if t in getattr(optimizer, "_offsets", {})],
         "groups": groups,
     }
+
+
+def check_header(path: Path, header: dict[str, Any]) -> None:
+    """Raise QzoError for a header that lacks something, or has it in words that are not known here."""
+    for name, kind in KEYS.items():
+        if name not in header:
+            raise QzoError(f"{path}: the header has no {name}; restore the file from a copy")
+        if not isinstance(header[name], kind) or isinstance(header[name], bool):
+            raise QzoError(f"{path}: the header says {name}={header[name]!r}, which is of the wrong kind")
+    for name, known in (("optimizer", tuple(MADE_BY)), ("dtype", DTYPES), ("device", ("cpu", "cuda", "mps", "xpu"))):
+        if header[name] not in known:
+            raise QzoError(f"{path}: the header says {name}={header[name]!r}; known are {', '.join(known)}")
+    groups = header["groups"]
+    named = [group["names"] for group in groups if isinstance(group, dict) and isinstance(group.get("names"), list)]
+    if not groups or len(named) != len(groups) or not all(type(n) is str for names in named for n in names):
+        raise QzoError(f"{path}: the header has no groups of named tensors; restore the file from a copy")
+
+
+def differences(header: dict[str, Any]) -> list[str]:
+    """What is other here than where a journal was begun and may change the last bits of a loss, though no z."""
+    here = {"threads": torch.get_num_threads(), "carrier": _carrier(), "torch": torch.__version__}
+    other = [f"{name} {header[name]}, here {value}" for name, value in here.items() if header.get(name, value) != value]
+    if not other:
+        return []
+    return [f"the journal was begun with {'; '.join(other)}: losses from here on may differ in their last bits"]
+
+
+def _carrier() -> str:
+    """What multiplies by packed codes."""
+    return "compiled code" if is_compiled() else "operators"
+
+
+def _files(model: nn.Module) -> tuple[str | None, str | None]:
+    """Where a model's files are, and their hash; None where it has none."""
+    identity = base_identity(model)
+    return (identity.get(MODEL), identity[BASE]) if BASE in identity else (None, None)
+
+
+def check_device(path: Path, header: dict[str, Any]) -> None:
+    """Raise QzoError where a journal was made on a kind of device that is not here: its z cannot be drawn again."""
+    device = header["device"]
+    if device != "cpu" and not getattr(torch, device).is_available():
+        raise QzoError(
+            f"{path} was made on {device}, which this machine does not have, and z is drawn otherwise elsewhere; "
+            f"replay it on a machine with {device}"
+        )
 
 
 def check_same(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
@@ -64,6 +121,12 @@ def check_same(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
             made = f"torch {saved['torch']} on {saved['device']}" if key == "noise" else f"hash {saved[key][:12]}"
             here = f"torch {own['torch']} on {own['device']}" if key == "noise" else f"this one has {own[key][:12]}"
             raise QzoError(f"{path} is the journal of {meaning} ({made}; {here}); give what it was begun with")
+    if saved.get("base") and own.get("base") and saved["base"] != own["base"]:
+        raise QzoError(
+            f"{path} was begun on {saved.get('source')} with the content {str(saved['base'])[:12]}, and "
+            f"{own.get('source')} has {own['base'][:12]}: the codes are the same, other tensors are not; give "
+            "the model it was begun on"
+        )
     for key in ("optimizer", "seed", "estimator", "offsets"):
         if saved[key] != own[key]:
             raise QzoError(f"{path} was begun with {key}={saved[key]}, not {own[key]}")
@@ -92,8 +155,11 @@ def rebuild(model: nn.Module, header: dict[str, Any]) -> SpsaOptimizer:
             )
         groups.append({**group, **({"offsets": {name: followers[name] for name in following}} if following else {})})
     estimator = dict(header["estimator"])
-    measured = {"estimator": estimator.pop("sides"), **estimator}
-    return MADE_BY[header["optimizer"]](groups, seed=header["seed"], **measured)
+    try:
+        measured = {"estimator": estimator.pop("sides"), **estimator}
+        return MADE_BY[header["optimizer"]](groups, seed=header["seed"], **measured)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise QzoError(f"the journal's optimizer cannot be made: {error!r}; restore the file from a copy") from error
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from qzo.durable import replace_file
+from qzo.durable import create_file
 from qzo.errors import QzoError
 from qzo.journal import lines
-from qzo.journal.header import check_same, describe
+from qzo.journal.header import check_header, check_same, describe, differences
 from qzo.journal.replay import advance
 from qzo.journal.snapshot import write_snapshot
 from qzo.optim.rules import update_options
@@ -69,8 +69,9 @@ class Journal:
         header = describe(model, optimizer)
         if not self.path.exists():
             line, _ = lines.seal(json.dumps(header, separators=(",", ":")), 0)
-            replace_file(self.path, lambda partial: partial.write_bytes(line))
+            create_file(self.path, lambda partial: partial.write_bytes(line))  # another one may be quicker
         self._contents: lines.Contents | None = lines.read(self.path)
+        check_header(self.path, self._contents.header)
         check_same(self.path, self._contents.header, header)
         self.steps = self._contents.steps  # recorded, the waiting ones included
         self._crc, self._end = self._contents.crcs[-1], self._contents.ends[-1]
@@ -82,8 +83,10 @@ class Journal:
     def _lock(self, size: int) -> None:
         """Keep other processes out; `size` bytes were read before, so more means that another one writes."""
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.fstat(self._file.fileno()).st_size == size
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as older versions have it
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # holds though this process reads the file, too
+            about = os.fstat(self._file.fileno())
+            free = about.st_size == size and os.path.samestat(about, os.stat(self.path))
         except OSError:
             free = False
         if not free:
@@ -105,7 +108,7 @@ class Journal:
             raise QzoError(f"{self.path} holds {contents.steps} steps; step {step} is not among them")
         if self.optimizer.steps not in (0, step):
             raise QzoError(f"the optimizer stands at step {self.optimizer.steps}, neither at 0 nor at {step}")
-        notices = [contents.notice]
+        notices = [contents.notice, *differences(contents.header)]
         if not self.optimizer.steps:
             notices.append(advance(self.path, self.optimizer, contents, step))
         for notice in filter(None, notices):
@@ -145,7 +148,7 @@ class Journal:
         self._flush()
         snapshot = self.snapshot_every is not None and self.steps % self.snapshot_every == 0
         if snapshot or self.steps % self.sync_every == 0:
-            self._sync()
+            self.sync()
         if snapshot:
             write_snapshot(self.path, self.optimizer, self._crc)
 
@@ -155,7 +158,7 @@ class Journal:
 
     def _flush(self) -> None:
         try:
-            written = 0
+            written = os.fstat(self._file.fileno()).st_size - self._end  # by a try that a signal ended
             while written < len(self._waiting):
                 written += os.write(self._file.fileno(), self._waiting[written:])
         except OSError as error:
@@ -169,7 +172,13 @@ class Journal:
         self._end += len(self._waiting)
         self._waiting = b""
 
-    def _sync(self) -> None:
+    @property
+    def checksum(self) -> str:
+        """Of all lines up to the last step, in 8 hex digits."""
+        return f"{self._crc:08x}"
+
+    def sync(self) -> None:
+        """Have all lines on the disk. Raises QzoError."""
         try:
             os.fsync(self._file)
         except OSError as error:
@@ -181,7 +190,7 @@ class Journal:
             return
         try:
             self._flush()
-            self._sync()
+            self.sync()
         finally:
             self._file.close()
 

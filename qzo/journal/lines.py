@@ -112,7 +112,7 @@ def read(path: Path) -> Contents:
             break
         try:
             contents = _take(contents, body.decode(), end, crc)
-        except (ValueError, KeyError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
             raise QzoError(f"{path}: line {number} cannot be read: {error}") from error
         start, number = end, number + 1
     assert contents is not None
@@ -125,9 +125,14 @@ def _take(contents: Contents | None, text: str, end: int, crc: int) -> Contents:
         header = json.loads(text)
         if header["qzo_journal"] != VERSION:
             raise ValueError(f"version {header['qzo_journal']}, need {VERSION}")
+        if not isinstance(header.get("groups"), list):
+            raise ValueError("the header has no groups")
         return Contents(header, ends=[end], crcs=[crc])
     if text.startswith("* "):
-        contents.entries.append(Change(json.loads(text[2:])))
+        options = json.loads(text[2:])
+        if not isinstance(options, list) or len(options) != len(contents.header["groups"]):
+            raise ValueError("options of other groups than the header has")
+        contents.entries.append(Change(options))
         return contents
     step = _read_step(text, len(contents.header["groups"]))
     if step.step != contents.steps:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from qzo.errors import QzoError
-from qzo.journal.header import check_same, describe, rebuild
+from qzo.journal.header import check_header, check_same, describe, rebuild
 from qzo.journal.lines import Change, Contents, Step, read
 from qzo.journal.snapshot import load_snapshot
 from qzo.optim.spsa import SpsaOptimizer
@@ -54,6 +54,7 @@ def replay(model: nn.Module, path: str | os.PathLike[str], snapshot: bool = True
     """
     path = Path(path)
     contents = read(path)
+    check_header(path, contents.header)
     optimizer = rebuild(model, contents.header)
     check_same(path, contents.header, describe(model, optimizer))
     notices = [contents.notice]

@@ -2,17 +2,17 @@
 
 One safetensors file beside the journal, replaced as a whole. It holds `optimizer.truth()` (masters and rule buffers for
 QZO, the weights for MeZO) and names the step and the journal's running checksum there, so that it is never taken for
-that of another run. A snapshot that does not fit or is damaged costs time, nothing else: the journal alone is enough.
+that of another run; all of it is sealed. What the journal tells too, the counters of skipped steps, is taken from
+there. A snapshot that does not fit or is damaged costs time, nothing else: the journal alone is enough.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from qzo.durable import replace_file
-from qzo.errors import QzoError
+from qzo.durable import read_tensors, write_tensors
 from qzo.journal.fingerprint import digest
-from qzo.journal.lines import Contents
+from qzo.journal.lines import Contents, Step
 from qzo.optim.spsa import COUNTERS, SpsaOptimizer
 
 
@@ -26,12 +26,8 @@ def write_snapshot(journal: Path, optimizer: SpsaOptimizer, crc: int) -> None:
 
     Raises QzoError where it cannot be written; the old one then stays.
     """
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.contiguous() for name, tensor in optimizer.truth().items()}
     metadata = {name: str(getattr(optimizer, name)) for name in COUNTERS}
-    metadata |= {"crc": f"{crc:08x}", "sha256": digest(sorted(tensors.items()))}
-    replace_file(snapshot_path(journal), lambda path: save_file(tensors, path, metadata))
+    write_tensors(snapshot_path(journal), optimizer.truth(), {**metadata, "crc": f"{crc:08x}"})
 
 
 def load_snapshot(journal: Path, optimizer: SpsaOptimizer, contents: Contents, steps: int) -> str | None:
@@ -39,26 +35,25 @@ def load_snapshot(journal: Path, optimizer: SpsaOptimizer, contents: Contents, s
 
     Returns why a snapshot was not used that should have fitted, else None.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = snapshot_path(journal)
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            step, crc = int(metadata["steps"]), int(metadata["crc"], 16)
-            if step > steps:
-                return None
-            if contents.crcs[step] != crc:
-                return f"{path} is of another run; replaying from the start"
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if digest(sorted(tensors.items())) != metadata["sha256"]:
+        tensors, metadata = read_tensors(path)
+        step, crc = int(metadata["steps"]), int(metadata["crc"], 16)
+        if step > steps:
+            return None
+        if step < 0 or contents.crcs[step] != crc:
+            return f"{path} is of another run; replaying from the start"
+        sha256 = metadata.get("sha256")  # of an older version, of the tensors alone
+        if sha256 is not None and digest(sorted(tensors.items())) != sha256:
             return f"{path} is damaged; replaying from the start"
         optimizer.set_truth(tensors)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if not isinstance(error, QzoError) else str(error)
-        return f"{path} cannot be used ({reason}); replaying from the start"
-    for name in COUNTERS:
-        setattr(optimizer, name, int(metadata[name]))
+    except (KeyError, ValueError) as error:  # QzoError is one
+        return f"{path} cannot be used ({error}); replaying from the start"
+    optimizer.steps = step
+    taken = [entry for entry in contents.until(step) if isinstance(entry, Step)]
+    optimizer.skipped_steps = sum(not entry.applied for entry in taken)
+    last = next((entry.step for entry in reversed(taken) if entry.applied), -1)
+    optimizer.skipped_in_a_row = step - 1 - last
     return None

@@ -52,5 +52,8 @@ def _rewrite(file: Path, tensors: Tensors, target: Path) -> None:
             return
         old, metadata = {name: tensors_of.get_tensor(name) for name in names}, tensors_of.metadata()
     new = {name: tensors.get(name, tensor).to("cpu", tensor.dtype).contiguous() for name, tensor in old.items()}
+    for name in new.keys() & tensors.keys():
+        if new[name].is_floating_point() and not bool(new[name].isfinite().all()):
+            raise QzoError(f"{name} has numbers that {new[name].dtype}, which {file.name} keeps it in, cannot hold")
     save_file(new, target, metadata)
     target.chmod(file.stat().st_mode)

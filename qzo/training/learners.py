@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qzo.durable import read_tensors, replace_file
+from qzo.durable import read_tensors, write_tensors
 from qzo.errors import QzoError
 from qzo.journal.journal import Journal
 from qzo.live.adapters import adapters, put_adapters
@@ -73,9 +73,20 @@ class ZerothOrder:
         assert last is not None
         return Outcome(value, last.directional_derivative, last.clipped, last.skipped)
 
-    def record(self, _: bool = False) -> None:
-        """Write the step's line into the journal. Raises QzoError where the disk is full."""
+    def mark(self) -> dict[str, str]:
+        """The journal's checksum after the last step, which tells that a state is of this run."""
+        return {"crc": self.journal.checksum}
+
+    def record(self, save: bool = False) -> None:
+        """Write the step's line into the journal, with `save` down to the disk. Raises QzoError where that is full."""
         self.journal.record()
+        if save:
+            self.journal.sync()
+
+    def save(self) -> int:
+        """Have on the disk what a resume needs; returns the step that it goes on after."""
+        self.journal.sync()
+        return self.journal.steps
 
     def close(self) -> None:
         """Sync and release the journal."""
@@ -91,6 +102,8 @@ class FirstOrder:
         self.named, self.path = named, folder / LAST
         self.optimizer = torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.0)
         self.steps = self.skipped = self.in_a_row = 0
+        self.saved = 0  # step of the state on disk
+        self.moving = False  # in an update, so that the tensors are neither of one step nor of the next
         self.notices: list[str] = []
         if self.path.exists():
             self._load()
@@ -113,6 +126,7 @@ class FirstOrder:
         norm = float(nn.utils.clip_grad_norm_(self.named.values(), GRADIENT_NORM))
         outcome = Outcome(value, norm, norm > GRADIENT_NORM, skipped=not math.isfinite(value + norm))
         if not outcome.skipped:
+            self.moving = True
             self.optimizer.step()
         elif self.in_a_row + 1 == MAX_SKIPPED:
             raise QzoError(
@@ -122,20 +136,32 @@ class FirstOrder:
         self.steps += 1
         self.skipped += outcome.skipped
         self.in_a_row = self.in_a_row + 1 if outcome.skipped else 0
+        self.moving = False
         return outcome
 
     def record(self, save: bool = False) -> None:
         """Replace the saved state by the present one where `save` is set. Raises QzoError where the disk is full."""
-        if not save:
-            return
-        from safetensors.torch import save_file
+        if save:
+            self.save()
 
+    def save(self) -> int:
+        """Have on the disk what a resume needs, unless a step was cut in its midst; returns the step it goes on after.
+
+        Raises QzoError where the disk is full.
+        """
+        if self.moving:
+            return self.saved
         parts = {f"value.{name}": tensor for name, tensor in self.tensors().items()}
         for name, tensor in self.named.items():
             parts |= {f"{key}.{name}": value for key, value in self.optimizer.state[tensor].items()}
         metadata = {key: str(getattr(self, key)) for key in ("steps", "skipped", "in_a_row")}
-        tensors = {name: tensor.contiguous() for name, tensor in parts.items()}
-        replace_file(self.path, lambda path: save_file(tensors, path, metadata))
+        write_tensors(self.path, parts, metadata)
+        self.saved = self.steps
+        return self.saved
+
+    def mark(self) -> dict[str, str]:
+        """Nothing: there is no journal."""
+        return {}
 
     @torch.no_grad()
     def _load(self) -> None:
@@ -148,7 +174,13 @@ class FirstOrder:
                 if f"{key}.{name}" in tensors:  # none before the first step that was not skipped
                     saved = tensors[f"{key}.{name}"]
                     self.optimizer.state[tensor][key] = saved if key == "step" else saved.to(tensor.device)
-        self.steps, self.skipped, self.in_a_row = (int(metadata[key]) for key in ("steps", "skipped", "in_a_row"))
+        try:
+            self.steps, self.skipped, self.in_a_row = (int(metadata[key]) for key in ("steps", "skipped", "in_a_row"))
+        except (KeyError, ValueError) as error:
+            raise QzoError(
+                f"{self.path} does not say after how many steps it was saved; restore it from a copy"
+            ) from error
+        self.saved = self.steps
 
     def close(self) -> None:
         """Nothing is held open."""

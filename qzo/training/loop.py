@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qzo.errors import NotFinite
-from qzo.training.learners import Learner
+from qzo.signals import held
+from qzo.training.learners import Learner, ZerothOrder
 from qzo.training.progress import Progress
 from qzo.training.run import Result, Run
 
@@ -64,11 +66,15 @@ def train(
             break
         step, lr = learner.steps, settings.lr_at(learner.steps)
         batch = batch_at(step)
-        outcome = learner.step(lambda batch=batch: loss(batch), lr)  # type: ignore[misc]
-        entry = {"step": learner.steps, "loss": outcome.loss, learner.slope_name: outcome.slope, "lr": lr}
-        flags = {"clipped": outcome.clipped, "skipped": outcome.skipped}
-        run.write({**entry, **flags, "seconds": round(time.monotonic() - started, 3)})
-        learner.record(_due(learner.steps, settings.steps, settings.eval_every))
+        with ExitStack() as stack:
+            if not isinstance(learner, ZerothOrder):
+                stack.enter_context(held())  # a signal in the midst of it would leave half a step
+            outcome = learner.step(lambda batch=batch: loss(batch), lr)  # type: ignore[misc]
+            stack.enter_context(held())
+            entry = {"step": learner.steps, "loss": outcome.loss, learner.slope_name: outcome.slope, "lr": lr}
+            flags = {"clipped": outcome.clipped, "skipped": outcome.skipped}
+            run.write({**entry, **flags, "seconds": round(time.monotonic() - started, 3)})
+            learner.record(_due(learner.steps, settings.steps, settings.eval_every))
         if progress is not None:
             progress.step(learner.steps, outcome, lr)
     assert run.best is not None
@@ -82,7 +88,7 @@ def _due(taken: int, steps: int, every: int) -> bool:
 @torch.no_grad()
 def _validate(learner: Learner, run: Run, evaluate: Callable[[], Result], progress: Progress | None) -> None:
     result = _result(learner.steps, run.metric, evaluate)
-    better = run.add_validation(learner.steps, result, learner.tensors())
+    better = run.add_validation(learner.steps, result, learner.tensors(), learner.mark())
     if progress is not None:
         progress.validation(learner.steps, result, better)
 

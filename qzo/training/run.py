@@ -5,28 +5,32 @@ r"""The folder of a training run.
     last.safetensors   first order: trained tensors and moments at the last validation
     best.safetensors   name -> trained tensor at the best validation: scales, not the model
     metrics.jsonl      {"step": n, "loss": ...} after n steps, {"step": n, "validation": {...}}; seconds
-                        count from the start of the process
+                        count from the start of the process; see `qzo.training.metrics`
 
 A line of metrics.jsonl is written before the step is recorded, so after a kill no recorded step lacks its line; lines
-of steps that are taken again are cut off on a resume.
+of steps that are taken again are cut off on a resume. What decides which state is the best is sealed, and synced before
+it counts; the states are sealed too (`qzo.durable.write_tensors`). A process that has a run locks its folder.
 """
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import json
 import math
 import os
 import platform
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qzo.durable import replace_file, write_tensors
+from qzo.checkpoints.identity import BASE, MODEL
+from qzo.durable import read_tensors, remove_leftovers, replace_file, write_tensors
 from qzo.errors import QzoError
-from qzo.training.settings import ZEROTH_ORDER, TrainSettings
+from qzo.training.metrics import Metrics, finite
+from qzo.training.settings import DTYPES, METHODS, ZEROTH_ORDER, TrainSettings
 
 RUN, METRICS, BEST = "run.json", "metrics.jsonl", "best.safetensors"
 Result = dict[str, Any]  # what an evaluation returned: the metric, "loss", "count"
@@ -55,52 +59,67 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise QzoError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
-        self._about = {"qzo_run": 1, **about, "metric": metric, "settings": settings.to_json(), "versions": versions()}
-        if not (self.folder / RUN).exists():
-            _write_json(self.folder / RUN, self._about)
-        self._file = (self.folder / METRICS).open("ab", buffering=0)
+        self.resumed = (self.folder / RUN).exists()
+        self._unlock = weakref.finalize(self, os.close, _lock(self.folder))
+        try:
+            check_folder(self.folder, settings, about, resume)  # again: another process may have been here
+            remove_leftovers(self.folder)
+            for left in self.folder.glob(".tmp*"):  # of safetensors, in an older version
+                left.unlink()
+            self._about = {"qzo_run": 1, **about, "metric": metric, "settings": settings.to_json()}
+            self._about["versions"] = versions()
+            if not (self.folder / RUN).exists():
+                _write_json(self.folder / RUN, self._about)
+            self._metrics = Metrics(self.folder / METRICS, metric)
+        except BaseException:
+            self._unlock()
+            raise
 
     def begin(self, steps: int) -> None:
         """Go on after `steps` steps: what the metrics tell of later ones is cut off, settings that may change are kept.
 
-        Called when the learner has found the model and the saved state to fit.
+        Called when the learner has found the model and the saved state to fit. Raises QzoError where the metrics are
+        damaged or lack a validation, and where the best state is damaged or not that of the best validation.
         """
+        entries = self._metrics.read(steps)
+        self.validations = [(entry["step"], entry["validation"]) for entry in entries if "validation" in entry]
+        there = {step for step, _ in self.validations}
+        lost = [step for step in range(0, steps, self.settings.eval_every) if step not in there]
+        if lost and (self._metrics.sealed or not entries):
+            raise QzoError(
+                f"{self.folder / METRICS} lacks the validation after {lost[0]} steps, and {steps} were taken: which "
+                "state was the best cannot be told; restore the file from a copy"
+            )
+        if self.best is not None:
+            kept = _step(read_tensors(self.folder / BEST)[1])
+            if kept is not None and kept != self.best[0] and kept < steps:
+                raise QzoError(
+                    f"{self.folder / BEST} is the state after {kept} steps, and the best validation was after "
+                    f"{self.best[0]}; restore it from a copy"
+                )
         _write_json(self.folder / RUN, self._about)
-        end, self.validations = 0, []
-        for line in (self.folder / METRICS).read_bytes().splitlines(keepends=True):
-            entry = _parsed(line)
-            if entry is None or entry["step"] > steps:
-                break
-            end += len(line)
-            if "validation" in entry:
-                self.validations.append((entry["step"], entry["validation"]))
-        self._file.truncate(end)
 
     def write(self, entry: Result) -> None:
         """Append a line to the metrics. Raises QzoError where the disk is full; no half line is left."""
-        line = memoryview((json.dumps(_finite(entry)) + "\n").encode())
-        end = os.fstat(self._file.fileno()).st_size
-        try:
-            while line:
-                line = line[os.write(self._file.fileno(), line) :]
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(end)
-            path = self.folder / METRICS
-            raise QzoError(f"{path} could not be written: {error.strerror}; free some space, then --resume") from error
+        self._metrics.write(entry)
 
     def validated(self, steps: int) -> bool:
         """Whether the validation after `steps` steps is in the metrics."""
         return any(step == steps for step, _ in self.validations)
 
-    def add_validation(self, steps: int, result: Result, tensors: dict[str, Tensor]) -> bool:
-        """Record a validation; where it is the best so far, keep the tensors first. Returns whether it is."""
+    def add_validation(
+        self, steps: int, result: Result, tensors: dict[str, Tensor], mark: dict[str, str] | None = None
+    ) -> bool:
+        """Record a validation, on the disk when this returns; where it is the best so far, keep the tensors first.
+
+        `mark`: what is kept with the tensors to tell whose they are. Returns whether it is the best.
+        """
         best = self.best
         better = best is None or self._score(result) > self._score(best[1])
         if better:
-            write_tensors(self.folder / BEST, tensors, {"step": str(steps)})
-        self.write({"step": steps, "validation": result})
-        self.validations.append((steps, _finite(result)))
+            write_tensors(self.folder / BEST, tensors, {"step": str(steps), **(mark or {})})
+        self._metrics.write({"step": steps, "validation": result}, durable=True)
+        self.validations.append((steps, finite(result)))
         return better
 
     @property
@@ -118,8 +137,9 @@ class Run:
         return (loss, loss) if self.metric == "loss" else (_number(result[self.metric], -1), loss)
 
     def close(self) -> None:
-        """Release the metrics file."""
-        self._file.close()
+        """Release the metrics file and the folder."""
+        self._metrics.close()
+        self._unlock()
 
 
 def check_folder(folder: Path, settings: TrainSettings, about: Result, resume: bool) -> None:
@@ -134,9 +154,15 @@ def check_folder(folder: Path, settings: TrainSettings, about: Result, resume: b
     if not resume:
         raise QzoError(f"{folder} exists and is not empty; choose another --out, or go on with --resume")
     saved = read_run(folder)
-    held = about if settings.method not in ZEROTH_ORDER else {name: about[name] for name in about if name != "model"}
-    for name, value in held.items():  # the journal knows the model by its numbers, wherever it lies now
-        if saved.get(name) != value:
+    known = saved.get(BASE) is not None and about.get(BASE) is not None
+    if known and saved[BASE] != about[BASE]:
+        raise QzoError(
+            f"{folder}: the run was begun on another model ({saved[MODEL]} with the content {saved[BASE][:12]}; "
+            f"{about[MODEL]} has {about[BASE][:12]}); give the one it was begun on"
+        )
+    by_numbers = known or settings.method in ZEROTH_ORDER  # the model is known by them, wherever it lies now
+    for name, value in about.items():
+        if name != BASE and not (name == MODEL and by_numbers) and saved.get(name) != value:
             raise QzoError(f"{folder}: the run was begun with {name}={saved.get(name)}, not {value}; give the same")
     try:
         settings.check_resume(saved["settings"])
@@ -145,13 +171,24 @@ def check_folder(folder: Path, settings: TrainSettings, about: Result, resume: b
 
 
 def read_run(folder: Path) -> Result:
-    """The content of a run's run.json. Raises QzoError where there is none."""
+    """The content of a run's run.json. Raises QzoError where there is none, and where what makes a run is missing."""
     try:
         content = json.loads((folder / RUN).read_text(encoding="utf-8"))
         if content["qzo_run"] != 1 or not isinstance(content["settings"], dict):
             raise ValueError("not of this version")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise QzoError(f"{folder} is not the folder of a run ({RUN} is missing or cannot be read)") from error
+    settings = content["settings"]
+    wrong = {
+        "model": not isinstance(content.get(MODEL), str) and MODEL in content,
+        "base": not isinstance(content.get(BASE), str | None),
+        "settings.method": settings.get("method") not in METHODS,
+        "settings.dtype": settings.get("dtype") not in (None, *DTYPES),
+        "settings.seed": type(settings.get("seed", 0)) is not int,
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise QzoError(f"{folder / RUN}: {name} is missing or not known; restore the file from a copy")
     return dict(content)
 
 
@@ -175,23 +212,26 @@ def _write_json(path: Path, content: Result) -> None:
 
 def _unfinished(file: Path) -> bool:
     """Whether a kill left this behind before there was a run."""
-    return file.name.startswith(".") and file.name.endswith(".part")
+    return file.name.startswith(".") and (file.name.endswith(".part") or file.name.startswith(".tmp"))
 
 
-def _parsed(line: bytes) -> Result | None:
-    """A whole line of the metrics, None for a torn one."""
+def _lock(folder: Path) -> int:
+    """Have a run's folder for this process. Raises QzoError where another one has it."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        entry = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(number)
+        raise QzoError(f"{folder} is in use by another process; wait for it, or choose another --out") from error
+    except OSError:  # a file system without locks
+        pass
+    return number
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _step(metadata: dict[str, str]) -> int | None:
+    """The step that a state was kept at; None where it does not say so."""
+    text = metadata.get("step", "")
+    return int(text) if text.isdecimal() else None
 
 
 def _number(value: Any, sign: int = 1) -> float:

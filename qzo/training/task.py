@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from qzo.checkpoints.identity import base_identity, place_of
 from qzo.checkpoints.load import load, load_tokenizer
-from qzo.durable import read_tensors, replace_file
-from qzo.errors import QzoError
+from qzo.durable import replace_file
 from qzo.live.check import check_live
-from qzo.live.trainable import live_named
 from qzo.models.positions import row_length
 from qzo.models.prefix import SharedPrefix
+from qzo.signals import Stopped, held, interruptible
 from qzo.training.batches import batch_numbers
 from qzo.training.learners import check_model, make_learner
 from qzo.training.loop import Trained, train
 from qzo.training.progress import Progress, lines_of, tell
-from qzo.training.run import BEST, RUN, Result, Run, check_folder, dtype_of, read_run
+from qzo.training.run import RUN, Result, Run, check_folder, dtype_of, read_run
 from qzo.training.settings import QUANTIZED, TrainSettings
+from qzo.training.tuned import put_best
 
 RESULT = "result.json"
 
@@ -54,9 +55,11 @@ def train_task(
     """
     tasks: Any = import_module("qzo.tasks")
     out = Path(out)
-    about = {"model": _place(source), "task": task_name, "data": data if data is None else _place(data)}
+    about: Result = {"task": task_name, "data": data if data is None else place_of(data)}
     if resume and (out / RUN).is_file():
         settings = settings.as_begun(read_run(out)["settings"])
+    check_folder(out, settings, about, resume)  # before a large model is read
+    about |= base_identity(source)
     check_folder(out, settings, about, resume)
     task = tasks.get(task_name, data_dir=data)
     splits = task.splits(seed=settings.seed)
@@ -70,10 +73,14 @@ def train_task(
     work = _Work(tasks, model, encoder, splits, settings)
     first = (settings.layer_range or (0, 0))[0]
     run = Run(out, settings, about, task.metric, resume)
-    trained = _run(source, run, work, SharedPrefix(model, work.loss, first) if first else work.loss)
-    put_best(model, out)
-    tell(f"testing the state of step {trained.best_step} on {len(splits['test']):,} examples")
-    test = work.evaluate(lines_of("test"), "test")
+    with interruptible():
+        trained = _run(source, run, work, SharedPrefix(model, work.loss, first) if first else work.loss)
+        try:
+            put_best(model, out)
+            tell(f"testing the state of step {trained.best_step} on {len(splits['test']):,} examples")
+            test = work.evaluate(lines_of("test"), "test")
+        except KeyboardInterrupt as error:
+            raise Stopped("stopped while the best state was tested; --resume tests it again", error) from error
     content = json.dumps({**asdict(trained), "test": test}, indent=2) + "\n"
     replace_file(out / RESULT, lambda path: path.write_text(content, encoding="utf-8"))
     return trained, test
@@ -122,6 +129,8 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
     try:
         learner = make_learner(work.model, run.settings, run.folder, source)
         progress = Progress(run.settings.steps, learner.steps, learner.slope_name, run.folder)
+        if run.resumed:
+            progress.notice(f"going on after step {learner.steps} of {run.settings.steps}")
         for notice in learner.notices:
             progress.notice(notice)
         try:
@@ -133,25 +142,14 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
                 progress.phase(f"validation before the first step, {len(work.splits['validation']):,} examples")
             return train(learner, run, work.batch_at, loss, lambda: work.evaluate(progress.validating), progress)
         except KeyboardInterrupt as error:
-            raise QzoError(f"stopped after {learner.steps} steps; go on with --resume") from error
+            with held():
+                steps = learner.save()
+            raise Stopped(f"stopped after {steps} steps; go on with --resume", error) from error
         finally:
             progress.close()
             learner.close()
     finally:
         run.close()
-
-
-@torch.no_grad()
-def put_best(model: nn.Module, folder: Path) -> None:
-    """Write the best state of a run into the model it was trained on."""
-    own = live_named(model)
-    for name, value in read_tensors(folder / BEST)[0].items():
-        own[name].copy_(value)
-
-
-def _place(source: str) -> str:
-    """A path made absolute; a hub id as it is."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _device() -> str:

@@ -103,9 +103,9 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics, without times."""
+    """The lines of a run's metrics, without times and the seals, which cover them."""
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
+    return [{name: value for name, value in entry.items() if name not in ("seconds", "crc")} for entry in entries]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

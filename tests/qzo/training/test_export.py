@@ -182,7 +182,7 @@ def test_a_model_is_copied_as_it_is(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["nothing", "full", "shape", "name", "other", "gguf", "damaged", "state"])
-def test_errors_are_one_line_and_exit_code_2(make_run, tmp_path, capsys, case):
+def test_errors_are_one_line_and_exit_code_2(make_run, tmp_path, capsys, monkeypatch, case):
     source, run = make_run()
     out, options = tmp_path / "out", []
     tensors = best(run)
@@ -201,10 +201,13 @@ def test_errors_are_one_line_and_exit_code_2(make_run, tmp_path, capsys, case):
         raw = load_file(source / "model.safetensors")
         raw["model.layers.0.mlp.up_proj.qweight"] += 1
         save_file(raw, source / "model.safetensors", {"format": "pt"})
-        options, message = ["--state", "last"], "is the journal of another model"
+        options, message = ["--state", "last"], "tuned tensors fit the model they were tuned on alone"
     elif case == "gguf":
         about = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps({**about, "model": "model.gguf"}))
+        (run / "run.json").write_text(json.dumps({**about, "model": "model.gguf", "base": None}))
+        (run / "run.journal").unlink()
+        (tmp_path / "model.gguf").write_text("")
+        monkeypatch.chdir(tmp_path)
         save_file({"model.norm.weight": torch.ones(64)}, run / "best.safetensors")
         message = "model.gguf is not in safetensors format; qzo export it first"
     elif case == "damaged":

@@ -1,0 +1,52 @@
+"""A place that a user names for a result, as with `--json PATH`: a file is replaced whole, a device is written to."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from qzo.durable import reason, replace_file
+from qzo.errors import QzoError
+
+OPEN_FILES = re.compile(r"/(?:dev|proc/(?:self|\d+))/fd/(\d+)|/dev/(stdin|stdout|stderr)")
+STANDARD = {"stdin": 0, "stdout": 1, "stderr": 2}
+
+
+def check_output(path: str | os.PathLike[str], option: str = "--json") -> None:
+    """Raise QzoError unless `write_output` may write to `path`."""
+    place = Path(path)
+    if _number(place) is not None:
+        return
+    if not place.absolute().parent.is_dir():
+        raise QzoError(f"{option} {place}: there is no such folder")
+    if place.is_dir():
+        raise QzoError(f"{option} {place} is a folder; name a file")
+    if place.is_symlink() and (place.is_file() or not place.exists()):
+        raise QzoError(f"{option} {place} is a link to {place.readlink()}, and links are not followed; name the file")
+
+
+def write_output(path: str | os.PathLike[str], text: str, option: str = "--json") -> None:
+    """Write what a user asked for to where he asked for it: a file as a whole, a device or pipe straight.
+
+    Raises QzoError as `check_output`, and where writing fails; a file then is what it was.
+    """
+    check_output(path, option)
+    place, number = Path(path), _number(Path(path))
+    if number is None and (place.is_file() or not place.exists()):
+        replace_file(place, lambda file: file.write_text(text, encoding="utf-8"))
+        return
+    try:
+        sys.stdout.flush()
+        opened = os.open(place, os.O_WRONLY | os.O_NOCTTY) if number is None else os.dup(number)
+        with open(opened, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise QzoError(f"{option} {place} could not be written: {reason(error)}") from error
+
+
+def _number(path: Path) -> int | None:
+    """The number of the open file that a name under /dev or /proc stands for, as /dev/stdout does."""
+    found = OPEN_FILES.fullmatch(os.path.abspath(path))
+    return None if found is None else STANDARD[found[2]] if found[2] else int(found[1])
