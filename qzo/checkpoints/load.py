@@ -139,7 +139,12 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
     except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
         raise QzoError(f"{source}: {one_line(error)}") from error
     model, report = loaded
-    missing = sorted(report["missing_keys"])
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if unexpected and "gguf_file" in options:
+        raise QzoError(
+            f"{source} has {unexpected[0]}, for which {type(model).__name__} has no place; take the model's "
+            "safetensors files"
+        )
     if missing:  # transformers would draw them at random
         raise QzoError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
     return model.to(device)

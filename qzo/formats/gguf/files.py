@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import BLOCK_TYPES, PLAIN_TYPES, half_at
-from qzo.formats.gguf.header import read_gguf_header
+from qzo.formats.gguf.foreign import check_foreign
+from qzo.formats.gguf.header import GgufHeader, read_gguf_header
 from qzo.formats.gguf.loading import load_dense, load_packed
 from qzo.formats.gguf.places import Plan, plan
 from qzo.formats.gguf.source import is_known, read_tensor, to_pairs, type_name
@@ -39,11 +40,13 @@ class GgufCheckpoint:
         return load_packed(self.path, dtype or torch.bfloat16, device)
 
     def dequantized(self, dtype: torch.dtype | None, device: torch.device) -> Any:
-        """The model with every weight rebuilt; None for an architecture that only transformers reads.
+        """The model with every weight rebuilt; None for an architecture that transformers alone reads, rightly.
 
         Raises QzoError for what `load` refuses too.
         """
-        if not is_known(read_gguf_header(self.path)):
+        header = read_gguf_header(self.path)
+        if not is_known(header):
+            check_foreign(self.path, header)
             return None
         return load_dense(self.path, dtype or torch.bfloat16, device)
 
@@ -79,7 +82,7 @@ class GgufCheckpoint:
                 "scales+offsets": counts["scales"] + counts["offsets"],
                 "scales+unquantized": counts["scales"] + counts["unquantized"],
             },
-            reason=_obstacle(self.path, counts["scales"]),
+            reason=_obstacle(self.path, header, counts["scales"]),
             moving="minima move with their scales",
         )
 
@@ -88,9 +91,11 @@ class GgufCheckpoint:
         return lambda folder: write_gguf(self.path, tensors, folder / self.path.name)
 
 
-def _obstacle(path: Path, scales: int) -> str | None:
+def _obstacle(path: Path, header: GgufHeader, scales: int) -> str | None:
     """Why a .gguf file cannot be trained packed; None where nothing but the data could still speak against it."""
     try:
+        if not is_known(header):
+            check_foreign(path, header)  # what speaks against a dequantized one too is told first
         plan(path)
     except QzoError as error:
         return str(error).removeprefix(f"{path}: ")

@@ -100,7 +100,7 @@ def write_gguf(
         writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer, config.vocab_size)
+    add_tokenizer(writer, config.vocab_size)
     if meta is not None:
         meta(writer)
     for stored, tensor in stored_as(model).items():
@@ -189,7 +189,7 @@ def add(writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> Non
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(array), qtype), raw_dtype=qtype)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*(f"w{number}" for number in range(size - 3)), "a", "b", "ab"])
     writer.add_token_types([gguf.TokenType.NORMAL] * size)
