@@ -57,6 +57,10 @@ def check_foreign(path: Path, header: GgufHeader) -> None:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # as qzo.load: transformers raises many kinds
         raise QzoError(f"{path} has no config that transformers can use: {one_line(error)}") from error
+    implied = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(math.prod(info.shape) for info in header.tensors.values())
+    if implied > 2 * stored:  # it would take all memory before the first tensor is found not to fit
+        raise QzoError(f"{path}: its metadata imply {implied:,} weights, but it holds {stored:,}; convert it again")
     meta = Metadata(path, header)
     read = _read(meta.architecture)
     meta.check_all_read(lambda name, value: name.startswith(read) or _agrees(config, name, value))
@@ -74,7 +78,8 @@ def _read(architecture: str) -> tuple[str, ...]:
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
     name = {"gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe", "minimax-m2": "minimax_m2"}.get(architecture, architecture)
-    mapped = tuple(key for key, value in GGUF_CONFIG_MAPPING.get(name, {}).items() if value is not None)
+    mapping: dict[str, Any] = GGUF_CONFIG_MAPPING
+    mapped = tuple(key for key, value in mapping.get(name, {}).items() if value is not None)
     return mapped + READ.get(architecture, ())
 
 

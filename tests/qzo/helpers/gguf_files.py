@@ -26,6 +26,10 @@ from transformers import (
 
 SIMPLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")
+SCALES_AT = {  # of the fp16 numbers in a block of a type that gguf cannot make
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ1_S": (0,)},
+    **{"IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,)},
+}
 
 
 NAMES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mistral": "llama", "mixtral": "llama"}  # in files
@@ -171,18 +175,18 @@ def _read_back(model: PreTrainedModel, stored: dict[str, torch.Tensor], heads: d
 
 
 def add(writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> None:
-    """Add a tensor in a type; K-quants, which gguf cannot make, get random blocks with small scales."""
+    """Add a tensor in a type; those that gguf cannot make get random blocks with small scales."""
     qtype = gguf.GGMLQuantizationType[kind]
     if kind == "F32":
         writer.add_tensor(name, np.ascontiguousarray(array))
     elif kind == "F16":
         writer.add_tensor(name, array.astype(np.float16))
-    elif kind in K_QUANTS:
+    elif kind in SCALES_AT:
         per_block, n_bytes = gguf.GGML_QUANT_SIZES[qtype]
         shape = *array.shape[:-1], array.shape[-1] // per_block, n_bytes
         blocks = np.random.default_rng(len(name)).integers(0, 256, shape, dtype=np.uint8)
         small = np.full(shape[:-1], 1e-4, np.float16).view(np.uint8).reshape(*shape[:-1], 2)
-        for first in (n_bytes - 2,) if kind == "Q6_K" else (0, 2):
+        for first in SCALES_AT[kind]:
             blocks[..., first : first + 2] = small
         writer.add_tensor(name, blocks.reshape(*array.shape[:-1], -1), raw_dtype=qtype)
     else:

@@ -50,9 +50,9 @@ CHANGES = {  # name -> (bytes to write, where, what is told)
     "overlap": (struct.pack("<Q", 0), lambda data: after(data, UP) + 24, "overlap"),
     "fewer rows": (struct.pack("<Q", 32), lambda data: after(data, UP) + 12, "has shape (32, 64), but the file's"),
     "other type": (
-        struct.pack("<I", 20),
+        struct.pack("<I", 40),
         lambda data: after(data, UP) + 20,
-        "IQ4_NL, which cannot be",
+        "NVFP4, which cannot be",
     ),
     "layers": (struct.pack("<I", 2**31), lambda data: value_of(data, "block_count"), "names 2147483648 layers"),
     "fewer layers": (struct.pack("<I", 1), lambda data: value_of(data, "block_count"), "names 1 layers and has"),

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import K_QUANTS, SIMPLE, stored_tensors, tiny, write_gguf
+from gguf_files import K_QUANTS, SCALES_AT, SIMPLE, as_stored, stored_tensors, tiny, write_gguf
 from torch import nn
 
 from qzo import load, quantize, scales, trainable
+from qzo.checkpoints.inspect import inspect
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import PLAIN_TYPES
 from qzo.formats.gguf.layer import GgufEmbedding, GgufLinear
@@ -36,6 +37,18 @@ def test_logits_are_those_of_the_dequantized_model(tmp_path, input_ids, kind, ti
     assert not packed.training and not any(p.requires_grad for p in packed.parameters())
     assert isinstance(packed.model.embed_tokens, GgufEmbedding)
     assert isinstance(packed.lm_head, GgufLinear) != tied
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SCALES_AT if kind not in K_QUANTS])
+def test_types_without_scales_of_plain_numbers_load_packed_and_stay_frozen(tmp_path, input_ids, kind):
+    model = tiny(tied=False, hidden=256, intermediate_size=256)
+    file = write_gguf(model, tmp_path / "model.gguf", lambda name: "Q4_0" if "attn_q" in name else kind)
+    packed, dense = packed_and_dense(file)
+    wanted = logits(as_stored(model, file), input_ids)
+    torch.testing.assert_close(logits(packed, input_ids), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(dense, input_ids), wanted, rtol=1e-5, atol=1e-5)
+    assert {name.split(".")[-2] for name in scales(packed)} == {"q_proj"} and inspect(file).reason is None
+    assert packed.model.embed_tokens.type_name == kind
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
