@@ -64,7 +64,9 @@ def test_packed_and_dequantized_compute_the_written_model(tmp_path, input_ids, f
     assert any(isinstance(module, GgufExperts) for module in packed.modules()) == (family in EXPERTS)
     if kind == "Q8_0" and family in READ_BY_TRANSFORMERS:
         options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-        torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path, **options), input_ids), wanted)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        part = input_ids[:, :6]  # of Phi-3 they leave the window unread
+        torch.testing.assert_close(logits(theirs, part), logits(model, part))
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

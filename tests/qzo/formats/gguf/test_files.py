@@ -11,6 +11,8 @@ from torch import nn
 
 from qzo import load, quantize, scales, trainable
 from qzo.checkpoints.inspect import inspect
+from qzo.checkpoints.load import load_tokenizer
+from qzo.checkpoints.write import in_own_layout, write_tuned
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import PLAIN_TYPES
 from qzo.formats.gguf.layer import GgufEmbedding, GgufLinear
@@ -129,6 +131,20 @@ def test_k_quants_alone_have_nothing_to_train_and_stay_frozen_beside_others(tmp_
         scales(load(file, dequantize=False))
     mixed = write_gguf(tiny(hidden=256), tmp_path / "m.gguf", lambda name: "Q6_K" if "token" in name else "Q4_0")
     assert len(scales(load(mixed, dequantize=False))) == 14
+
+
+def test_the_suffix_may_be_written_in_capitals(tmp_path, input_ids):
+    small = write_gguf(tiny(), tmp_path / "model.gguf", "Q4_0")
+    capital = small.rename(tmp_path / "MODEL.GGUF")
+    packed, dense = packed_and_dense(capital)
+    torch.testing.assert_close(logits(packed, input_ids), logits(dense, input_ids), rtol=1e-6, atol=1e-6)
+    assert isinstance(packed.model.embed_tokens, GgufEmbedding) and inspect(capital).reason is None
+    assert load_tokenizer(capital).encode("ab") == [95]
+    assert inspect(capital).format == "gguf" and in_own_layout(str(capital))
+    scale = scales(packed)["model.layers.0.mlp.up_proj.scales"].clone() * 2
+    assert write_tuned(str(capital), {"model.layers.0.mlp.up_proj.scales": scale}, tmp_path / "out") == 1
+    again = load(tmp_path / "out" / "MODEL.GGUF", torch.float32, dequantize=False)
+    assert torch.equal(again.model.layers[0].mlp.up_proj.scales, scale)
 
 
 def test_a_file_without_blocks_is_a_plain_model(tmp_path, input_ids):
