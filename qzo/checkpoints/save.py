@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qzo.checkpoints.layout import new_layout
 from qzo.checkpoints.tokenizer import load_tokenizer
 from qzo.checkpoints.write import check_link, copy_rest
-from qzo.durable import whole_folder
+from qzo.durable import sync, whole_folder
 from qzo.errors import QzoError
 from qzo.formats.layer import Quantized
 from qzo.formats.table import SAVERS, Checkpoint, find
@@ -225,14 +225,28 @@ def save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], **
         raise QzoError("push_to_hub is not supported; save to a folder, and upload that with huggingface_hub")
     if not options.get("is_main_process", True):
         return
-    folder = Path(save_directory)
+    save_into(model, Path(save_directory))
+
+
+def save_into(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """As `save`, but into a folder that may hold something: each file is replaced as a whole, config.json the last.
+
+    Where that is cut short the folder has no config.json, and is no model that anyone would load. Raises QzoError where
+    `save` does.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        save(model, folder)
+        save(model, folder, tokenizer)
         return
-    partial = folder / f".model.{os.getpid()}.part"
-    whole_folder(partial, filler(model))
-    for file in partial.iterdir():
+    for left in (*folder.glob(".model*.part"), *folder.glob("..model*.part")):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = folder / ".model.part"
+    whole_folder(partial, filler(model, tokenizer))
+    if (partial / "config.json").is_file():
+        (folder / "config.json").unlink(missing_ok=True)
+        sync(folder)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
+    sync(folder)
     partial.rmdir()
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.checkpoints.save import save
-from qzo.durable import read_tensors, write_tensors
+from qzo.checkpoints.identity import BASE, MODEL, base_identity
+from qzo.checkpoints.save import save_into
+from qzo.durable import write_tensors
 from qzo.errors import QzoError
+from qzo.journal import lines
 from qzo.journal.journal import Journal
 from qzo.live.check import check_live
 from qzo.live.scales import linear_scales
@@ -22,13 +24,12 @@ from qzo.optim.qzo import QZO
 from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
 from qzo.quiet import quiet_libraries
 from qzo.training.arguments import SHARDED, check_arguments, check_optimizer
-from qzo.training.export import TRAINED
+from qzo.training.checkpoints import OPTIMIZER, TRAINED, check, read_trained
+from qzo.training.resumable import ResumableTrainer
 
 with quiet_libraries():
     from accelerate.utils.memory import clear_device_cache
     from transformers import Trainer
-
-OPTIMIZER = "optimizer.pt"  # what Trainer calls it
 
 
 class TakenStep(torch.optim.Optimizer):
@@ -58,7 +59,7 @@ class TakenStep(torch.optim.Optimizer):
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
 
 
-class QZOTrainer(Trainer):
+class QZOTrainer(ResumableTrainer):
     """transformers' Trainer with zeroth-order steps: two evaluations of the loss for each, no backward pass.
 
         trainer = qzo.QZOTrainer(model, TrainingArguments("out", learning_rate=1e-5), train_dataset=data)
@@ -103,6 +104,7 @@ class QZOTrainer(Trainer):
         self._closures: list[Closure] = []
         self._clipped: list[bool] = []
         self._checked = False
+        self._base: dict[str, str] | None = None
         given = inspect.signature(Trainer.__init__).bind_partial(self, *arguments, **named).arguments
         if given.get("args") is not None:
             check_arguments(given["args"])
@@ -140,6 +142,14 @@ class QZOTrainer(Trainer):
             raise QzoError(f"a Trainer's journal is for QZO, not for {type(optimizer).__name__}")
         assert self.journal_path is not None
         self.journal = Journal(self.journal_path, model, optimizer)
+        if self._begins_anew:
+            self.journal.resume(0)
+        elif self.journal.steps and not self._resumes:
+            self.journal.close()
+            raise QzoError(
+                f"{self.journal_path} holds {self.journal.steps} steps; train(resume_from_checkpoint=True) goes on "
+                "with them, another file begins a new run"
+            )
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -190,13 +200,45 @@ class QZOTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, *arguments: Any, **named: Any) -> Any:
-        """As Trainer's; the journal is synced and closed at the end, whatever happens."""
+        """As `ResumableTrainer`'s; the journal is synced and closed at the end, whatever happens."""
         try:
             return super().train(*arguments, **named)
         finally:
             self._closures.clear()
             if self.journal is not None:
                 self.journal.close()
+
+    def _unlike(self, about: dict[str, Any], step: int) -> str | None:
+        """Why this run cannot go on from a checkpoint: another model, or not what its journal tells; else None."""
+        begun = about.get(BASE)
+        if begun is not None and self._identity().get(BASE, begun) != begun:
+            return f"it was made with another model than {self._identity()[MODEL]} ({about[MODEL]}); load that one"
+        if self.journal_path is None:
+            return None
+        path = Path(self.journal_path)
+        recorded = lines.read(path) if path.is_file() else None
+        steps = 0 if recorded is None else recorded.steps
+        if step > steps:
+            return f"{path} holds {steps} steps; give the journal it was made with, or none"
+        checksum = None if recorded is None else f"{recorded.crcs[step]:08x}"
+        if checksum is not None and about.get("journal_crc", checksum) != checksum:
+            return f"{path} is the journal of another run; give the one it was made with, or none"
+        return None
+
+    def _identity(self) -> dict[str, str]:
+        """Which model this is; read from its files once."""
+        if self._base is None:
+            model: Any = self.model
+            self._base = base_identity(model)
+        return self._base
+
+    def _about(self) -> dict[str, Any]:
+        """What the seal of a checkpoint says of the run it belongs to; the journal is on disk before it."""
+        journal = {}
+        if self.journal is not None:
+            self.journal.sync()
+            journal["journal_crc"] = self.journal.checksum
+        return {**super()._about(), **self._identity(), **journal}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model in the format it came in: the GPTQ or AWQ layout, or a .gguf file.
@@ -208,23 +250,15 @@ class QZOTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir or ".")
+        if not _internal_call or self.zeroth_order is None:
+            model: Any = self.model
+            save_into(model, folder, self.processing_class)
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        if _internal_call and self.zeroth_order is not None:
-            metadata = {"model": str(getattr(self.model, "name_or_path", "")), "steps": str(self.zeroth_order.steps)}
-            write_tensors(folder / TRAINED, live_tensors(self.zeroth_order), metadata)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-        else:
-            self._save_whole(folder)
-
-    def _save_whole(self, folder: Path) -> None:
-        """Write a checkpoint beside what the folder holds already, each file as a whole."""
-        partial_folder = folder / ".model.part"
-        model: Any = self.model
-        save(model, partial_folder, self.processing_class)
-        for file in partial_folder.iterdir():
-            os.replace(file, folder / file.name)
-        partial_folder.rmdir()
+        metadata = {**self._identity(), "steps": str(self.zeroth_order.steps), "whole": "1"}
+        write_tensors(folder / TRAINED, live_tensors(self.zeroth_order), metadata)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer calls this before the optimizer is there; with scales, all is in the optimizer's state."""
@@ -243,13 +277,14 @@ class QZOTrainer(Trainer):
     @torch.no_grad()
     def _load_best_model(self) -> None:
         """As Trainer's, from the trained tensors; masters follow, so that training can go on from there."""
-        best = Path(self.state.best_model_checkpoint or "") / TRAINED
-        if not best.is_file():
+        best = Path(self.state.best_model_checkpoint or "")
+        check(best)
+        if not (best / TRAINED).is_file():
             super()._load_best_model()
             return
         assert self.zeroth_order is not None
         own = live_tensors(self.zeroth_order)
-        for name, value in read_tensors(best)[0].items():
+        for name, value in read_trained(best)[0].items():
             own[name].copy_(value)
         for _, _, _, tensor in self.zeroth_order._tensors():
             self.zeroth_order.state[tensor]["master"].copy_(tensor)

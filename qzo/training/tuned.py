@@ -19,11 +19,11 @@ from qzo.journal.replay import replay
 from qzo.live.adapters import put_adapters
 from qzo.live.trainable import live_named
 from qzo.optim.spsa import live_tensors
+from qzo.training.checkpoints import TRAINED, read_trained
 from qzo.training.learners import JOURNAL, LAST
 from qzo.training.run import BEST, RUN, dtype_of, read_run
 from qzo.training.settings import QUANTIZED, ZEROTH_ORDER
 
-TRAINED = "trained.safetensors"  # in a checkpoint of qzo.QZOTrainer
 STATES = ("best", "last")
 ADAPTERS = ("lora", "qlora")
 
@@ -83,7 +83,7 @@ def read_tuned(source: Path, state: str = "best", model: str | None = None) -> T
     if state not in STATES:
         raise QzoError(f'state="{state}" is not known; choose "best" or "last"')
     if not (source / RUN).is_file():
-        tensors, metadata = read_tensors(source / TRAINED)
+        tensors, metadata = read_trained(source)
         place = check_base(source, metadata, model)
         return Tuned(source, place, tensors, _whole(metadata.get("steps")), {"method": "qzo"})
     about = read_run(source)
