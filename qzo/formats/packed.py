@@ -107,7 +107,7 @@ class PackedCheckpoint(Stored):
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The tensors of each file; zero points as the layers have them. Raises QzoError for groups not there."""
-        layout, paths = self._laid_out, self.paths()
+        layout, paths = self._laid_out, self.placed.layers
         for file in dict.fromkeys(header.file for header in self.headers.values()):
             tensors: dict[str, Tensor] = {}
             for name, tensor in read_tensors_of(file):
@@ -122,9 +122,9 @@ class PackedCheckpoint(Stored):
                 tensors[name] = tensor
             yield tensors
 
-    def counted(self) -> Counted:
+    def counted(self, left: Collection[str]) -> Counted:
         """By the headers; words of codes are counted."""
-        return parts_of(self.headers)
+        return parts_of({name: header for name, header in self.headers.items() if name not in left})
 
     def inspect(self, name: str) -> Inspection:
         """As `Stored.inspect`; codes and zero points are counted where there is a layout for their words."""
@@ -132,7 +132,7 @@ class PackedCheckpoint(Stored):
         if found.reason is None and self.codes == "qweight":  # words of some codes
             bits_of = self._laid_out.bits_of
             for part, name in (("codes", "qweight"), ("zero_points", "qzeros")):
-                words = ((self.headers[f"{path}.{name}"].numel, bits_of(path)) for path in self.paths())
+                words = ((self.headers[f"{path}.{name}"].numel, bits_of(path)) for path in self.placed.layers)
                 found.counts[part] = sum(count * 32 // n_bits for count, n_bits in words)
         return found
 

@@ -160,9 +160,7 @@ class _Names:
         if name in self.expected:
             return name, None, None
         for candidate in self._candidates(name):
-            renamed = candidate
-            for renaming in self.renamings:
-                renamed, _ = renaming.rename_source_key(renamed)
+            renamed = self._renamed(candidate)
             if renamed in self.expected:
                 return renamed, None, None
             for converter in self.converters:
@@ -194,10 +192,15 @@ class _Names:
 
     def is_elsewhere(self, name: str) -> bool:
         """Whether a name without a place is of a part of the files that is not built, such as a vision tower."""
-        if not self.part:
+        if not self.part or any(name.startswith((f"{text}.", f"model.{text}.")) for text in TEXT_PARTS):
             return False
-        is_text = any(name.startswith((f"{text}.", f"model.{text}.")) for text in TEXT_PARTS)
-        return not is_text and not any(name.startswith(f"{child}.") for child in self.children)
+        names = [name, *(self._renamed(candidate) for candidate in self._candidates(name))]
+        return not any(one.startswith(f"{child}.") for one in names for child in self.children)
+
+    def _renamed(self, name: str) -> str:
+        for renaming in self.renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
 
     def _candidates(self, name: str) -> Iterator[str]:
         """The name itself, without the names of wrappers, with and without that of the base model."""

@@ -82,8 +82,11 @@ class Stored(ABC):
         """
 
     @abstractmethod
-    def counted(self) -> Counted:
-        """Numbers and bytes of each part that an Inspection tells of, "unquantized" included."""
+    def counted(self, left: Collection[str]) -> Counted:
+        """Numbers and bytes of each part that an Inspection tells of, "unquantized" included.
+
+        `left` are stored names of tensors that do not count, since the model has none of them.
+        """
 
     @property
     def folder(self) -> Path:
@@ -134,7 +137,9 @@ class Stored(ABC):
 
     def inspect(self, name: str) -> Inspection:
         """What headers and settings tell; `reason` is None just where loading needs no more than sound data."""
-        counts, sizes = self.counted()
+        reason = obstacle(self.folder, lambda: self.empty(dtype_of(self.source.config)))
+        left = self.placed.left if reason is None else set()
+        counts, sizes = self.counted(left)
         scales = counts["scales"]
         trained = {
             "scales": scales,
@@ -146,11 +151,11 @@ class Stored(ABC):
             self.format,
             **self.about,
             settings=self.source.settings or {},
-            layers=len(self.paths()),
+            layers=len(self.paths() if reason is not None else self.placed.layers),
             counts=counts,
             sizes=sizes,
             trainable=trained,
-            reason=obstacle(self.folder, lambda: self.empty(dtype_of(self.source.config))),
+            reason=reason,
             moving=self.moving,
         )
 
@@ -317,10 +322,12 @@ class StoredModel(Stored):
         layer.compute_dtype = weight.dtype  # of all around it
         return layer
 
-    def counted(self) -> Counted:
+    def counted(self, left: Collection[str]) -> Counted:
         """By the layers' tensors; settings that are stored as tensors are not counted."""
-        counts, sizes = count(self.plain(), PARTS, lambda _: None)
-        for layer in self.layers.values():
+        plain = {name: header for name, header in self.plain().items() if name not in left}
+        counts, sizes = count(plain, PARTS, lambda _: None)
+        gone = {owner_of(name, self.layers) for name in left}
+        for layer in (layer for path, layer in self.layers.items() if path not in gone):
             packed = {"codes": layer.in_features * layer.out_features, "zero_points": layer.scales.numel()}
             for part in (*PARTS, "g_idx"):
                 tensor = getattr(layer, part, None)

@@ -101,9 +101,9 @@ class BnbCheckpoint(Stored):
                 tensors |= {f"{path}.{name}": tensor for name, tensor in buffers.items()}
             yield tensors
 
-    def counted(self) -> Counted:
+    def counted(self, left: Collection[str]) -> Counted:
         """Scales count once, whether they take four bytes or, with double quantization, one and a second level's."""
-        paths, headers = self.paths(), self.headers
+        paths, headers = self.paths(), {name: header for name, header in self.headers.items() if name not in left}
 
         def part_of(name: str) -> str | None:
             path = layer_of(name, paths)

@@ -1,0 +1,297 @@
+"""Checkpoints with other names than their models: single experts, text parts of multimodal models, leftovers."""
+
+import json
+import re
+
+import pytest
+import torch
+from published import publish
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCABULARY
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    DeepseekV3Config,
+    Gemma3Config,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+    Qwen2_5_VLConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+
+import qzo
+from qzo.checkpoints.inspect import inspect
+
+TEXT = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": False},
+}
+MIXTURES = {
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2": (
+        Qwen2MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "qwen3": (
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16},
+    ),
+    "deepseek": (
+        DeepseekV3Config,
+        {
+            **{
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "n_group": 2,
+                "topk_group": 2,
+                "moe_intermediate_size": 64,
+            },
+            **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32},
+            **{"first_k_dense_replace": 1, "num_key_value_heads": 4},
+        },
+    ),
+}
+
+
+def tiny(config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def published(name):
+    """As Mixtral was published; other mixtures have their experts under the names of `publish`."""
+    parts = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    name = re.sub(r"experts\.(\d+)\.(\w+)\.", lambda found: f"experts.{found[1]}.{parts[found[2]]}.", name)
+    return name.replace(".mlp.", ".block_sparse_moe.")
+
+
+def small_ones_left(path):
+    left = path.endswith(("lm_head", "gate", "shared_expert_gate")) or "kv_a_proj" in path
+    return None if left else {"seed": len(path)}  # every layer's columns in an order of its own
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_read_one_by_one_under_their_published_names(tmp_path, input_ids, kind):
+    make, own = MIXTURES[kind]
+    renamed = published if kind == "mixtral" else lambda name: name
+    layers, folder = {}, tmp_path / "came"
+
+    def seeded(path):
+        settings = small_ones_left(path)
+        return None if settings is None else {"seed": layers.setdefault(path, len(layers))}  # gate and up too
+
+    reference = publish(tiny(make(**TEXT | own)), folder, seeded, renamed, settings={"desc_act": True})
+    assert inspect(folder).reason is None
+    model = qzo.load(folder, torch.float32)
+    torch.testing.assert_close(model(input_ids).logits, reference(input_ids).logits, rtol=1e-4, atol=1e-5)
+    experts = model.model.layers[1].mlp.experts
+    stacks = reference.model.layers[1].mlp.experts
+    gate, up = stacks.gate_up_proj[3].chunk(2)
+    assert torch.equal(experts.gate_proj[3].dequantize(), gate) and torch.equal(experts.up_proj[3].dequantize(), up)
+    assert torch.equal(experts.down_proj[3].dequantize(), stacks.down_proj[3])
+    name = "model.layers.1.mlp.experts.up_proj.2.scales"
+    qzo.scales(model)[name].mul_(1.25)
+    qzo.save(model, tmp_path / "saved")
+    old, new = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "saved"))
+    changed = {key for key, value in old.items() if not torch.equal(value, new[key])}
+    assert old.keys() == new.keys() and changed == {renamed("model.layers.1.mlp.experts.2.up_proj.scales")}
+
+
+def test_plain_experts_beside_codes_are_stacked(tmp_path, input_ids):
+    make, own = MIXTURES["mixtral"]
+    folder = tmp_path / "came"
+
+    def attention(path):
+        return {} if ".self_attn." in path else None
+
+    reference = publish(tiny(make(**TEXT | own)), folder, attention, published)
+    model = qzo.load(folder, torch.float32)
+    torch.testing.assert_close(model(input_ids).logits, reference(input_ids).logits, rtol=1e-4, atol=1e-5)
+    assert len(qzo.scales(model)) == 8 and model.model.layers[0].mlp.experts.gate_up_proj.shape == (4, 128, 64)
+    qzo.save(model, tmp_path / "saved")
+    model.model.layers[0].mlp.experts.gate_up_proj.data.zero_()
+    with pytest.raises(qzo.QzoError, match=r"gate_up_proj is 8 tensors in .*, which are not written anew; train the"):
+        qzo.save(model, tmp_path / "changed")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"] = torch.ones(32, 64).half()
+    save_file(tensors, folder / "model.safetensors")
+    assert "do not fit together" in str(inspect(folder).reason)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_experts_of_bitsandbytes_one_by_one(tmp_path, input_ids, double):
+    """As transformers 4 wrote them, when experts were linear layers."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    make, own = MIXTURES["qwen3"]
+    folder = tmp_path / "came"
+    reference = publish(tiny(make(**TEXT | own)), folder, lambda path: None)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if re.search(r"experts\.\d+\.\w+\.weight$|self_attn.\w_proj.weight$", name)]:
+        codes, state = functional.quantize_4bit(tensors.pop(name).float(), quant_type="nf4", compress_statistics=double)
+        parts = {f"{name}.{part}": value.clone() for part, value in state.as_dict(packed=True).items()}
+        tensors |= {name: codes, **parts}
+        dense = functional.dequantize_4bit(codes, state)
+        path, _, last = name.removesuffix(".weight").rpartition(".")
+        if ".experts" in path:
+            stack, _, number = path.rpartition(".")
+            experts, half = reference.get_submodule(stack), slice(*((64, 128) if last == "up_proj" else (0, 64)))
+            (experts.down_proj if last == "down_proj" else experts.gate_up_proj).data[int(number), half] = dense
+        else:
+            reference.get_submodule(f"{path}.{last}").weight.data = dense
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config["quantization_config"] = about | {"bnb_4bit_use_double_quant": double}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert inspect(folder).reason is None
+    model = qzo.load(folder, torch.float32)
+    assert len(qzo.scales(model)) == 2 * (4 + 3 * 4)
+    torch.testing.assert_close(model(input_ids).logits, reference(input_ids).logits, rtol=1e-4, atol=1e-5)
+    qzo.scales(model)["model.layers.0.mlp.experts.gate_proj.1.scales"].mul_(1.25)
+    qzo.save(model, tmp_path / "saved")
+    changed = load_file(tmp_path / "saved/model.safetensors")
+    names = {name for name, value in tensors.items() if not torch.equal(value, changed[name])}
+    assert names and all(name.startswith("model.layers.0.mlp.experts.1.gate_proj.weight.") for name in names)
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+CLIP = CLIPVisionConfig(**VISION, image_size=16, patch_size=8)
+GEMMA = {**TEXT, "head_dim": 16, "sliding_window": 8, "tie_word_embeddings": True}
+QWEN = {
+    **TEXT,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    "max_position_embeddings": 64,
+}
+OLD = {
+    r"^model\.language_model\.": "language_model.model.",
+    r"^lm_head": "language_model.lm_head",
+    r"^model\.(vi|mu)": r"\1",
+}
+MULTIMODAL = {
+    "llava": (lambda: LlavaConfig(text_config=LlamaConfig(**TEXT), vision_config=CLIP, tie_word_embeddings=False), {}),
+    "llava, old names": (
+        lambda: LlavaConfig(text_config=LlamaConfig(**TEXT), vision_config=CLIP, tie_word_embeddings=False),
+        OLD,
+    ),
+    "gemma 3": (
+        lambda: Gemma3Config(text_config=GEMMA, vision_config={**VISION, "image_size": 16, "patch_size": 8}),
+        {},
+    ),
+    "gemma 3, old names": (
+        lambda: Gemma3Config(text_config=GEMMA, vision_config={**VISION, "image_size": 16, "patch_size": 8}),
+        OLD,
+    ),
+    "qwen 2.5 vl": (
+        lambda: Qwen2_5_VLConfig(
+            text_config=QWEN,
+            vision_config={
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": 64,
+            },
+            tie_word_embeddings=False,
+        ),
+        {r"^model\.language_model\.": "model.", r"^model\.visual": "visual"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_of_a_multimodal_model_the_text_part_is_trained_and_the_tower_stays_in_its_file(tmp_path, input_ids, kind):
+    make, names = MULTIMODAL[kind]
+
+    def renamed(name):
+        for pattern, new in names.items():
+            name, found = re.subn(pattern, new, name)
+            if found:
+                return name
+        return name
+
+    def text_alone(path):
+        return {} if "language_model.layers" in path else None
+
+    config, folder = make(), tmp_path / "came"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    reference = publish(model, folder, text_alone, renamed)
+    assert inspect(folder).reason is None
+    found = qzo.load(folder, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(found(input_ids).logits, reference(input_ids).logits, rtol=1e-4, atol=1e-5)
+    assert len(qzo.scales(found)) == 14 and found.name_or_path == str(folder)
+    assert not any("vi" in name for name, _ in found.named_parameters())
+    name = next(name for name in qzo.scales(found) if name.endswith("layers.1.mlp.up_proj.scales"))
+    qzo.scales(found)[name].mul_(1.25)
+    qzo.save(found, tmp_path / "saved")
+    old, new = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "saved"))
+    changed = {key for key, value in old.items() if not torch.equal(value, new[key])}
+    assert old.keys() == new.keys()
+    assert changed == {renamed("model.language_model.layers.1.mlp.up_proj.scales")}
+    written = json.loads((folder / "config.json").read_text())
+    written["text_config"]["num_hidden_layers"] = 1
+    written["text_config"]["layer_types"] = None
+    (folder / "config.json").write_text(json.dumps(written))
+    with pytest.raises(qzo.QzoError, match=r"is of layer 1, but config.json implies layers 0 ... 0 only"):
+        qzo.load(folder)
+
+
+def test_fewer_layers_in_the_configuration_than_in_the_files_are_told(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "plain")
+    config = json.loads((tmp_path / "plain/config.json").read_text()) | {"num_hidden_layers": 1, "layer_types": None}
+    (tmp_path / "plain/config.json").write_text(json.dumps(config))
+    message = "is of layer 1, but config.json implies layers 0 ... 0 only; .* take config.json and weights from one"
+    with pytest.raises(qzo.QzoError, match=message):
+        qzo.load(tmp_path / "plain")
+    assert re.search(message, str(inspect(tmp_path / "plain").reason))
+
+
+def test_unquantized_files_with_more_than_the_model_are_told_unless_it_is_known_to_be_of_no_use(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "plain")
+    tensors = load_file(tmp_path / "plain/model.safetensors")
+    harmless = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.2.eh_proj.weight": torch.ones(2),  # a layer for the tokens after the next
+        "model.layers.2.mlp.up_proj.weight": torch.ones(2),
+    }
+    save_file(tensors | harmless, tmp_path / "plain/model.safetensors", {"format": "pt"})
+    assert "it is not quantized; first run" in str(inspect(tmp_path / "plain").reason)
+    qzo.load(tmp_path / "plain")
+    for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.extra.weight"):
+        save_file(tensors | {name: torch.ones(64)}, tmp_path / "plain/model.safetensors", {"format": "pt"})
+        assert f"the model has no tensor {name}" in str(inspect(tmp_path / "plain").reason)
+        with pytest.raises(qzo.QzoError, match=f"the model has no tensor {name}; .* take both from one checkpoint"):
+            qzo.load(tmp_path / "plain")
+
+
+def test_layers_that_the_class_ignores_may_be_left(tmp_path, input_ids):
+    make, own = MIXTURES["deepseek"]
+    more = {
+        "model.layers.61.eh_proj.weight": torch.ones(4, 4).half(),
+        "model.layers.61.mlp.down_proj.qweight": torch.ones(1),
+    }
+    publish(tiny(make(**TEXT | own)), tmp_path / "came", small_ones_left, settings={"desc_act": True}, more=more)
+    assert (
+        inspect(tmp_path / "came").reason is None
+        and torch.isfinite(qzo.load(tmp_path / "came")(input_ids).logits).all()
+    )
+
+
+def test_two_tied_weights_that_differ_in_the_files_both_stay(make_model, tmp_path, input_ids):
+    reference = make_model(tied=True)
+    head = torch.randn(VOCABULARY, 64).half()
+    publish(reference, tmp_path / "came", lambda path: None if path == "lm_head" else {}, more={"lm_head.weight": head})
+    model = qzo.load(tmp_path / "came", torch.float32)
+    assert torch.equal(model.lm_head.weight, head.float())
+    assert torch.equal(model.model.embed_tokens.weight, reference.model.embed_tokens.weight.half().float())
