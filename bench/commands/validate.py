@@ -19,7 +19,12 @@ def run(path: str, json_path: str | None) -> int:
         check_output(json_path)  # before the work
     rows = read_rows(path)
     results = predict_all(rows)
-    report: Row = {"statistics": error_statistics(results), "verdicts": verdicts(results), "rows": results}
+    report: Row = {
+        "file": Path(path).name,
+        "statistics": error_statistics(results),
+        "verdicts": verdicts(results),
+        "rows": results,
+    }
     print(tables(report))
     if json_path:
         write_output(json_path, json.dumps(report, indent=2, allow_nan=False) + "\n")

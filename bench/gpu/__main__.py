@@ -43,7 +43,7 @@ def _tests(out: Path, device: str) -> list[str]:
 
 def _writing(name: str, file: str) -> Callable[[Path, str], list[str]]:
     def command(out: Path, device: str) -> list[str]:
-        path = out / f"{device_at_hand(device)[0]}.{file}.json" if file else out
+        path = out / f"{device_at_hand(device)[0]}.{file}" if file else out
         return ["-m", name, "--device", device, "--out", str(path)]
 
     return command
@@ -52,12 +52,12 @@ def _writing(name: str, file: str) -> Callable[[Path, str], list[str]]:
 # Files with tests marked `cuda`: the others need packages that a machine with a GPU may lack.
 TESTS = ("tests/bench/simulator/allocator/test_streams.py", "tests/bench/worlds/test_cuda.py", "tests/qzo/test_cuda.py")
 PARTS = (
-    Part("facts", 40, _writing("bench.gpu.facts", "facts")),
+    Part("facts", 40, _writing("bench.gpu.facts", "facts.json")),
     Part("memory", 240, _writing("bench.gpu.cells", "")),
-    Part("seconds", 190, _writing("bench.gpu.seconds", "seconds")),
+    Part("seconds", 190, _writing("bench.gpu.seconds", "seconds.json")),
     Part("tests", 90, _tests),
-    Part("events", 60, _writing("bench.gpu.events", "events")),
-    Part("recipes", 240, _writing("bench.gpu.recipes", "recipes"), by_default=False),
+    Part("events", 60, _writing("bench.gpu.events", "events.json")),
+    Part("recipes", 240, _writing("bench.gpu.recipes", "recipes.jsonl"), by_default=False),
 )
 
 

@@ -2,20 +2,21 @@
 
 Nothing of ours takes part: a checkpoint with random weights is written once, and for each recipe, in a process of its
 own, loaded by `from_pretrained`, prepared by PEFT and trained by `Trainer` for a few steps of random tokens. What the
-caching allocator says of loading and of each step is written beside the recipe, in the libraries' own words, so that a
-prediction of any of them can be held against it.
+caching allocator says of loading and of each step is written beside the recipe, which is in the libraries' own words:
+lines that `bench validate` reads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,36 +25,16 @@ from typing import Any
 import torch
 
 from bench.cases.models import resolve
+from bench.cases.recipe import Recipe
 from bench.records import nvml
-from bench.records.environment import environment
-from bench.records.files import write_json
+from qzo.durable import replace_file
 
 STEPS = 3
 PROCESSES = {True: 3, False: 6}  # side by side, with all weights trained and without: at most 24 and 12 GB each
 LIMIT_SECONDS = 120  # of one recipe
-LIBRARIES = ("peft", "accelerate", "bitsandbytes")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+MIB = 1 << 20
 Numbers = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a training script states. `peft` is None where every weight is trained; `kbit` are the options of
-    `prepare_model_for_kbit_training`, None where it is not called; `lengths` are the tokens of the rows, again and
-    again, padded on the right to the longest of their batch.
-    """
-
-    name: str
-    arguments: dict[str, Any] = field(default_factory=dict)  # of TrainingArguments
-    peft: dict[str, Any] | None = None  # of the class `peft_class`
-    peft_class: str = "LoraConfig"
-    quantization: dict[str, Any] | None = None  # of BitsAndBytesConfig
-    kbit: dict[str, Any] | None = None
-    dtype: str = "bfloat16"
-    attention: str = "sdpa"
-    batch_size: int = 2
-    lengths: tuple[int, ...] = (1024,)
-    max_shard_size: str = "50GB"
-
 
 BF16 = {"bf16": True}
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -109,15 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="llama3.2-1b", help="a name of `bench list models`, or a folder")
     parser.add_argument("--recipes", nargs="*", metavar="NAME", help="in place of all")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "CHECKPOINT"), help="this one, here, as JSON on stdout")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, help="file of JSON lines to write")
     options = parser.parse_args(arguments)
     by_name = {recipe.name: recipe for recipe in RECIPES}
     if options.one:
         print(json.dumps(measured(by_name[options.one[0]], options.one[1], options.device)))
         return 0
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     chosen = [by_name[name] for name in options.recipes] if options.recipes else list(RECIPES)
-    about = {"steps": STEPS, "environment": environment(), "libraries": libraries()}
-    rows: list[dict[str, Any]] = []
+    lines: list[str] = []
+    failed = False
     with tempfile.TemporaryDirectory(prefix="qzo-recipes-", dir=_shared_memory()) as folder:
         checkpoints = {size: str(Path(folder) / size) for size in {recipe.max_shard_size for recipe in chosen}}
         write_checkpoints(options.model, checkpoints, options.device)
@@ -125,10 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             group = [recipe for recipe in chosen if (recipe.peft is None) == whole]
             with ThreadPoolExecutor(PROCESSES[whole] if options.device == "cuda" else 1) as pool:
                 for row in pool.map(partial(_in_a_process, options.device, checkpoints), group):
-                    rows.append(row | {"model": options.model})
-                    print(json.dumps(rows[-1])[:400], file=sys.stderr, flush=True)
-                    write_json(options.out, about | {"recipes": rows})
-    return int(any(row["status"] == "error" for row in rows))
+                    print(f"{row['recipe']['name']}: {row.get('message') or 'ok'}", file=sys.stderr, flush=True)
+                    failed |= row.get("status") == "error"
+                    if "message" not in row:
+                        lines.append(json.dumps({"model_id": options.model, "gpu": gpu, **row, "versions": versions()}))
+                        replace_file(
+                            options.out, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                        )
+    return int(failed)
 
 
 def write_checkpoints(model: str, checkpoints: dict[str, str], device: str) -> None:
@@ -147,7 +133,7 @@ def write_checkpoints(model: str, checkpoints: dict[str, str], device: str) -> N
 def _in_a_process(device: str, checkpoints: dict[str, str], recipe: Recipe) -> dict[str, Any]:
     checkpoint = checkpoints[recipe.max_shard_size]
     command = [sys.executable, "-m", "bench.gpu.recipes", "--device", device, "--one", recipe.name, checkpoint]
-    row: dict[str, Any] = {"recipe": asdict(recipe), "status": "ok", "message": None}
+    row: dict[str, Any] = {"recipe": asdict(recipe)}
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -176,7 +162,15 @@ def measured(recipe: Recipe, checkpoint: str, device: str) -> dict[str, Any]:
         steps = meter.callback()
         Trainer(model=model, args=arguments, train_dataset=data, data_collator=padded, callbacks=[steps]).train()
     uuid = f"GPU-{torch.cuda.get_device_properties().uuid}" if device == "cuda" else None
-    return found | {"steps": steps.found, "process": nvml.process_bytes(uuid) if uuid else None}
+    process = nvml.process_bytes(uuid) if uuid else None
+    return {"measured_mib": highest(steps.found[1:], process), **found, "steps": steps.found}
+
+
+def highest(steps: Sequence[Numbers | None], process: int | None) -> dict[str, float]:
+    """The figures of a measurement, as far as there are any."""
+    known = [step for step in steps if step is not None]
+    found = {name: max(step[name] for step in known) for name in ("peak_allocated", "peak_reserved") if known}
+    return {name: nbytes / MIB for name, nbytes in (found | ({"process": process} if process else {})).items()}
 
 
 def loaded(recipe: Recipe, checkpoint: str, device: str) -> Any:
@@ -254,16 +248,15 @@ class Meter:
         return Steps()
 
 
-def libraries() -> dict[str, str | None]:
-    """Versions of what a recipe runs on besides torch and transformers; None for one that is not there."""
-
-    def installed(name: str) -> str | None:
+def versions() -> dict[str, str | None]:
+    """Of what a recipe runs on; None for what is not there."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in LIBRARIES:
         try:
-            return version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
-            return None
-
-    return {name: installed(name) for name in LIBRARIES}
+            found[name] = None
+    return found | {"driver": nvml.driver_version()}
 
 
 def _shared_memory() -> str | None:

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK_SIZE = 64  # weights that share an absmax
+NESTED_BLOCK_SIZE = 256  # absmax that share one of their own
 
 
-def to_nf4(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace all linear layers but the output head in place; no double quantization, computes in the model's dtype."""
+def to_nf4(model: PreTrainedModel, nested: bool = False) -> PreTrainedModel:
+    """Replace all linear layers but the output head in place; computes in the model's dtype.
+
+    `nested` quantizes the absmax too, in 8 bits ("double quantization").
+    """
     from bench.cases.pretrained import Conv1D
 
     head = model.get_output_embeddings()
@@ -27,20 +31,20 @@ def to_nf4(model: PreTrainedModel) -> PreTrainedModel:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
                 weight = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data  # [N, K]
-                setattr(parent, name, _nf4_linear(weight, layer.bias))
+                setattr(parent, name, _nf4_linear(weight, layer.bias, nested))
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what transformers sets; PEFT looks at it
     return model
 
 
-def _nf4_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+def _nf4_linear(weight: torch.Tensor, bias: torch.Tensor | None, nested: bool) -> nn.Module:
     bnb = _library()
     out_features, in_features = weight.shape
     with torch.device("meta"):
         quantized: Any = bnb.nn.Linear4bit(
             in_features, out_features, bias is not None, compute_dtype=weight.dtype,
-            compress_statistics=False, quant_type="nf4",
+            compress_statistics=nested, quant_type="nf4",
         )  # fmt: skip
-    quantized.weight = _nf4_weight(weight.contiguous())
+    quantized.weight = _nf4_weight(weight.contiguous(), nested)
     quantized.weight.module = quantized
     quantized.quant_state = quantized.weight.quant_state
     if bias is not None:
@@ -48,23 +52,31 @@ def _nf4_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     return quantized
 
 
-def _nf4_weight(weight: torch.Tensor) -> Any:
+def _nf4_weight(weight: torch.Tensor, nested: bool) -> Any:
     bnb = _library()
     if weight.device.type != "meta":
         parameter: Any = bnb.nn.Params4bit(
-            weight, requires_grad=False, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4"
+            weight, requires_grad=False, blocksize=BLOCK_SIZE, compress_statistics=nested, quant_type="nf4"
         )
         return parameter.to(weight.device)  # quantizes
     blocks = -(-weight.numel() // BLOCK_SIZE)
+    absmax = torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta")
+    second = {"offset": torch.empty((), device="meta"), "state2": _second_state(blocks)} if nested else {}
     state = bnb.functional.QuantState(
-        absmax=torch.empty(blocks, device="meta"), shape=weight.shape, code=torch.empty(16, device="meta"),
-        blocksize=BLOCK_SIZE, quant_type="nf4", dtype=weight.dtype,
+        absmax=absmax, shape=weight.shape, code=torch.empty(16, device="meta"), blocksize=BLOCK_SIZE, quant_type="nf4",
+        dtype=weight.dtype, **second,
     )  # fmt: skip
     packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
     return bnb.nn.Params4bit(
-        packed, requires_grad=False, quant_state=state, blocksize=BLOCK_SIZE, compress_statistics=False,
+        packed, requires_grad=False, quant_state=state, blocksize=BLOCK_SIZE, compress_statistics=nested,
         quant_type="nf4", bnb_quantized=True,
     )  # fmt: skip
+
+
+def _second_state(blocks: int) -> Any:
+    absmax = torch.empty(-(-blocks // NESTED_BLOCK_SIZE), device="meta")
+    code = torch.empty(1 << 8, device="meta")
+    return _library().functional.QuantState(absmax=absmax, code=code, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
 
 
 def _library() -> Any:
@@ -81,4 +93,5 @@ def nf4_tensors(model: nn.Module) -> dict[str, list[torch.Tensor]]:
         if state is not None:
             parts["codes"].append(parameter.data)
             parts["scales"] += [state.absmax, state.code]
+            parts["scales"] += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
     return parts

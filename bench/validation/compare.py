@@ -14,7 +14,7 @@ from bench.validation.measurement import METRICS, measured_bytes, parse
 from qzo.errors import QzoError
 
 GIB = 1 << 30
-CARDS_GIB = (8, 12, 16, 24)  # where a verdict is asked: does the process fit?
+CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80)  # where a verdict is asked: does the process fit?
 WORKERS = 2
 Row = dict[str, Any]
 
@@ -35,18 +35,36 @@ def compare_row(row: Row) -> Row:
     """Predicted and measured bytes of one row, and the errors in percent; or the reason why there are none."""
     ours = recorded.is_record(row)
     measured = recorded.figures(row) if ours else measured_bytes(row)
-    case = {"model_id": row["case"]["model"], **row["case"]} if ours else dict(row)
-    case.pop("measured_mib", None)
-    result: Row = {"case": case, "measured": measured}
+    result: Row = {"case": _case(row), "measured": measured}
     try:
-        from bench.validation.predict import predict
-
-        predicted = recorded.predict(row) if ours else predict(parse(row))
+        predicted = _predicted(row)
     except Exception as error:  # also what a library raises: the other rows still count
         reason = str(error) if isinstance(error, QzoError) else f"{type(error).__name__}: {error}".split("\n")[0]
         return result | {"predicted": None, "error_percent": None, "status": "error", "message": reason}
     errors = {name: 100 * (predicted[name] / value - 1) for name, value in measured.items() if name in predicted}
     return result | {"predicted": predicted, "error_percent": errors, "status": "ok", "message": None}
+
+
+def _case(row: Row) -> Row:
+    if recorded.is_record(row):
+        return {"model_id": row["case"]["model"], **row["case"]}
+    if "recipe" in row:
+        from bench.validation.recipes import described
+
+        return described(row)
+    return {name: value for name, value in row.items() if name != "measured_mib"}
+
+
+def _predicted(row: Row) -> dict[str, int]:
+    if recorded.is_record(row):
+        return recorded.predict(row)
+    if "recipe" in row:
+        from bench.validation.recipes import predict_row
+
+        return predict_row(row)
+    from bench.validation.predict import predict
+
+    return predict(parse(row))
 
 
 def error_statistics(results: Iterable[Row]) -> dict[str, dict[str, float]]:

@@ -1,20 +1,22 @@
 """Measurement files, and the measurements in them that were made by others: checked and turned into bytes.
 
-A file has one JSON object a line: a record of our own (`bench.validation.recorded`), or a row of others, whose keys are
-those of `fitcheck-llm`'s archive: what was trained (model_id, architecture, method, base_dtype, attention,
-batch_size, seq_len, lora_rank, lora_targets, gradient_checkpointing, optimizer, gpu), and `measured_mib`.
+A file has one JSON object a line: a record of our own (`bench.validation.recorded`), a row with a `recipe`
+(`bench.validation.recipes`), or a row of others, whose keys are those of `fitcheck-llm`'s archive: what was trained
+(model_id, architecture, method, base_dtype, attention, batch_size, seq_len, lora_rank, lora_targets,
+gradient_checkpointing, optimizer, gpu), and `measured_mib`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.cases import catalog, gpus, models
-from bench.cases.pretrained import AutoConfig
+from bench.cases.pretrained import CONFIG_MAPPING, AutoConfig
 from bench.records.record import validate_record
 from bench.validation.recorded import is_record
 from qzo.errors import QzoError
@@ -37,28 +39,34 @@ ARCHITECTURE = {  # key of a row's `architecture` -> config field of Llama-like 
     "vocab_size": "vocab_size",
     "head_dim": "head_dim",
     "tie_word_embeddings": "tie_word_embeddings",
+    "max_position_embeddings": "max_position_embeddings",
 }
-FAMILIES = {  # part of a model's id -> model_type, for models that are not in the catalog; the first match counts
-    "qwen3": "qwen3",
-    "qwen": "qwen2",
-    "ministral": "ministral",
-    "mistral": "mistral",
-    "gemma-3": "gemma3_text",
-    "gemma-2": "gemma2",
-    "gemma": "gemma",
-    "phi-3": "phi3",
-    "phi-4": "phi3",
-    "phi": "phi",
-    "olmo-2": "olmo2",
-    "olmo": "olmo",
-    "stablelm": "stablelm",
-    "granite": "granite",
-    "starcoder2": "starcoder2",
-    "smollm3": "smollm3",
-    "llama": "llama",
-    "smollm": "llama",
-    "yi-": "llama",
-}
+FAMILIES = (  # pattern in a model's id -> model_type, for models that are not in the catalog; the first match counts
+    (r"qwen-?3", "qwen3"),
+    (r"qwen", "qwen2"),
+    (r"ministral", "ministral"),
+    (r"mixtral", "mixtral"),
+    (r"mistral|zephyr", "mistral"),
+    (r"gemma-?3", "gemma3_text"),
+    (r"gemma-?2-", "gemma2"),  # and not gemma-2b
+    (r"gemma", "gemma"),
+    (r"phi-?(3|4)", "phi3"),
+    (r"phi", "phi"),
+    (r"olmo-?2", "olmo2"),
+    (r"olmo", "olmo"),
+    (r"stablelm.*alpha|pythia|neox|dolly-v2", "gpt_neox"),
+    (r"stablelm", "stablelm"),
+    (r"granite", "granite"),
+    (r"starcoder2", "starcoder2"),
+    (r"santacoder|starcoder|bigcode", "gpt_bigcode"),
+    (r"falcon", "falcon"),
+    (r"smollm-?3", "smollm3"),
+    (r"llama|smollm|yi-|vicuna|alpaca|deepseek-llm", "llama"),
+    (r"opt-", "opt"),
+)
+INNER = {"gpt_bigcode": {"intermediate_size": "n_inner"}}  # a field that has another name and no alias
+LEARNED_POSITIONS = ("gpt_bigcode", "opt")  # whose number is memory; others have as many as anyone asks for
+UNKNOWN = "llama"  # of a name that says nothing, where the row has the sizes: what most models are like
 ATTENTIONS = {"eager": "eager", "sdpa-efficient": "efficient", "sdpa-flash": "flash"}
 DTYPES = ("fp16", "bf16")
 METHODS = ("lora", "qlora")  # those that the archive has; bench/validation/predict.py tells how they were run
@@ -140,16 +148,34 @@ def parse(row: Mapping[str, Any]) -> Measurement:
 
 
 def source_of(model_id: str, architecture: Mapping[str, Any]) -> models.ModelSource:
-    """The model by its hub id: the catalog's architecture, or that family's; sizes are those of the row."""
+    """The model by its name or hub id: the catalog's architecture, or that of its family with the row's sizes.
+
+    Raises QzoError for one that is not in the catalog and comes without sizes: another model's would be taken for its.
+    """
     sizes = {field: architecture[key] for key, field in ARCHITECTURE.items() if architecture.get(key) is not None}
     plain = model_id.lower()
     for name in catalog.names():
         source = models.resolve(name)
-        same_name = plain.startswith((source.hub or "?").lower().removesuffix("-hf").removesuffix("-instruct"))
+        same_name = plain == name or plain.startswith(_stem((source.hub or "?").lower()))
         if same_name and all(getattr(source.config, field, value) == value for field, value in sizes.items()):
             return models.ModelSource(name, source.config, hub=model_id)
-    for part, model_type in FAMILIES.items():
-        if part in plain:
-            config = AutoConfig.for_model(model_type, **sizes, max_position_embeddings=1 << 17)
-            return models.ModelSource(plain.replace("/", "--"), config, hub=model_id)
-    raise QzoError(f"the architecture of {model_id!r} is not known; families: {', '.join(FAMILIES)}")
+    if not {"hidden_size", "num_hidden_layers"} <= set(sizes):
+        raise QzoError(
+            f"the model {model_id!r} is not in the catalog, and its row has no architecture; give hidden_size, "
+            "num_layers and the other keys of bench/validation/measurement.py"
+        )
+    model_type = next((kind for pattern, kind in FAMILIES if re.search(pattern, plain)), UNKNOWN)
+    if model_type not in LEARNED_POSITIONS:
+        sizes = {"max_position_embeddings": 1 << 17} | sizes
+    config = AutoConfig.for_model(model_type, **_as_named(model_type, sizes))
+    return models.ModelSource(plain.replace("/", "--"), config, hub=model_id)
+
+
+def _as_named(model_type: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes by the names that this family's config gives them."""
+    names = CONFIG_MAPPING[model_type].attribute_map | INNER.get(model_type, {})
+    return {names.get(field, field): value for field, value in sizes.items()}
+
+
+def _stem(hub: str) -> str:
+    return hub.removesuffix("-hf").removesuffix("-instruct")

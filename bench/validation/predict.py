@@ -27,9 +27,10 @@ from bench.worlds.watch import register_resident, run_steps
 
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WARM_UP = "warm-up"
-# transformers' loader threads read ahead of the thread that quantizes. How far is a race that no source gives a number
-# for, and two loads of one model differ (up to 8 MiB allocated on the T4). Over all QLoRA rows of the T4 232 to 264 MiB
-# come out alike (reserved 1.3 to 1.8 % off on average); with less, too little cache is left behind.
+# Until March 2026 (huggingface/transformers#44576) loader threads read ahead of the thread that quantizes. How far is a
+# race that no source gives a number for, and two loads of one model differ (up to 8 MiB allocated on the T4). Over all
+# QLoRA rows of the T4, which do not tell their version, 232 to 264 MiB come out alike (reserved 1.3 to 1.8 % off on
+# average). Since then one tensor at a time is read and quantized: 0, exact on an H100 (bench/validation/recipes.py).
 READ_AHEAD_BYTES = 256 << 20
 
 
@@ -83,23 +84,22 @@ def prepare(measurement: Measurement, world: SimWorld, ledger: Ledger) -> Prepar
     return Prepared(adapted, optimizer, step, measurement.dtype, "adamw")
 
 
-def see_loading(ledger: Ledger, model: PreTrainedModel) -> None:
+def see_loading(ledger: Ledger, model: PreTrainedModel, read_ahead: int = READ_AHEAD_BYTES) -> None:
     """Loading as transformers does it with bitsandbytes: one allocation of the final size, given back at once, that the
     parameters are then carved from in the order of their names. What becomes NF4 comes to the GPU unquantized, waits
     for the main thread, and leaves when it is packed (transformers/modeling_utils.py, caching_allocator_warmup;
     core_model_loading.py, spawn_materialize).
     """
     parameters = sorted(model.named_parameters(), key=lambda item: _natural(item[0]))
-    if any(hasattr(parameter, "quant_state") for _, parameter in parameters):
+    if any(_is_packed(parameter) for _, parameter in parameters):
         ledger.release(ledger.allocate(sum(parameter.nbytes for _, parameter in parameters)))
     waiting: deque[tuple[Block, Parameter]] = deque()
     for _, parameter in parameters:
-        state = getattr(parameter, "quant_state", None)
-        if state is None:
+        if not _is_packed(parameter):
             ledger.see(parameter)
             continue
-        waiting.append((ledger.allocate(state.shape.numel() * state.dtype.itemsize), parameter))
-        while sum(block.nbytes for block, _ in waiting) >= READ_AHEAD_BYTES:
+        waiting.append((ledger.allocate(_unquantized_bytes(parameter, model.dtype)), parameter))
+        while waiting and sum(block.nbytes for block, _ in waiting) >= read_ahead:
             _pack(ledger, *waiting.popleft())
     while waiting:
         _pack(ledger, *waiting.popleft())
@@ -107,9 +107,36 @@ def see_loading(ledger: Ledger, model: PreTrainedModel) -> None:
         ledger.see(buffer)
 
 
+def _is_packed(parameter: Any) -> bool:
+    return hasattr(parameter, "quant_state") or hasattr(parameter, "SCB")
+
+
+def _unquantized_bytes(parameter: Any, dtype: torch.dtype) -> int:
+    if hasattr(parameter, "SCB"):
+        return int(parameter.numel() * dtype.itemsize)
+    return int(parameter.quant_state.shape.numel() * parameter.quant_state.dtype.itemsize)
+
+
 def _pack(ledger: Ledger, unquantized: Block, parameter: Any) -> None:
-    ledger.see(parameter.quant_state.absmax)
-    ledger.see(parameter)
+    """What bitsandbytes allocates for it, in its order (functional.py, quantize_4bit; nn/modules.py, Int8Params)."""
+    if hasattr(parameter, "SCB"):
+        half = ledger.allocate(parameter.numel() * 2)  # fp16, what is quantized
+        ledger.see(parameter.SCB)
+        ledger.see(parameter)
+        ledger.release(half)
+    elif parameter.quant_state.nested:
+        state, second = parameter.quant_state, parameter.quant_state.state2
+        absmax = ledger.allocate(state.absmax.numel() * 4)
+        ledger.see(parameter)
+        ledger.see(state.offset)
+        shifted = ledger.allocate(state.absmax.numel() * 4)
+        for tensor in (second.absmax, state.absmax, second.code):
+            ledger.see(tensor)
+        ledger.release(shifted)
+        ledger.release(absmax)
+    else:
+        ledger.see(parameter.quant_state.absmax)
+        ledger.see(parameter)
     ledger.release(unquantized)
 
 

@@ -28,24 +28,37 @@ FULL = {
 
 
 class MetaAutocast(TorchFunctionMode):
-    """What `torch.autocast("cuda", torch.bfloat16)` does, on meta tensors.
+    """What `torch.autocast("cuda", dtype)` does, on meta tensors.
 
     Args:
         keep_copies: False makes a copy for each use.
+        dtype: bf16 or fp16.
     """
 
-    def __init__(self, keep_copies: bool = True) -> None:
+    def __init__(self, keep_copies: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        self.keep_copies = keep_copies
+        self.keep_copies, self.dtype = keep_copies, dtype
         self._copies: dict[int, Tensor] = {}
+        self._before: tuple[bool, torch.dtype] | None = None
+
+    def __enter__(self) -> MetaAutocast:
+        """PEFT and others ask whether autocast is on; for meta tensors the answer changes nothing else."""
+        self._before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", self.dtype)
+        super().__enter__()
+        return self
 
     def __exit__(self, *exc: object) -> None:
-        self._copies.clear()
         super().__exit__(*exc)
+        self._copies.clear()
+        if self._before is not None:
+            torch.set_autocast_enabled("cuda", self._before[0])
+            torch.set_autocast_dtype("cuda", self._before[1])
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        dtype = torch.bfloat16 if func in LOWER else torch.float32 if func in FULL else None
+        dtype = self.dtype if func in LOWER else torch.float32 if func in FULL else None
         if dtype is not None and kwargs.get("dtype") is None:
             args = tuple(self._cast(item, dtype) for item in args)
             kwargs = {name: self._cast(item, dtype) for name, item in kwargs.items()}
@@ -54,7 +67,7 @@ class MetaAutocast(TorchFunctionMode):
     def _cast(self, item: Any, dtype: torch.dtype) -> Any:
         if not isinstance(item, Tensor) or not item.is_floating_point() or item.dtype is dtype:
             return item
-        if not (self.keep_copies and item.is_leaf and item.requires_grad and dtype is torch.bfloat16):
+        if not (self.keep_copies and item.is_leaf and item.requires_grad and dtype is self.dtype):
             return item.to(dtype)
         if id(item) not in self._copies:
             self._copies[id(item)] = item.to(dtype)

@@ -38,12 +38,12 @@ ROWS_PER_THREAD = 10
 FP32_BYTES = 4
 
 
-def read_scalar(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> bool | float | int:
-    """`.item()` of a tensor without data: losses are 0.0, and checks such as "is the mask all ones" hold."""
+def read_scalar(padded: bool, ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> bool | float | int:
+    """`.item()` of a tensor without data: losses are 0.0, "is the mask all ones" holds unless batches are `padded`."""
     if not args[0].is_meta:
         return func(*args, **kwargs)
     if args[0].dtype is torch.bool:
-        return True
+        return not padded
     return 0.0 if args[0].is_floating_point() else 0
 
 
@@ -73,10 +73,15 @@ def embedding_backward(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> 
     return out
 
 
-def rules(gpu: Gpu, experts: int = 1) -> dict[Any, Rule]:
-    """Operator -> rule for one simulated process on `gpu`; `experts` is the model's number of experts a layer."""
+def rules(gpu: Gpu, experts: int = 1, padded: bool = False) -> dict[Any, Rule]:
+    """Operator -> rule for one simulated process on `gpu`.
+
+    Args:
+        experts: the model's number of experts a layer.
+        padded: rows of a batch differ in length, so that masks are not all ones.
+    """
     table: dict[Any, Rule] = {
-        aten._local_scalar_dense.default: read_scalar,
+        aten._local_scalar_dense.default: partial(read_scalar, padded),
         aten.nonzero.default: partial(route_evenly, experts),
         aten._grouped_mm.default: grouped_product,
         aten._softmax_backward_data.default: softmax_backward,

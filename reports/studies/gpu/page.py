@@ -1,7 +1,7 @@
 """What a GPU says: `python -m reports.studies.gpu.page` writes gpu.md from what `make gpu` left behind.
 
 Of one card: `NAME.jsonl` (records, each with what was predicted before), `NAME.facts.json`, `NAME.seconds.json`,
-`NAME.recipes.json`, and `NAME.left-out.json` (records that count for nothing, each with the reason).
+`NAME.recipes.jsonl`, and `NAME.left-out.json` (records that count for nothing, each with the reason).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ weights and random tokens: memory and seconds do not depend on them.
 
 
 def page(
-    name: str, records: Sequence[Row], facts: Row, seconds: Row, left_out: Sequence[Row], measured: Row | None
+    name: str, records: Sequence[Row], facts: Row, seconds: Row, left_out: Sequence[Row], measured: Sequence[Row]
 ) -> str:
-    """The Markdown of one card's measurements; `measured` are recipes, if there are any."""
+    """The Markdown of one card's measurements; `measured` are recipes."""
     tables = [card(name, facts, records), errors(records), cells(records, left_out), steps(seconds), kernels(seconds)]
     if measured:
         tables.append(recipes(measured))
@@ -145,23 +145,20 @@ def kernels(seconds: Row) -> Table:
     return Table("Kernels of a step", headers, rows, text_columns=3)
 
 
-def recipes(measured: Row) -> Table:
+def recipes(measured: Sequence[Row]) -> Table:
     """Published recipes as the Trainer of transformers runs them: peaks of loading and of the steps."""
     rows = []
-    for row in measured["recipes"]:
-        if row["status"] != "ok":
-            continue
-        recipe, steps, loading = row["recipe"], row["steps"][1:], row["loading"]
-        peaks = [max(step[f"peak_{metric}"] for step in steps) for metric in METRICS[:2]]
+    for row in measured:
+        recipe, peaks = row["recipe"], row["measured_mib"]
         tokens = f"{recipe['batch_size']} x {max(recipe['lengths'])}"
-        rows.append(
-            [row["model"], recipe["name"], tokens, *(_mib(loading[f"peak_{metric}"]) for metric in METRICS[:2]),
-             *map(_mib, peaks), _mib(row["process"])]
-        )  # fmt: skip
-    libraries = ", ".join(f"{name} {version}" for name, version in measured["libraries"].items())
+        loading = [row["loading"][f"peak_{metric}"] / MIB for metric in METRICS[:2]]
+        figures = [*loading, peaks["peak_allocated"], peaks["peak_reserved"], peaks["process"]]
+        rows.append([row["model_id"], recipe["name"], tokens, *(f"{mib:,.0f}" for mib in figures)])
+    libraries = ", ".join(f"{name} {version}" for name, version in measured[0]["versions"].items() if name != "driver")
     notes = [
-        f"Nothing of ours takes part: `from_pretrained`, PEFT and `Trainer` with {libraries}, the versions of torch "
-        f"and transformers as above; each recipe in its libraries' own words in the file of measurements.",
+        f"Nothing of ours takes part: `from_pretrained`, PEFT and `Trainer`, {libraries}. Each recipe is in its "
+        "libraries' own words in the file of measurements, and is predicted in "
+        "[validation.md](../validation/validation.md).",
         "Loading: until the Trainer is made; a model whose weights are all trained is moved to the GPU by the Trainer.",
     ]
     headers = [
@@ -169,10 +166,6 @@ def recipes(measured: Row) -> Table:
         "reserved, MiB", "process, MiB",
     ]  # fmt: skip
     return Table("Recipes as others publish them", headers, rows, notes, text_columns=3)
-
-
-def _mib(nbytes: int | None) -> str:
-    return "" if nbytes is None else f"{nbytes / MIB:,.0f}"
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
@@ -214,13 +207,18 @@ def render(folder: Path = MEASUREMENTS) -> str:
     if not files:
         raise ReportError(f"{folder} has no measurements; `make gpu` makes them on a machine with a GPU")
     name = files[0].stem
-    records = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()]
+    records = lines_of(files[0])
     facts, seconds = (load(folder / f"{name}.{part}.json") for part in ("facts", "seconds"))
-    left_out, measured = (folder / f"{name}.{part}.json" for part in ("left-out", "recipes"))
+    left_out, measured = folder / f"{name}.left-out.json", folder / f"{name}.recipes.jsonl"
     return page(
         name, records, facts, seconds, load(left_out) if left_out.exists() else [],
-        load(measured) if measured.exists() else None,
+        lines_of(measured) if measured.exists() else [],
     )  # fmt: skip
+
+
+def lines_of(path: Path) -> list[Any]:
+    """The JSON objects of a file, one a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ METRICS = ("allocated", "reserved", "process", "forward", "backward", "step")
 HEAD = """# Predicted against measured
 
 Made by `make validation FILES=...` from measurement files, each row predicted without a GPU from its architecture and
-settings alone (bench/validation/predict.py). Errors are (predicted - measured) / measured.
+settings alone (bench/validation/predict.py, and recipes.py for recipes). Errors are (predicted - measured) / measured.
 
 ![Predicted over measured bytes, one point a row](../../figures/validation.png)
 """
@@ -42,9 +42,10 @@ def page(compared: Sequence[Row]) -> str:
     return "\n\n".join([HEAD.rstrip(), *(table.to_markdown() for table in tables)]) + "\n"
 
 
-def device_of(part: Row) -> str:
-    """The devices that the rows of a comparison were measured on."""
-    return ", ".join(sorted({row["case"].get("gpu") or "CPU" for row in part["rows"]}))
+def title_of(part: Row) -> str:
+    """The devices that the rows of a comparison were measured on, and the file that they are in."""
+    devices = ", ".join(sorted({row["case"].get("gpu") or "CPU" for row in part["rows"]}))
+    return f"{devices} ({part['file']})" if "file" in part else devices
 
 
 def statistics_table(part: Row) -> Table:
@@ -59,9 +60,10 @@ def statistics_table(part: Row) -> Table:
     verdicts = part["verdicts"]
     notes = [
         f"{len(part['rows'])} rows, {failed} of them not predicted.",
-        f"Fits or does not fit, at 8, 12, 16 and 24 GiB: {verdicts['wrong']} of {verdicts['asked']} verdicts wrong.",
+        "Fits or does not fit, at 8, 12, 16, 24, 32, 40, 48 and 80 GiB: "
+        f"{verdicts['wrong']} of {verdicts['asked']} verdicts wrong.",
     ]
-    return Table(f"{device_of(part)}: all rows", ["error", "mean", "median", "worst", "mean, signed"], rows, notes)
+    return Table(f"{title_of(part)}: all rows", ["error", "mean", "median", "worst", "mean, signed"], rows, notes)
 
 
 def groups_table(part: Row) -> Table:
@@ -77,7 +79,7 @@ def groups_table(part: Row) -> Table:
         cells = [_mean_and_worst(error[kind] for error in errors if kind in error) for kind in KINDS]
         rows.append([*names, str(len(errors)), *cells])
     headers = ["model", "method", "attention", "rows", *(f"{kind}, mean (worst)" for kind in KINDS)]
-    return Table(f"{device_of(part)}: by model and method", headers, rows, text_columns=3)
+    return Table(f"{title_of(part)}: by model and method", headers, rows, text_columns=3)
 
 
 def picture(compared: Sequence[Row]) -> bytes:

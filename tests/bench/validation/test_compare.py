@@ -7,7 +7,7 @@ import pytest
 
 from bench.__main__ import main
 from bench.validation import compare as validate
-from bench.validation.measurement import FAMILIES, MIB, parse, read_rows, source_of
+from bench.validation.measurement import MIB, parse, read_rows, source_of
 from bench.validation.predict import predict
 from qzo.errors import QzoError
 
@@ -35,12 +35,31 @@ def write(path, *rows) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "smollm3"])  # its padding token is 128,004
-def test_every_family_is_predicted(family):
-    targets = ["qkv_proj"] if FAMILIES[family] == "phi3" else ["q_proj", "v_proj"]
+NAMES = {  # a model's id -> what it is taken for, where only the name tells
+    "Qwen/Qwen3-9.9B": "qwen3", "Qwen/Qwen-1.8B": "qwen2", "mistralai/Ministral-9B": "ministral",
+    "someone/zephyr-7b": "mistral", "google/gemma-3-1b": "gemma3_text", "google/gemma-2-9b": "gemma2",
+    "google/gemma-2b-it": "gemma", "microsoft/Phi-3-tiny": "phi3", "microsoft/phi-1_5": "phi",
+    "allenai/OLMo-2-1B": "olmo2", "allenai/OLMo-1B": "olmo", "stabilityai/stablelm-base-alpha-3b": "gpt_neox",
+    "stabilityai/stablelm-2-1b": "stablelm", "ibm/granite-9b": "granite", "bigcode/starcoder2-3b": "starcoder2",
+    "bigcode/gpt_bigcode-santacoder": "gpt_bigcode", "01-ai/Yi-6B-Chat": "llama", "TinyLlama/TinyLlama-9B": "llama",
+    "someone/never-heard-of": "llama",
+}  # fmt: skip
+TARGETS = {"phi3": ["qkv_proj"], "gpt_neox": ["query_key_value"], "gpt_bigcode": ["c_attn"]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_taken_for_its_family_and_predicted(name):
     sizes = ROW["architecture"] | {"vocab_size": 50_000}
-    found = predict(parse(row(model_id=f"someone/{family}-test", lora_targets=targets, architecture=sizes)))
-    assert 100 * MIB < found["allocated"] < 200 * MIB
+    assert source_of(name, sizes).config.model_type == NAMES[name]
+    targets = TARGETS.get(NAMES[name], ["q_proj", "v_proj"])
+    found = predict(parse(row(model_id=name, lora_targets=targets, architecture=sizes)))
+    assert 90 * MIB < found["allocated"] < 200 * MIB
+
+
+def test_a_model_that_is_not_in_the_catalog_needs_its_sizes():
+    assert source_of("llama3.2-1b", {}).config.hidden_size == 2048
+    with pytest.raises(QzoError, match=r"'TinyLlama/TinyLlama-9B'.*no architecture; give hidden_size"):
+        source_of("TinyLlama/TinyLlama-9B", {})
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -73,7 +92,7 @@ def test_a_known_model_has_the_catalogs_architecture_and_an_unknown_one_its_fami
         ({"base_dtype": "fp8"}, "base_dtype 'fp8'"),
         ({"optimizer": "lion"}, "optimizer 'lion'"),
         ({"gpu": "Abacus 9"}, "GPU 'Abacus 9'"),
-        ({"model_id": "someone/else"}, "architecture of 'someone/else'"),
+        ({"model_id": "someone/else", "architecture": {}}, "'someone/else' is not in the catalog"),
     ],
 )
 def test_what_cannot_be_predicted_says_why(changes, reason):

@@ -20,12 +20,12 @@ def test_predictions_were_made_before_and_are_close():
     assert far["2", "process"][0] < 0.1  # with the context that session 1 measured
 
 
-def test_a_recipe_s_row_has_the_highest_of_its_steps():
-    peaks = [{"peak_allocated": n << 20, "peak_reserved": 2 * n << 20} for n in (9, 3, 5, 4)]
+def test_a_recipe_s_row_has_the_peaks_of_loading_and_of_its_steps():
     recipe = {"name": "any", "batch_size": 2, "lengths": [3, 7]}
-    row = {"status": "ok", "model": "m", "recipe": recipe, "loading": peaks[0], "steps": peaks, "process": None}
-    table = page.recipes({"recipes": [row, row | {"status": "error"}], "libraries": {"peft": "1"}})
-    assert table.rows == [["m", "any", "2 x 7", "9", "18", "5", "10", ""]]
+    loading = {"peak_allocated": 9 << 20, "peak_reserved": 18 << 20}
+    measured = {"peak_allocated": 4.6, "peak_reserved": 10.0, "process": 12345.6}
+    row = {"model_id": "m", "recipe": recipe, "loading": loading, "measured_mib": measured, "versions": {"peft": "1"}}
+    assert page.recipes([row]).rows == [["m", "any", "2 x 7", "9", "18", "5", "10", "12,346"]]
 
 
 def test_without_measurements_one_line_says_how_to_make_them(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,43 @@
+"""A training recipe as data: what a script states about a step, in the words of the libraries that run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from qzo.errors import QzoError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training script states. `peft` is None where every weight is trained; `kbit` are the options of
+    `prepare_model_for_kbit_training`, None where it is not called; `lengths` are the tokens of the rows, again and
+    again, padded on the right to the longest of their batch.
+    """
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)  # of TrainingArguments
+    peft: dict[str, Any] | None = None  # of the class `peft_class`
+    peft_class: str = "LoraConfig"
+    quantization: dict[str, Any] | None = None  # of BitsAndBytesConfig
+    kbit: dict[str, Any] | None = None
+    dtype: str = "bfloat16"
+    attention: str = "sdpa"
+    batch_size: int = 2
+    lengths: tuple[int, ...] = (1024,)
+    max_shard_size: str = "50GB"
+
+
+def parse(stated: Mapping[str, Any]) -> Recipe:
+    """A recipe from JSON. Raises QzoError for a field that is unknown or missing."""
+    known = {field.name for field in fields(Recipe)}
+    unknown = sorted(set(stated) - known)
+    if unknown or "name" not in stated:
+        raise QzoError(
+            f"a recipe has no {unknown[0] if unknown else 'name'}; its fields are {', '.join(sorted(known))}"
+        )
+    values: dict[str, Any] = dict(stated)
+    if "lengths" in values:
+        values["lengths"] = tuple(values["lengths"])
+    return Recipe(**values)

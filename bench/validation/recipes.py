@@ -1,0 +1,107 @@
+"""Predict a recipe: its loading and its steps simulated, and the events replayed as a GPU's allocator has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.cases import gpus
+from bench.cases.gpus import Gpu
+from bench.cases.models import ModelSource
+from bench.cases.recipe import Recipe, parse
+from bench.ledger.ledger import Ledger
+from bench.methods.int8 import int8_rules
+from bench.methods.recipes import AUTOCAST, MicroBatch, RecipeStep, loaded, optimizer_of, with_adapters
+from bench.simulator.allocator.replay import ROUND_BYTES, replay
+from bench.simulator.cuda.attention import preference
+from bench.simulator.cuda.autocast import MetaAutocast
+from bench.simulator.cuda.kernels import CudaFunctions, rules
+from bench.simulator.shared import collector_off, number_of_experts
+from bench.validation.measurement import source_of
+from bench.validation.predict import see_loading
+from bench.worlds.sim import SimWorld
+
+STEPS = 3
+SEED = 42  # of the Trainer, by which rows are shuffled
+MASKS = ("input_ids", "attention_mask", "labels")
+
+
+def predict_row(row: Mapping[str, Any]) -> dict[str, int]:
+    """The figures of a measurement of a recipe. Raises QzoError for an unknown field, model or GPU."""
+    source = source_of(row["model_id"], row.get("architecture") or {})
+    return figures(predict(parse(row["recipe"]), source, gpus.find(row["gpu"])))
+
+
+def figures(predicted: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes by the names of `bench.validation.measurement.METRICS`."""
+    return {"allocated": max(predicted["steps"]), "reserved": predicted["reserved"], "process": predicted["process"]}
+
+
+def described(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What tables tell of a recipe, by the names that they know from other measurements."""
+    recipe = parse(row["recipe"])
+    shown = {"method": recipe.name, "attention": recipe.attention, "batch_size": recipe.batch_size}
+    return {"model_id": row["model_id"], "gpu": row["gpu"], **shown, "seq_len": max(recipe.lengths)}
+
+
+@collector_off()
+def predict(recipe: Recipe, source: ModelSource, gpu: Gpu) -> dict[str, Any]:
+    """Bytes: `loading` (peak), `steps` (peak of each), `reserved` and `process` (of all)."""
+    attention = recipe.attention if recipe.attention == "eager" else preference(gpu.compute_capability)[0]
+    functions = partial(CudaFunctions, attention, gpu.compute_capability)
+    world = SimWorld(source, attention, functions)
+    table = rules(gpu, number_of_experts(source.config), padded=len(recipe.lengths) > 1)
+    if (recipe.quantization or {}).get("load_in_8bit"):
+        table |= int8_rules()
+    ledger = Ledger("meta", ROUND_BYTES, table)
+    model = loaded(recipe, world)
+    see_loading(ledger, model, read_ahead=0)
+    with ledger:
+        adapted = with_adapters(recipe, model, world)
+    if recipe.peft is None:
+        for parameter in adapted.parameters():
+            parameter.requires_grad_(True)
+    autocast = next((dtype for name, dtype in AUTOCAST.items() if recipe.arguments.get(name)), None)
+    world.amp = autocast is not None
+    step = RecipeStep(
+        adapted, optimizer_of(recipe, adapted), partial(MetaAutocast, dtype=autocast) if autocast else None
+    )
+    with ledger, functions():
+        for number, batches in enumerate(steps_of(recipe), 1):
+            ledger.enter(f"step {number}")
+            step(batches)
+    replayed = replay(ledger)
+    peaks = [replayed.phase_peaks[f"step {number}"] for number in range(1, STEPS + 1)]
+    process = replayed.peak_reserved + gpu.context_bytes(True)
+    return {
+        "loading": replayed.phase_peaks["load"], "steps": peaks, "reserved": replayed.peak_reserved, "process": process,
+    }  # fmt: skip
+
+
+def steps_of(recipe: Recipe) -> Iterator[list[MicroBatch]]:
+    """The batches of each step on the device, with the one after them, which the loader has moved there already."""
+    shapes = list(shapes_of(recipe))
+    each = recipe.arguments.get("gradient_accumulation_steps", 1)
+    waiting: list[MicroBatch] = []
+    for start in range(0, len(shapes), each):
+        while len(waiting) < each + 1 and len(waiting) + start < len(shapes):
+            waiting.append(_batch(shapes[start + len(waiting)]))
+        taken, waiting = waiting[:each], waiting[each:]
+        yield taken
+
+
+def shapes_of(recipe: Recipe) -> Iterator[tuple[int, int]]:
+    """[rows, longest] of each batch, the rows shuffled as the Trainer shuffles them."""
+    count = STEPS * recipe.batch_size * recipe.arguments.get("gradient_accumulation_steps", 1)
+    lengths = [recipe.lengths[index % len(recipe.lengths)] for index in range(count)]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist()
+    for start in range(0, count, recipe.batch_size):
+        rows = order[start : start + recipe.batch_size]
+        yield len(rows), max(lengths[row] for row in rows)
+
+
+def _batch(shape: tuple[int, int]) -> MicroBatch:
+    return {name: torch.empty(shape, dtype=torch.long, device="meta") for name in MASKS}
