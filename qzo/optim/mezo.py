@@ -10,6 +10,7 @@ from torch import Tensor
 from qzo.errors import QzoError
 from qzo.optim.estimator import Estimator
 from qzo.optim.noise import chunk_elements
+from qzo.optim.reach import LARGEST_Z, largest_of
 from qzo.optim.spsa import Applied, Parameters, SpsaOptimizer, flat
 
 BITS_OF = {2: torch.int16, 4: torch.int32}  # integer dtype of the same size, in bytes
@@ -81,6 +82,28 @@ class MeZO(SpsaOptimizer):
             raise QzoError(f"{len(tensors)} saved tensors do not fit the {len(own)} that this optimizer trains")
         for name, value in tensors.items():
             own[name].copy_(value)
+
+    def _measured(self, number: int) -> tuple[float, float]:
+        group = self.param_groups[number]
+        moved = group["eps"] * LARGEST_Z if self._moved else 0.0  # they stand beside θ while a step is taken
+        return max(largest_of(tensor) for tensor in group["params"]) + moved, 0.0
+
+    def _limit(self, number: int) -> float:
+        return min(torch.finfo(tensor.dtype).max for tensor in self.param_groups[number]["params"])
+
+    def _try(self, number: int, applied: Applied) -> bool:
+        self._restore()
+        self._along = 0
+        for index, _, of, tensor in self._tensors():
+            if of != number:
+                continue
+            weights, rate = flat(tensor), self.param_groups[number]["lr"]
+            distances = [-rate * d / len(applied[number]) for d in applied[number]]
+            for mixed, part in self._mixed(index, tensor, distances):
+                if not bool(mixed.add_(weights[part].float()).to(tensor.dtype).isfinite().all()):
+                    return False
+            del mixed
+        return True
 
     def _perturb(self, direction: int, sign: int) -> None:
         if direction != self._along:

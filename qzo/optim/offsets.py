@@ -48,6 +48,19 @@ def start(scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
     }
 
 
+def following(state: dict[str, Tensor], scale: Tensor) -> Tensor:
+    """m' of some elements whose state and s' these are, in fp32."""
+    scale_start, offset_start = (state[key].view(-1) for key in OFFSET_STATE)
+    return (scale / scale_start).masked_fill_(scale_start == 0, 1).mul_(offset_start)
+
+
+def steepest(state: dict[str, Tensor]) -> float:
+    """max |m0 / s0|: how much faster than its scale an offset may grow. Extra memory: chunks of 65,536."""
+    scale_start, offset_start = (state[key].view(-1) for key in OFFSET_STATE)
+    pairs = zip(scale_start.split(2**16), offset_start.split(2**16), strict=True)
+    return max((float((m / s).masked_fill_(s == 0, 0).abs().amax()) for s, m in pairs if s.numel()), default=0.0)
+
+
 def follow(offset: Tensor, state: dict[str, Tensor], part: slice, scale: Tensor) -> None:
     """Write m' = m0 (s' / s0) to the elements `part` of the live offset; `scale` = s' in fp32 is overwritten."""
     scale_start, offset_start = (state[key].view(-1)[part] for key in OFFSET_STATE)

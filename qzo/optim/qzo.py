@@ -12,7 +12,10 @@ from qzo.optim import offsets, rules
 from qzo.optim.estimator import Estimator
 from qzo.optim.groups import Group, check_sign
 from qzo.optim.noise import chunk_elements
+from qzo.optim.reach import largest_of
 from qzo.optim.spsa import Applied, Parameters, SpsaOptimizer, flat
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class QZO(SpsaOptimizer):
@@ -73,6 +76,7 @@ class QZO(SpsaOptimizer):
         max_skipped: int | None = 10,
     ) -> None:
         self._offsets: dict[Tensor, Tensor] = {}  # scale -> the live offset that follows it
+        self._limits: dict[int, float] = {}  # of each group, see qzo.optim.reach
         rule: dict[str, Any] = {"momentum": momentum} if betas is None else {"betas": betas, "momentum": momentum}
         super().__init__(
             scales,
@@ -111,6 +115,7 @@ class QZO(SpsaOptimizer):
             if tensor in pairs:
                 self.state[tensor].update(offsets.start(tensor, pairs[tensor]))
         self._offsets.update(pairs)
+        self._limits.clear()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,6 +150,40 @@ class QZO(SpsaOptimizer):
         for (_, _, _, tensor), state, values in zip(self._tensors(), owned, _saved_states(saved, owned), strict=True):
             self.state[tensor] = _copied(state, values)
         self._restore()
+        self._reach = []
+
+    def _measured(self, number: int) -> tuple[float, float]:
+        states = [self.state[tensor] for tensor in self.param_groups[number]["params"]]
+        momenta = [largest_of(state["momentum"]) for state in states if "momentum" in state]
+        return max(largest_of(state["master"]) for state in states), max(momenta, default=0.0)
+
+    def _limit(self, number: int) -> float:
+        tensors = self.param_groups[number]["params"]
+        if number not in self._limits:
+            limit = min(torch.finfo(tensor.dtype).max for tensor in tensors)
+            pairs = [(self._offsets[tensor], self.state[tensor]) for tensor in tensors if tensor in self._offsets]
+            limits = [torch.finfo(offset.dtype).max / max(offsets.steepest(state), 1e-30) for offset, state in pairs]
+            self._limits[number] = min([limit, *limits])
+        return self._limits[number]
+
+    def _try(self, number: int, applied: Applied) -> bool:
+        for index, _, of, tensor in self._tensors():
+            if of != number:
+                continue
+            group, state, master = self.param_groups[number], self.state[tensor], flat(self.state[tensor]["master"])
+            for mixed, part in self._mixed(index, tensor, rules.factors(group, applied[number])):
+                chunk, trial = master[part].clone(), _piece(state, part)
+                rules.prepare(group, trial, chunk)
+                chunk.add_(rules.change(group, trial, slice(0, len(chunk)), mixed, chunk))
+                if group["nonnegative"]:
+                    chunk.clamp_(min=0)
+                made = [chunk.to(tensor.dtype), *(trial[key] for key in ("momentum", *MOMENTS) if key in trial)]
+                if tensor in self._offsets:
+                    made.append(offsets.following(trial, chunk).to(self._offsets[tensor].dtype))
+                if not all(bool(numbers.isfinite().all()) for numbers in made):
+                    return False
+            del mixed
+        return True
 
     def _perturb(self, direction: int, sign: int) -> None:
         for index, _, number, tensor in self._tensors():
@@ -188,12 +227,18 @@ class QZO(SpsaOptimizer):
         offsets.follow(self._offsets[tensor], self.state[tensor], part, scale)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_offsets": self._offsets}
+        return {**super().__getstate__(), "_offsets": self._offsets, "_limits": {}}
 
 
 def _parts(numel: int) -> list[slice]:
     size = chunk_elements(numel)
     return [slice(first, min(first + size, numel)) for first in range(0, numel, size)]
+
+
+def _piece(state: dict[str, Any], part: slice) -> dict[str, Any]:
+    """A copy of the state of some elements of a tensor."""
+    size = state["master"].numel()
+    return {key: value.view(-1)[part].clone() if value.numel() == size else value for key, value in state.items()}
 
 
 def _copied(state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

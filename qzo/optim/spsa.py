@@ -16,6 +16,7 @@ from qzo.errors import QzoError
 from qzo.optim.estimator import Estimator, Losses, all_finite
 from qzo.optim.groups import Group, check_options, check_tensor, unique
 from qzo.optim.noise import full_noise, mixed_chunks, noise_chunks
+from qzo.optim.reach import Reach, has_data
 from qzo.optim.rules import update_options
 
 Closure = Callable[[], Tensor | float]
@@ -53,8 +54,8 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
 
     A child moves the tensors: `_perturb`, `_restore`, `_update`. How the loss is measured is `estimator`'s business.
 
-    `skipped_steps` counts the steps left out because a loss was not finite; `max_skipped` of them in a row raise
-    QzoError in place of the last, None never does.
+    `skipped_steps` counts the steps left out because a loss was not finite, or the update would not have been;
+    `max_skipped` of them in a row raise QzoError in place of the last, None never does.
     """
 
     least_noise = 0  # elements of z that exist at a time, where a tensor has as many, see qzo.optim.noise
@@ -67,6 +68,7 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         self.max_skipped = max_skipped
         self.steps = self.skipped_steps = self.skipped_in_a_row = 0
         self.last: LastStep | None = None
+        self._reach: list[Reach] = []
         if not isinstance(seed, int):
             raise QzoError(f"seed={seed!r} is not an integer")
         if max_skipped is not None and not max_skipped >= 1:
@@ -101,8 +103,9 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
                 one for each micro-batch, accumulate: their losses are summed at each evaluation, as `backward()` sums
                 gradients, so let each return its share of the loss (of m equal micro-batches, its mean divided by m).
 
-        Each loss is read once (`float`). If it is not finite, or the closure raises, θ is put back and the update is
-        left out; an exception travels on and the step does not count. See the class for what "put back" means.
+        Each loss is read once (`float`). If it is not finite, if a number would not be after the update, or if the
+        closure raises, θ is put back and the update is left out; an exception travels on and the step does not count.
+        See the class for what "put back" means.
         Extra memory: chunks of z, see `qzo.optim.noise`. Raises QzoError without a closure, and where `max_skipped`
         losses in a row were not finite.
         """
@@ -130,20 +133,42 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         raw = [self.estimator.derivatives(losses, group["eps"]) for group in self.param_groups]
         bounds = [group["clip_threshold"] or math.inf for group in self.param_groups]
         applied = tuple(self.estimator.applied(d, losses, bound) for d, bound in zip(raw, bounds, strict=True))
-        skipped = not (all_finite(losses) and all(math.isfinite(d) for group in applied for d in group))
+        measured = all_finite(losses) and all(math.isfinite(d) for group in applied for d in group)
+        skipped = not (measured and self._stays_finite(applied))
         if skipped:
             self._restore()
-            self._check_skips(losses)
+            self._check_skips(losses, "an update" if measured else "the loss")
         clipped = any(abs(d) > bound for group, bound in zip(raw, bounds, strict=True) for d in group)
         first, step = (*losses[0], raw[0][0], clipped and not skipped), self.steps
         self._take(() if skipped else applied)
         options = tuple(update_options(group) for group in self.param_groups)
         self.last = LastStep(*first, self.seed, step, skipped, raw[0], () if skipped else applied, options)
 
-    def _check_skips(self, losses: list[Losses]) -> None:
+    def _stays_finite(self, applied: Applied) -> bool:
+        """Whether the update by these d' leaves every number finite, see `qzo.optim.reach`."""
+        if not all(has_data(tensor) for _, _, _, tensor in self._tensors()):
+            return True
+        while len(self._reach) < len(self.param_groups):
+            self._reach.append(Reach())
+        for number, (group, reach) in enumerate(zip(self.param_groups, self._reach, strict=True)):
+            if reach.largest is not None and self._reaches(number, group, reach, applied):
+                continue
+            reach.largest, reach.momentum = self._measured(number)
+            if self._reaches(number, group, reach, applied):
+                continue
+            reach.forget()
+            if not self._try(number, applied):
+                return False
+        return True
+
+    def _reaches(self, number: int, group: Group, reach: Reach, applied: Applied) -> bool:
+        updates = self.steps - self.skipped_steps + 1
+        return reach.allows(group, applied[number], self._limit(number), updates)
+
+    def _check_skips(self, losses: list[Losses], what: str) -> None:
         if self.max_skipped is not None and self.skipped_in_a_row + 1 >= self.max_skipped:
             raise QzoError(
-                f"the loss was not finite for {self.max_skipped} steps in a row, up to step {self.steps} "
+                f"{what} was not finite for {self.max_skipped} steps in a row, up to step {self.steps} "
                 f"({losses[0][0]} and {losses[0][1]}); the weights are those of the last good step; "
                 "lower lr or eps, or look at the data"
             )
@@ -171,6 +196,8 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         if applied and [len(group) for group in applied] != wanted:
             raise QzoError(f"d' of {[len(group) for group in applied]} directions a group; this optimizer has {wanted}")
         self._take(applied)
+        for reach in self._reach:
+            reach.forget()
         self.last = None
 
     def direction(self, number: int = 0) -> dict[str, Tensor]:
@@ -200,6 +227,18 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _update(self, applied: Applied) -> None:
         """Move to θ - lr * g with g = 1/n Σ_j d'_j z_j, or what the update rule makes of g."""
+
+    @abstractmethod
+    def _measured(self, number: int) -> tuple[float, float]:
+        """The largest |θ| of a group, and the largest |b| of its momentum."""
+
+    @abstractmethod
+    def _limit(self, number: int) -> float:
+        """What |θ| of a group must stay below."""
+
+    @abstractmethod
+    def _try(self, number: int, applied: Applied) -> bool:
+        """Whether the update of a group, made on copies of one chunk after the other, is finite."""
 
     @abstractmethod
     def truth(self) -> dict[str, Tensor]:
@@ -247,13 +286,13 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         for group in self.param_groups:  # a dict of an older version lacks the newer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self.seed, self.estimator, self.last = state_dict["seed"], estimator, None
+        self.seed, self.estimator, self.last, self._reach = state_dict["seed"], estimator, None, []
         for name in COUNTERS:
             setattr(self, name, state_dict.get(name, 0))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("seed", "last", "estimator", "max_skipped", *COUNTERS)
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_reach": []}
 
 
 def flat(tensor: Tensor) -> Tensor:
