@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and whether QZO can train it, from its configuration and headers: no tensor is read."""
+"""What a checkpoint holds, and whether QZO can train it, from its configuration, its headers and its scales."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from qzo.models.skeleton import check_unquantized
 def inspect(source: str | os.PathLike[str]) -> Inspection:
     """Look at a folder with config.json, or a .gguf file.
 
-    Of a format that is trained here the model is built without data, and every header compared with it, so that
-    `reason` is None just where `qzo.load` needs no more than sound data. Other quantizers: what the configuration says.
-    Raises QzoError for what is neither, and for files that cannot be read.
+    Of a format that is trained here the model is built without data, and every header compared with it. Codes and large
+    16-bit weights are not read. What is read, so that NaN and infinity are told: scales, offsets and codebooks, a
+    hundredth of the bytes, and other tensors of up to 2^20 numbers, such as norms; of a .gguf file, whose scales lie
+    between the codes, all of it. So `reason` is None just where `qzo.load` needs no more than sound data in the rest.
+    Other quantizers: what the configuration says. Raises QzoError for what is neither, and for files that cannot be
+    read.
     """
     path = Path(source)
     if not is_gguf(path) and not path.is_dir():

@@ -13,7 +13,8 @@ from qzo.checkpoints.tokenizer import load_tokenizer as load_tokenizer
 from qzo.errors import QzoError
 from qzo.formats.gguf.files import GgufCheckpoint
 from qzo.formats.table import find
-from qzo.models.build import auto_class
+from qzo.models.build import auto_class, config_of
+from qzo.models.finite import check_model
 from qzo.models.folder import download, headers_in, one_line, weight_files
 from qzo.models.origin import Origin, note_origin
 from qzo.models.settings import Source, is_gguf, source_of
@@ -51,9 +52,11 @@ def load(
     writes what `qzo.save` writes.
 
     Raises:
-        QzoError: nothing there, damaged or contradictory files, another quantization method.
+        QzoError: nothing there, damaged or contradictory files, another quantization method, and numbers that are NaN
+            or infinite, of which all are looked at.
     """
     model: Any = _load(source, dtype, device, dequantize, revision)
+    check_model(source, model)
     if model.name_or_path and Path(model.name_or_path).exists():  # a place, the same wherever the process goes next
         model.name_or_path = model.config.name_or_path = str(Path(model.name_or_path).absolute())
     return model
@@ -120,14 +123,15 @@ def _packed(model: Any, about: Source) -> Any:
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     source = folder / options.get("gguf_file", "")
     try:
         with quiet_libraries():
             kind: Any = AutoModelForCausalLM
             if "gguf_file" not in options:
-                kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+                options["config"] = config_of(folder)
+                kind = auto_class(options["config"])
             loaded: Any = kind.from_pretrained(
                 folder,
                 dtype=dtype or torch.bfloat16,

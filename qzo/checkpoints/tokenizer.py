@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qzo.errors import QzoError
+from qzo.formats.gguf.header import read_gguf_header
+from qzo.models.bounds import check_folder
 from qzo.models.folder import one_line
 from qzo.models.settings import is_gguf
 from qzo.quiet import quiet_libraries
@@ -21,6 +23,9 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
 
     path = Path(source)
     place, options = (path.parent, {"gguf_file": path.name}) if is_gguf(path) else (source, {})
+    check_folder(path.parent if options else path)
+    if options:
+        read_gguf_header(path)
     try:
         with quiet_libraries():
             return AutoTokenizer.from_pretrained(str(place), revision=revision, trust_remote_code=False, **options)

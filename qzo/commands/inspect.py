@@ -19,7 +19,7 @@ CALLED = {"zero_points": "zero points", "g_idx": "group indices"}
 def add_command(commands: Any) -> None:
     """Add `inspect` to the subcommands of a parser."""
     parser = commands.add_parser("inspect", help="what a checkpoint holds and whether its scales can be trained")
-    parser.add_argument("model", metavar="MODEL", help="folder or .gguf file, of which no tensor is read; or a run")
+    parser.add_argument("model", metavar="MODEL", help="folder or .gguf file, of which no codes are read; or a run")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     parser.set_defaults(run=run)
 

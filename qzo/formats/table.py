@@ -43,7 +43,7 @@ class Checkpoint(Protocol):
         """The model with quantized layers, everything frozen; unquantized tensors in `dtype`, or that of its config."""
 
     def inspect(self, name: str) -> Inspection:
-        """What it holds, under the name that was asked for; no tensor is read."""
+        """What it holds, under the name that was asked for; no codes are read."""
 
     def writing(self, tensors: dict[str, Tensor]) -> Write:
         """What writes the weights into a folder with some tensors replaced, which have their names in the model."""

@@ -23,11 +23,9 @@ def build(folder: Path, dtype: torch.dtype, part: bool) -> tuple[Any, bool]:
 
     Raises QzoError for a configuration that transformers does not build.
     """
-    from transformers import AutoConfig
-
     try:
         with quiet_libraries():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = config_of(folder)
         text = config.get_text_config()
         for one in (config, text):
             if hasattr(one, "quantization_config"):
@@ -38,6 +36,21 @@ def build(folder: Path, dtype: torch.dtype, part: bool) -> tuple[Any, bool]:
             return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False), False
     except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
         raise QzoError(f"{folder}: {one_line(error)}") from error
+
+
+def config_of(folder: Path) -> Any:
+    """The model's config as transformers reads it, without what would have it fetch code or read other files.
+
+    `attn_implementation: owner/name` is code on the hub, `transformers_weights` another file of the folder.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if hasattr(config, "transformers_weights"):
+        del config.transformers_weights
+    config._attn_implementation = None  # of all its parts, as the next
+    config._experts_implementation = None
+    return config
 
 
 def auto_class(config: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qzo.errors import QzoError
+from qzo.models.bounds import MOST_TENSORS, check_file, check_header, check_json, check_numbers
 
 WEIGHTS = "model.safetensors"
 INDEX = ".index.json"  # behind the name of the weights
@@ -103,11 +104,19 @@ class Header(NamedTuple):
 
 
 def headers_in(files: list[Path]) -> dict[str, Header]:
-    """Name -> header of every tensor of some safetensors files; no data is read. Raises QzoError for a damaged one."""
-    headers = {}
+    """Name -> header of every tensor of some safetensors files; no data is read.
+
+    Raises QzoError for a damaged file, one with more tensors than any real checkpoint, and a tensor in two files.
+    """
+    count = sum(check_header(file) for file in files)
+    if count > MOST_TENSORS:
+        raise QzoError(f"{files[0].parent} has {count:,} tensors; no real checkpoint has more than {MOST_TENSORS:,}")
+    headers: dict[str, Header] = {}
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name in headers:
+                    raise QzoError(f"{file} has {name}, as {headers[name].file.name} has; convert the model again")
                 part = tensors.get_slice(name)
                 headers[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
     return headers
@@ -125,6 +134,7 @@ def opened(file: Path, device: str = "cpu") -> Iterator[Any]:
     """A safetensors file as `safe_open` gives it. Raises QzoError for a damaged one."""
     from safetensors import SafetensorError, safe_open
 
+    check_file(file)
     try:
         with safe_open(file, framework="pt", device=device) as tensors:
             yield tensors
@@ -133,13 +143,20 @@ def opened(file: Path, device: str = "cpu") -> Iterator[Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises QzoError where there is none."""
+    """The object in a JSON file. Raises QzoError where there is none, and for one beyond the bounds of `bounds.py`."""
+    check_file(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise QzoError(f"{file} cannot be read: {one_line(error)}") from error
+    check_json(file, text)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise QzoError(f"{file} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise QzoError(f"{file} does not hold a JSON object")
+    check_numbers(file, content)
     return content
 
 

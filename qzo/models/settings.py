@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.errors import QzoError
+from qzo.models.bounds import check_folder
 from qzo.models.folder import read_json
 
 FORMATS = ("gptq", "gptq_v2")
@@ -41,9 +42,13 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
 
 
 def source_of(path: Path) -> Source:
-    """What lies at a path. Raises QzoError for a folder without a config.json that can be read."""
+    """What lies at a path. Raises QzoError for a folder without a config.json that can be read.
+
+    Nothing in the folder may be what a reader would wait for or fill its memory with (see `bounds.py`).
+    """
     if is_gguf(path):
         return Source(path, {}, None)
+    check_folder(path)
     config = read_json(path / "config.json")
     return Source(path, config, settings_of(path, config))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError, named
+from qzo.models.budget import at_most, check_buffers, check_counts, check_factors
 from qzo.models.build import build
+from qzo.models.finite import check_stored
 from qzo.models.folder import Header
 from qzo.models.names import Placed, check_known, place
 from qzo.quiet import quiet_libraries
@@ -77,9 +78,12 @@ def check_tensors(
 
 def check_architecture(folder: Path, config: dict[str, Any]) -> None:
     """Raise QzoError for a model that only code of its own could build; such code is never run."""
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     kind = config.get("model_type")
+    methods = sorted(name for name in config if callable(getattr(PreTrainedConfig, name, None)))
+    if methods:  # transformers would put the value in its place, and call it
+        raise QzoError(f"{folder}: config.json has {methods[0]}, which is no setting of a model")
     if "auto_map" in config and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise QzoError(
             f'{folder}: config.json asks for code of its own (auto_map), which is never run, and model_type="{kind}" '
@@ -96,14 +100,18 @@ def skeleton(
     memory, or forever, before the first tensor is found not to fit. Raises QzoError for such a one, and for one that
     cannot be built.
     """
-    model, is_part = build(folder, dtype, part)
-    implied = sum(parameter.numel() for parameter in model.parameters())
     stored = sum(header.numel for header in headers.values())
+    with at_most(per_number * stored, len(headers)):
+        model, is_part = build(folder, dtype, part)
+    implied = sum(parameter.numel() for parameter in model.parameters())
     if implied > 2 * per_number * stored:
         raise QzoError(
             f"{folder}: config.json implies {implied:,} weights, but the files hold {stored:,} numbers; take "
             "config.json and weights from one checkpoint"
         )
+    with named(str(folder)):
+        check_buffers(model, sum(header.nbytes for header in headers.values()))
+        check_factors(model)
     return model, is_part
 
 
@@ -113,6 +121,7 @@ def check_unquantized(folder: Path, config: dict[str, Any], headers: dict[str, H
     check_architecture(folder, config)
     model, _ = skeleton(folder, headers, dtype_of(config))
     check_known(place(model, headers), headers)
+    check_stored(headers, ())
 
 
 def _check_fits(name: str, header: Header, wanted: Tensor | None) -> None:
@@ -157,16 +166,3 @@ def _tie(model: Any) -> None:
         model.tie_weights(missing_keys=missing)
     if before and not model.all_tied_weights_keys:
         model.config.tie_word_embeddings = False
-
-
-COUNTS = re.compile(r"n(um)?_?(hidden_|decoder_|encoder_)?layers?")
-
-
-def check_counts(folder: Path, config: dict[str, Any], tensors: int) -> None:
-    """Raise QzoError for a config.json with more layers than there are tensors: it would take forever to build them."""
-    for name, value in config.items():
-        if COUNTS.fullmatch(name) and isinstance(value, int) and value > tensors:
-            raise QzoError(
-                f"{folder}: config.json has {name}={value}, but there are only {tensors} tensors; "
-                "they do not belong together"
-            )

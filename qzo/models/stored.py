@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError, named
+from qzo.models.budget import check_counts
 from qzo.models.experts import check_experts, looks_like_experts
+from qzo.models.finite import SMALL, check_stored, check_tensor
 from qzo.models.folder import Header
 from qzo.models.inspection import Inspection, obstacle
 from qzo.models.names import Placed, check_known, owner_of, place
@@ -22,7 +24,6 @@ from qzo.models.settings import Source
 from qzo.models.skeleton import (
     FLOATING,
     check_architecture,
-    check_counts,
     check_tensors,
     dtype_of,
     finish,
@@ -107,6 +108,7 @@ class Stored(ABC):
         dtype = dtype or dtype_of(self.source.config)
         model, layers = self.empty(dtype)
         own = _buffers(layers)
+        self._check_numbers(own)
         for tensors in self._in_model(model):
             ready = {}
             for name, tensor in tensors.items():
@@ -137,7 +139,7 @@ class Stored(ABC):
 
     def inspect(self, name: str) -> Inspection:
         """What headers and settings tell; `reason` is None just where loading needs no more than sound data."""
-        reason = obstacle(self.folder, lambda: self.empty(dtype_of(self.source.config)))
+        reason = obstacle(self.folder, self._check)
         left = self.placed.left if reason is None else set()
         counts, sizes = self.counted(left)
         scales = counts["scales"]
@@ -158,6 +160,22 @@ class Stored(ABC):
             reason=reason,
             moving=self.moving,
         )
+
+    def _check(self) -> None:
+        """All that `load` checks but the numbers of large tensors, which are not read. Raises QzoError."""
+        _, layers = self.empty(dtype_of(self.source.config))
+        self._check_numbers(_buffers(layers))
+
+    def _check_numbers(self, own: set[str]) -> None:
+        """Raise QzoError for numbers that are not finite, of small tensors and of layers, whose buffers are `own`."""
+        files = {header.file.suffix for header in self.headers.values()}
+        if files <= {".safetensors"}:
+            check_stored(self.headers, self.paths())
+            return
+        for tensors in self.batches():  # mapped, so that no more is read than is looked at
+            for name, tensor in tensors.items():
+                if tensor.numel() <= SMALL or name in own:
+                    check_tensor(f"{self.folder}: {name}", tensor)
 
     def empty(self, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         """The model on meta with quantized layers in their places, and path -> layer; no data is read.

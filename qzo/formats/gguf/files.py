@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import BLOCK_TYPES, PLAIN_TYPES, half_at
+from qzo.formats.gguf.finite import check_file
 from qzo.formats.gguf.foreign import check_foreign
 from qzo.formats.gguf.header import GgufHeader, read_gguf_header
 from qzo.formats.gguf.loading import load_dense, load_packed
@@ -51,7 +52,10 @@ class GgufCheckpoint:
         return load_dense(self.path, dtype or torch.bfloat16, device)
 
     def inspect(self, name: str) -> Inspection:
-        """By the header; scales and minima are taken out of the blocks that hold them, those of K-quants are not."""
+        """By the header; scales and minima are taken out of the blocks that hold them, those of K-quants are not.
+
+        The file is read once from end to end, since every block has a scale that may be NaN.
+        """
         header = read_gguf_header(self.path)
         counts = dict.fromkeys(("scales", "offsets", "codes", "unquantized"), 0)
         sizes, kinds = dict.fromkeys(counts, 0), set()
@@ -92,11 +96,12 @@ class GgufCheckpoint:
 
 
 def _obstacle(path: Path, header: GgufHeader, scales: int) -> str | None:
-    """Why a .gguf file cannot be trained packed; None where nothing but the data could still speak against it."""
+    """Why a .gguf file cannot be trained packed: what its header, its scales or its plain numbers have against it."""
     try:
         if not is_known(header):
             check_foreign(path, header)  # what speaks against a dequantized one too is told first
         plan(path)
+        check_file(path, header)
     except QzoError as error:
         return str(error).removeprefix(f"{path}: ")
     if not scales:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from qzo.errors import QzoError
+from qzo.formats.gguf.finite import check_file
 from qzo.formats.gguf.header import GgufHeader
 from qzo.formats.gguf.metadata import Metadata
 from qzo.formats.gguf.source import check_blocks
+from qzo.models.budget import at_most
 from qzo.models.folder import one_line
 from qzo.quiet import quiet_libraries
 
@@ -51,14 +53,14 @@ def check_foreign(path: Path, header: GgufHeader) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_blocks(path, header)
+    stored = sum(math.prod(info.shape) for info in header.tensors.values())
     try:
-        with quiet_libraries(), torch.device("meta"):
+        with quiet_libraries(), torch.device("meta"), at_most(stored, len(header.tensors)):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # as qzo.load: transformers raises many kinds
         raise QzoError(f"{path} has no config that transformers can use: {one_line(error)}") from error
     implied = sum(parameter.numel() for parameter in model.parameters())
-    stored = sum(math.prod(info.shape) for info in header.tensors.values())
     if implied > 2 * stored:  # it would take all memory before the first tensor is found not to fit
         raise QzoError(f"{path}: its metadata imply {implied:,} weights, but it holds {stored:,}; convert it again")
     meta = Metadata(path, header)
@@ -71,6 +73,7 @@ def check_foreign(path: Path, header: GgufHeader) -> None:
             f"{path} has {unknown[0]}, for which {type(model).__name__} has no place, and without which it would "
             "compute something else; take the model's safetensors files"
         )
+    check_file(path, header)
 
 
 def _read(architecture: str) -> tuple[str, ...]:

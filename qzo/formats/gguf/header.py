@@ -15,6 +15,10 @@ GGUF_VERSIONS = (2, 3)
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
 GGUF_MAX_DIMS = 4
+MOST_VALUES, MOST_TENSORS = 2_000, 65_536  # a few times what any model has, as those below
+MOST_ITEMS = 4_000_000  # of all lists: tokens, their scores and types, merges
+ITEMS_A_TOKEN, LEAST_TOKENS = 16, 4_096
+LONGEST_NAME, LONGEST_TEXT = 65_535, 2**22  # bytes of a key, by GGUF's rule, and of a value
 GGUF_MAX_LISTED = 1024  # numbers of an array that is read: no model has as many layers
 
 
@@ -57,11 +61,11 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _GgufCursor:
-    """Reads little-endian values one after the other and never past the end."""
+    """Reads little-endian values one after the other, never past the end, and no more of them than a model has."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
-        self.offset = 0
+        self.offset = self.items = 0
 
     def skip(self, n_bytes: int) -> int:
         """The offset before the skip."""
@@ -75,8 +79,10 @@ class _GgufCursor:
         layout = "<" + code
         return struct.unpack_from(layout, self.data, self.skip(struct.calcsize(layout)))[0]
 
-    def string(self) -> str:
+    def string(self, longest: int = LONGEST_NAME) -> str:
         length = self.number("Q")
+        if length > longest:
+            raise ValueError(f"its header has a text of {length:,} bytes, and none there has more than {longest:,}")
         start = self.skip(length)
         return self.data[start : start + length].decode("utf-8", errors="replace")
 
@@ -85,10 +91,13 @@ class _GgufCursor:
         if kind in GGUF_SCALARS:
             return self.number(GGUF_SCALARS[kind])
         if kind == GGUF_STRING:
-            return self.string()
+            return self.string(LONGEST_TEXT)
         if kind != GGUF_ARRAY:
             raise ValueError(f"its header has a value of unknown type {kind}")
         item, count = self.number("I"), self.number("Q")
+        self.items += count
+        if self.items > MOST_ITEMS:
+            raise ValueError(f"its header has lists of {self.items:,} values; no model has more than {MOST_ITEMS:,}")
         if item in GGUF_SCALARS and count <= GGUF_MAX_LISTED:
             return [self.number(GGUF_SCALARS[item]) for _ in range(count)]
         if item in GGUF_SCALARS:
@@ -109,6 +118,9 @@ def _check_gguf(cursor: _GgufCursor) -> GgufHeader:
     version, n_tensors, n_values = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in GGUF_VERSIONS:
         raise ValueError(f"its version is {version}, known are {', '.join(map(str, GGUF_VERSIONS))}")
+    for count, most, what in ((n_values, MOST_VALUES, "metadata keys"), (n_tensors, MOST_TENSORS, "tensors")):
+        if count > most:
+            raise ValueError(f"its header names {count:,} {what}, and no model has more than {most:,}")
     metadata = {}
     for _ in range(n_values):
         key = cursor.string()
@@ -126,10 +138,20 @@ def _check_gguf(cursor: _GgufCursor) -> GgufHeader:
             raise EOFError(f"it ends at byte {size:,}, tensor {name!r} at {start + info.offset + info.n_bytes:,}")
         tensors[name] = TensorInfo(info.kind, info.shape, start + info.offset, info.n_bytes)
     _check_apart(tensors)
-    layers = metadata.get(f"{metadata.get('general.architecture')}.block_count", 0)
-    if isinstance(layers, int) and layers > len(tensors):  # a model of that many would be built before weights are read
-        raise ValueError(f"it names {layers} layers and has {len(tensors)} tensors")
+    _check_counts(metadata, tensors, cursor.items)
     return GgufHeader(metadata, tensors)
+
+
+def _check_counts(metadata: dict[str, Any], tensors: dict[str, TensorInfo], items: int) -> None:
+    """Counts against what the file holds: a model would be built, or a tokenizer, before a tensor is read."""
+    layers = metadata.get(f"{metadata.get('general.architecture')}.block_count", 1)
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= len(tensors):
+        raise ValueError(f"it names {layers} layers and has {len(tensors)} tensors")
+    vocabulary = tensors.get("token_embd.weight")
+    rows = vocabulary.shape[0] if vocabulary is not None and vocabulary.shape else 0
+    most = ITEMS_A_TOKEN * max(rows, LEAST_TOKENS)
+    if items > most:
+        raise ValueError(f"its header has lists of {items:,} values; {rows:,} tokens have no more than {most:,}")
 
 
 def _check_apart(tensors: dict[str, TensorInfo]) -> None:
@@ -150,6 +172,8 @@ def _tensor_info(cursor: _GgufCursor) -> TensorInfo:
         raise ValueError(f"a tensor has {n_dims} dimensions, more than {GGUF_MAX_DIMS}")
     shape = tuple(cursor.number("Q") for _ in range(n_dims))[::-1]
     kind, offset = cursor.number("I"), cursor.number("Q")
+    if 0 in shape:
+        raise ValueError(f"a tensor has shape {shape}, without a number in it")
     if kind not in set(GGMLQuantizationType):
         raise ValueError(f"a tensor has the unknown type {kind}")
     block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import BLOCK_TYPES, BlockType
 from qzo.formats.gguf.experts import GgufExperts, expert_layers
+from qzo.formats.gguf.finite import check_blocks
 from qzo.formats.gguf.layer import GgufEmbedding, GgufLinear
 from qzo.formats.gguf.metadata import ending_tokens
 from qzo.formats.gguf.places import STACKS, Place, Plan, plan
@@ -85,13 +86,17 @@ class _Stacks:
 
 
 def _tensors(planned: Plan) -> Iterator[Read]:
-    """Every tensor of a file that goes into the model, its rows in the order of transformers."""
+    """Every tensor of a file that goes into the model, its rows in the order of transformers.
+
+    Raises QzoError for scales and numbers that are not finite.
+    """
     source = planned.source
     with source.path.open("rb") as file:
         for name, place in planned.places.items():
             info = source.header.tensors[name]
-            tensor = from_pairs(read_tensor(file, source.path, name, info), place.heads)
-            yield place, tensor, BLOCK_TYPES.get(info.kind)
+            tensor = read_tensor(file, source.path, name, info)
+            check_blocks(source.path, name, tensor, info)
+            yield place, from_pairs(tensor, place.heads), BLOCK_TYPES.get(info.kind)
 
 
 def _plain(tensor: Tensor, kind: BlockType | None, shift: float, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 """Checkpoints of HQQ: `qmodel.pt` as the library saves it, and safetensors as it and transformers 4 do.
 
 qmodel.pt      a dictionary path -> {W_q, scale, zero, bias, and settings as Python values}; old ones keep all but
-               W_q and bias in a dictionary `meta`. Read with PyTorch's weights-only unpickler, which runs no code,
-               and mapped, so that no data is read before all is checked.
+               W_q and bias in a dictionary `meta`. Looked through first (`pickles.py`), then read with PyTorch's
+               weights-only unpickler, which runs no code, and mapped, so that no data is read before all is checked.
 *.safetensors  the same under "path.W_q", ..., each setting a small tensor: a number, or a string's characters.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from qzo.errors import QzoError, named
 from qzo.formats.hqq.layer import HqqLinear, HqqOrigin
 from qzo.formats.hqq.library import from_meta, parts
+from qzo.formats.hqq.pickles import check_archive
 from qzo.models.folder import Header, headers_in, one_line, opened, read_tensors_of, weight_files
 from qzo.models.rewrite import Write, rewriting
 from qzo.models.settings import Source
@@ -75,6 +76,7 @@ def _write_qmodel(source: Source, tensors: dict[str, Tensor], target: Path) -> N
 def _from_pickle(source: Source) -> tuple[StoredModel, State]:
     """What a qmodel.pt holds, and its content."""
     file = source.path / QMODEL
+    check_archive(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of the unpickler, the archive or the file: all of them mean that it cannot be used
