@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -11,11 +12,10 @@ from cases_aqlm import CASES as AQLM
 from cases_awq import CASES as AWQ
 from cases_bnb import CASES as BNB
 from cases_compressed import CASES as COMPRESSED
-from cases_gguf import CASES as GGUF
 from cases_gptq import CASES as GPTQ
 from cases_hqq import CASES as HQQ
 from cases_torchao import CASES as TORCHAO
-from gguf_files import stored_tensors, tiny, write_gguf
+from gguf_files import K_QUANTS, SIMPLE, stored_tensors, tiny, write_gguf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import write_plain
@@ -81,17 +81,17 @@ def test_an_unquantized_model_with_one_is_refused_too(plain, tmp_path, where):
     assert all(where in told for told in refusals(folder))
 
 
-@pytest.mark.parametrize("kind", [*dict.fromkeys(case.name.removeprefix("gguf-") for case in GGUF if case), "Q6_K"])
+@pytest.mark.parametrize("kind", [*SIMPLE, *K_QUANTS])
 def test_every_scale_of_a_gguf_file_is_looked_at(tmp_path, kind):
     name = "blk.1.ffn_up.weight"
-    file = write_gguf(tiny(hidden=256), tmp_path / "model.gguf", kind if kind in HALVES else "Q4_0")
-    stored = stored_tensors(file)
-    kind, block = stored[name].tensor_type.name, stored[name].data.shape[1] // (256 // 32)
-    data, start = file.read_bytes(), stored[name].data_offset + stored[name].n_bytes
-    block = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}[kind]
+    file = write_gguf(tiny(hidden=256), tmp_path / "model.gguf", kind)
+    stored = stored_tensors(file)[name]
+    assert stored.tensor_type.name == kind
+    data, end = file.read_bytes(), stored.data_offset + stored.n_bytes
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
     for number in HALVES[kind]:
         changed = bytearray(data)
-        place = start - block + number
+        place = end - block + number
         changed[place : place + 2] = np.array([np.inf], "<f2").tobytes()
         file.write_bytes(changed)
         for dequantize in (True, False):
@@ -109,3 +109,18 @@ def test_one_number_among_many_is_found_wherever_it_is(dtype, bad):
         changed = numbers.clone()
         changed[place] = bad
         assert not is_finite(changed) and not is_finite(changed.expand(2, 101).t())
+
+
+@pytest.mark.parametrize("kind", list(HALVES))
+def test_the_places_of_scales_are_those_of_the_library(kind):
+    """A NaN there, and in no other two bytes, makes weights that are no numbers; types it cannot rebuild aside."""
+    number = gguf.GGMLQuantizationType[kind]
+    size = gguf.GGML_QUANT_SIZES[number][1]
+    for place in HALVES[kind]:
+        block = np.zeros(size, np.uint8)
+        block[place : place + 2] = np.array([np.nan], "<f2").view(np.uint8)
+        try:
+            weights = gguf.dequantize(block[None], number)
+        except NotImplementedError:
+            pytest.skip(f"the library cannot rebuild {kind}")
+        assert np.isnan(weights).any()
