@@ -8,12 +8,15 @@ from typing import Any
 
 from qzo.errors import QzoError
 
+LOOPS = ("trainer", "plain")
+
 
 @dataclass(frozen=True)
 class Recipe:
     """What a training script states. `peft` is None where every weight is trained; `kbit` are the options of
     `prepare_model_for_kbit_training`, None where it is not called; `lengths` are the tokens of the rows, again and
-    again, padded on the right to the longest of their batch.
+    again, padded on the right to the longest of their batch. `loop` is who runs the steps: the Trainer of transformers,
+    or a "plain" loop, which holds the model's outputs until the next forward returns and drops gradients before it.
     """
 
     name: str
@@ -27,6 +30,9 @@ class Recipe:
     batch_size: int = 2
     lengths: tuple[int, ...] = (1024,)
     max_shard_size: str = "50GB"
+    loop: str = "trainer"
+    use_cache: bool = False
+    masked: bool = False  # an attention mask that is not all ones, even where all lengths are the same
 
 
 def parse(stated: Mapping[str, Any]) -> Recipe:
@@ -40,4 +46,6 @@ def parse(stated: Mapping[str, Any]) -> Recipe:
     values: dict[str, Any] = dict(stated)
     if "lengths" in values:
         values["lengths"] = tuple(values["lengths"])
+    if values.get("loop", LOOPS[0]) not in LOOPS:
+        raise QzoError(f"loop={values['loop']!r} of a recipe is unknown; choose {' or '.join(LOOPS)}")
     return Recipe(**values)

@@ -37,7 +37,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One allocation (`sign` 1) or release (`sign` -1) in the phase that was current."""
+    """One allocation (`sign` 1) or release (`sign` -1) in the phase that was current; 0 empties the cache."""
 
     sign: int
     block: Block
@@ -161,6 +161,10 @@ class Ledger(TorchDispatchMode):
     def release(self, block: Block) -> None:
         """Record that `block` was given back."""
         self.events.append(Event(-1, block, self._phase))
+
+    def empty_cache(self) -> None:
+        """Record torch.cuda.empty_cache(): what is free goes back to the GPU. Nothing to who counts what is alive."""
+        self.events.append(Event(0, Block(0), self._phase))
 
     # ---- knowing the roles
 

@@ -29,7 +29,7 @@ MicroBatch = dict[str, Tensor]
 
 
 class RecipeStep:
-    """Optimizer steps of a prepared recipe.
+    """Optimizer steps of a prepared recipe, as the Trainer runs them.
 
     Args:
         model: with its adapters, in training mode.
@@ -67,10 +67,30 @@ class RecipeStep:
         torch._foreach_mul_(grads, (1.0 / (norm + 1e-6)).clamp(max=1.0))
 
 
+class PlainStep(RecipeStep):
+    """The same by a loop of one's own, as PEFT's comparison of methods has it (method_comparison/MetaMathQA): its name
+    `outputs` is bound anew only when the next forward returns, and gradients are dropped before that forward.
+    """
+
+    outputs: Any = None
+
+    def __call__(self, micro_batches: Sequence[MicroBatch]) -> None:
+        self.optimizer.zero_grad()
+        for batch in micro_batches:
+            with self.autocast() if self.autocast else nullcontext():
+                self.outputs = self.model(**batch)
+            self.outputs.loss.backward()
+        self._clip()
+        self.optimizer.step()
+
+
+STEP_OF = {"trainer": RecipeStep, "plain": PlainStep}
+
+
 def loaded(recipe: Recipe, world: World) -> PreTrainedModel:
     """The model as `from_pretrained` leaves it, quantized where the recipe says so."""
     model = world.model(getattr(torch, recipe.dtype))
-    model.config.use_cache = False
+    model.config.use_cache = recipe.use_cache
     asked = recipe.quantization or {}
     if asked.get("load_in_8bit"):
         return to_int8(model)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.cases.notices import ignore_future_warnings
-from bench.validation import recorded
+from bench.validation import published, recorded
 from bench.validation.measurement import METRICS, measured_bytes, parse
 from qzo.errors import QzoError
 
@@ -62,6 +62,10 @@ def _predicted(row: Row) -> dict[str, int]:
         from bench.validation.recipes import predict_row
 
         return predict_row(row)
+    if published.is_published(row):
+        from bench.validation.recipes import predict_published
+
+        return predict_published(row)
     from bench.validation.predict import predict
 
     return predict(parse(row))

@@ -1,9 +1,9 @@
 """Measurement files, and the measurements in them that were made by others: checked and turned into bytes.
 
 A file has one JSON object a line: a record of our own (`bench.validation.recorded`), a row with a `recipe`
-(`bench.validation.recipes`), or a row of others, whose keys are those of `fitcheck-llm`'s archive: what was trained
-(model_id, architecture, method, base_dtype, attention, batch_size, seq_len, lora_rank, lora_targets,
-gradient_checkpointing, optimizer, gpu), and `measured_mib`.
+(`bench.validation.recipes`), one that others published (`bench.validation.published`), or a row of `fitcheck-llm`'s
+archive, whose keys are what was trained (model_id, architecture, method, base_dtype, attention, batch_size, seq_len,
+lora_rank, lora_targets, gradient_checkpointing, optimizer, gpu), and `measured_mib`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from bench.cases.models import ModelSource
 from bench.cases.recipe import Recipe, parse
 from bench.ledger.ledger import Ledger
 from bench.methods.int8 import int8_rules
-from bench.methods.recipes import AUTOCAST, MicroBatch, RecipeStep, loaded, optimizer_of, with_adapters
+from bench.methods.recipes import AUTOCAST, STEP_OF, MicroBatch, loaded, optimizer_of, with_adapters
 from bench.simulator.allocator.replay import ROUND_BYTES, replay
 from bench.simulator.cuda.attention import preference
 from bench.simulator.cuda.autocast import MetaAutocast
@@ -22,6 +22,7 @@ from bench.simulator.cuda.kernels import CudaFunctions, rules
 from bench.simulator.shared import collector_off, number_of_experts
 from bench.validation.measurement import source_of
 from bench.validation.predict import see_loading
+from bench.validation.published import recipe_of
 from bench.worlds.sim import SimWorld
 
 STEPS = 3
@@ -33,6 +34,11 @@ def predict_row(row: Mapping[str, Any]) -> dict[str, int]:
     """The figures of a measurement of a recipe. Raises QzoError for an unknown field, model or GPU."""
     source = source_of(row["model_id"], row.get("architecture") or {})
     return figures(predict(parse(row["recipe"]), source, gpus.find(row["gpu"])))
+
+
+def predict_published(row: Mapping[str, Any]) -> dict[str, int]:
+    """The same of a row that others published. Raises QzoError for what no recipe says."""
+    return figures(predict(recipe_of(row), source_of(row["model_id"], row["architecture"]), gpus.find(row["gpu"])))
 
 
 def figures(predicted: Mapping[str, Any]) -> dict[str, int]:
@@ -53,7 +59,7 @@ def predict(recipe: Recipe, source: ModelSource, gpu: Gpu) -> dict[str, Any]:
     attention = recipe.attention if recipe.attention == "eager" else preference(gpu.compute_capability)[0]
     functions = partial(CudaFunctions, attention, gpu.compute_capability)
     world = SimWorld(source, attention, functions)
-    table = rules(gpu, number_of_experts(source.config), padded=len(recipe.lengths) > 1)
+    table = rules(gpu, number_of_experts(source.config), padded=recipe.masked or len(recipe.lengths) > 1)
     if (recipe.quantization or {}).get("load_in_8bit"):
         table |= int8_rules()
     ledger = Ledger("meta", ROUND_BYTES, table)
@@ -66,12 +72,14 @@ def predict(recipe: Recipe, source: ModelSource, gpu: Gpu) -> dict[str, Any]:
             parameter.requires_grad_(True)
     autocast = next((dtype for name, dtype in AUTOCAST.items() if recipe.arguments.get(name)), None)
     world.amp = autocast is not None
-    step = RecipeStep(
+    step = STEP_OF[recipe.loop](
         adapted, optimizer_of(recipe, adapted), partial(MetaAutocast, dtype=autocast) if autocast else None
     )
     with ledger, functions():
         for number, batches in enumerate(steps_of(recipe), 1):
             ledger.enter(f"step {number}")
+            if recipe.arguments.get("torch_empty_cache_steps"):
+                ledger.empty_cache()
             step(batches)
     replayed = replay(ledger)
     peaks = [replayed.phase_peaks[f"step {number}"] for number in range(1, STEPS + 1)]
@@ -94,10 +102,11 @@ def steps_of(recipe: Recipe) -> Iterator[list[MicroBatch]]:
 
 
 def shapes_of(recipe: Recipe) -> Iterator[tuple[int, int]]:
-    """[rows, longest] of each batch, the rows shuffled as the Trainer shuffles them."""
+    """[rows, longest] of each batch; the Trainer shuffles rows."""
     count = STEPS * recipe.batch_size * recipe.arguments.get("gradient_accumulation_steps", 1)
     lengths = [recipe.lengths[index % len(recipe.lengths)] for index in range(count)]
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist()
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist()
+    order = shuffled if recipe.loop == "trainer" else range(count)
     for start in range(0, count, recipe.batch_size):
         rows = order[start : start + recipe.batch_size]
         yield len(rows), max(lengths[row] for row in rows)

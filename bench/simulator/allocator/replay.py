@@ -62,8 +62,10 @@ def replay(
             spans[id(event.block)] = allocator.malloc(event.block.nbytes)
             if allocator.allocated > peaks[phase]:
                 peaks[phase] = allocator.allocated
-        else:
+        elif event.sign < 0:
             allocator.free(spans.pop(id(event.block)))
+        else:
+            allocator.empty_cache()
     after_load = [nbytes for phase, nbytes in peaks.items() if phase != "load"]
     return Replay(
         peak_allocated=max(after_load, default=0),
