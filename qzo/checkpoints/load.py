@@ -14,6 +14,7 @@ from qzo.errors import QzoError
 from qzo.formats.gguf.files import GgufCheckpoint
 from qzo.formats.table import find
 from qzo.models.build import auto_class, config_of
+from qzo.models.causal import check_causal
 from qzo.models.finite import check_model
 from qzo.models.folder import download, headers_in, one_line, weight_files
 from qzo.models.origin import Origin, note_origin
@@ -52,8 +53,8 @@ def load(
     writes what `qzo.save` writes.
 
     Raises:
-        QzoError: nothing there, damaged or contradictory files, another quantization method, and numbers that are NaN
-            or infinite, of which all are looked at.
+        QzoError: nothing there, damaged or contradictory files, another quantization method, a language model whose
+            tokens see those after them (an encoder), and numbers that are NaN or infinite, of which all are looked at.
     """
     model: Any = _load(source, dtype, device, dequantize, revision)
     check_model(source, model)
@@ -144,6 +145,8 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
         raise QzoError(f"{source}: {one_line(error)}") from error
     model, report = loaded
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if "gguf_file" in options:  # all else was checked before it was built
+        check_causal(source, model.config, model)
     if unexpected and "gguf_file" in options:
         raise QzoError(
             f"{source} has {unexpected[0]}, for which {type(model).__name__} has no place; take the model's "

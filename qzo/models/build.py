@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from qzo.errors import QzoError
+from qzo.models.causal import check_causal, check_whole
 from qzo.models.folder import one_line
 from qzo.models.names import TEXT_PARTS
 from qzo.quiet import quiet_libraries
 
+CAUSAL = "AutoModelForCausalLM"
 HEADS = {  # what the name of a class ends in -> who knows such classes
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -21,7 +23,8 @@ HEADS = {  # what the name of a class ends in -> who knows such classes
 def build(folder: Path, dtype: torch.dtype, part: bool) -> tuple[Any, bool]:
     """The model on meta, and whether it is the text part of a multimodal one, which is built where `part` allows it.
 
-    Raises QzoError for a configuration that transformers does not build.
+    Raises QzoError for a configuration that transformers does not build, and for a model with the head of a language
+    model whose tokens see those after them.
     """
     try:
         with quiet_libraries():
@@ -31,11 +34,21 @@ def build(folder: Path, dtype: torch.dtype, part: bool) -> tuple[Any, bool]:
             if hasattr(one, "quantization_config"):
                 del one.quantization_config
         with quiet_libraries(), torch.device("meta"):
-            if part and text is not config:
-                return _text_part(config, text, folder, dtype), True
-            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False), False
+            is_part, kind = part and text is not config, auto_class(config)
+            is_causal = kind.__name__ == CAUSAL
+            if is_causal:
+                check_whole(folder, config)
+            if is_part:
+                model = _text_part(config, text, folder, dtype)
+            else:
+                model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+    except QzoError:
+        raise
     except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
         raise QzoError(f"{folder}: {one_line(error)}") from error
+    if is_causal:  # a classifier may look both ways
+        check_causal(folder, config, model)
+    return model, is_part
 
 
 def config_of(folder: Path) -> Any:
@@ -58,7 +71,7 @@ def auto_class(config: Any) -> Any:
     import transformers
 
     name = str(next(iter(getattr(config, "architectures", None) or ()), ""))
-    kind = next((kind for end, kind in HEADS.items() if name.endswith(end)), "AutoModelForCausalLM")
+    kind = next((kind for end, kind in HEADS.items() if name.endswith(end)), CAUSAL)
     return getattr(transformers, kind)
 
 

@@ -15,6 +15,7 @@ from qzo.formats.gguf.header import TensorInfo
 from qzo.formats.gguf.rope import FACTORS
 from qzo.formats.gguf.source import GgufSource, open_gguf, type_name
 from qzo.models.experts import check_experts, looks_like_experts
+from qzo.models.causal import check_causal
 from qzo.models.folder import one_line
 from qzo.models.walk import output_head
 from qzo.quiet import quiet_libraries
@@ -88,9 +89,11 @@ def _skeleton(source: GgufSource, dtype: torch.dtype) -> Any:
 
     try:
         with quiet_libraries(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(source.config, dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(source.config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise QzoError(f"{source.path} has a config that does not build: {one_line(error)}") from error
+    check_causal(source.path, source.config, model)
+    return model
 
 
 def _places(source: GgufSource, model: nn.Module) -> tuple[dict[str, Place], list[Place]]:
