@@ -70,7 +70,8 @@ def _quantized_as(case: BenchCase, world: World, model: PreTrainedModel, name: s
     about = quantize_as(model, name, case.group_size, case.seed, embeddings)
     signed = has_signed_scales(model)  # before there may be fake tensors, which tell nothing
     placed = world.place(model).eval()
-    optimizer = qzo.QZO(qzo.scales(placed), lr=1e-7, eps=EPS, seed=case.seed, relative=True, nonnegative=not signed)
+    trained = qzo.scales(placed, vocabulary=True)
+    optimizer = qzo.QZO(trained, lr=1e-7, eps=EPS, seed=case.seed, relative=True, nonnegative=not signed)
     prepared = _prepared(placed, optimizer, "qzo")
     prepared.quantization = about
     note = FORMATS[name].note
@@ -81,7 +82,7 @@ def _quantized_as(case: BenchCase, world: World, model: PreTrainedModel, name: s
 def _trained_scales(model: nn.Module, case: BenchCase) -> Prepared:
     """QZO with the paper's settings; scales of 8-bit codes are 17 times smaller, and so is their eps."""
     model.eval()
-    scales = qzo.scales(model)
+    scales = qzo.scales(model, vocabulary=True)
     fine = {name for name in scales if getattr(model.get_submodule(name.rpartition(".")[0]), "n_bits", 4) == 8}
     groups = [
         {"params": {name: scale for name, scale in scales.items() if (name in fine) is small}, "eps": eps}

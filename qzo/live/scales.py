@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
@@ -11,46 +13,46 @@ COMPONENT = {"qweight": "codes", "qzeros": "zero_points", "blocks": "codes"}  # 
 COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 
 
-def scales(model: nn.Module, layers: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """Name -> scale tensor of every quantized layer; the next forward sees what is written into one in place.
+def scales(model: nn.Module, layers: tuple[int, int] | None = None, vocabulary: bool = False) -> dict[str, Tensor]:
+    """Name -> scale tensor of every quantized linear layer; the next forward sees what is written into one in place.
 
-    `layers` (first, last), counted from 0 and both included, takes those of some decoder layers only.
+    This is what `qzo train` and `QZOTrainer` train. The scales of a quantized vocabulary (embedding, and head where the
+    two share a table) are left out: those of 8-bit codes are 17 times smaller than those of 4-bit ones, and no one eps
+    and lr suit both.
+
+    Args:
+        model: with quantized layers.
+        layers: (first, last), counted from 0 and both included, takes those of some decoder layers only.
+        vocabulary: take those of a quantized vocabulary too; give them an eps of their own, or relative amounts.
 
     The name is the module's path and ".scales". Shapes are those that the format has, see the docstrings of its layers:
     [K/g, N] for GPTQ, [V, K/g] for an embedding (once, where the head shares it); fp32, fp16 or bf16. Ask again after
-    `model.to(...)`, which makes new tensors. Raises QzoError for a model without quantized layers, and for one that has
-    K-quants only, whose scales are quantized themselves.
+    `model.to(...)`, which makes new tensors. Raises QzoError for a model without quantized layers, for one that has
+    K-quants only, whose scales are quantized themselves, or a vocabulary alone, and for layers that it does not have.
     """
     quantized = quantized_layers(model)
-    found: dict[str, Tensor] = {
-        f"{path}.scales" if path else "scales": layer.scales
-        for path, layer in quantized.items()
-        if layer.scales is not None
-    }
     if not quantized:
         raise QzoError(f"{type(model).__name__} has no quantized layer; call qzo.quantize(model) first")
-    if not found:
+    every = {path: layer for path, layer in quantized.items() if layer.scales is not None}
+    if not every:
         names = sorted({layer.type_name for layer in quantized.values()})
         raise QzoError(f"the scales of {', '.join(names)} are quantized themselves; take a Q4_0, Q4_1 or Q8_0 file")
-    return found if layers is None else in_layers(found, *layers)
+    found: dict[str, Tensor] = {
+        f"{path}.scales" if path else "scales": layer.scales
+        for path, layer in every.items()
+        if layer.scales is not None and (vocabulary or not layer.is_table)
+    }
+    if not found:
+        raise QzoError(
+            "only the vocabulary has scales that can be trained, which is left out unless asked for: "
+            "qzo.scales(model, vocabulary=True); or take a Q4_0, Q4_1 or Q8_0 file"
+        )
+    return found if layers is None else in_layers(found, *layers, paths=[name for name, _ in model.named_modules()])
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
     """Path -> module with codes and scales, of whatever format; a shared one once."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Quantized)}
-
-
-def linear_scales(model: nn.Module) -> dict[str, Tensor]:
-    """Those of `scales(model)` that `qzo train` and `QZOTrainer` train: of linear layers, not of the vocabulary.
-
-    The scales of an 8-bit vocabulary are so much smaller than those of 4-bit layers that no one eps suits both. Raises
-    QzoError where `scales` does, and where the vocabulary alone has scales.
-    """
-    tables = {f"{path}.scales" for path, layer in quantized_layers(model).items() if layer.is_table}
-    found = {name: tensor for name, tensor in scales(model).items() if name not in tables}
-    if not found:
-        raise QzoError("only the vocabulary has scales that can be trained; take a Q4_0, Q4_1 or Q8_0 file")
-    return found
 
 
 def has_signed_scales(model: nn.Module) -> bool:
@@ -61,19 +63,34 @@ def has_signed_scales(model: nn.Module) -> bool:
     return any(layer.signed for layer in quantized_layers(model).values())
 
 
-def in_layers(named: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
-    """Those of some named tensors that belong to the decoder layers first ... last.
+def in_layers(named: dict[str, Tensor], first: int, last: int, paths: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Those of some named tensors that belong to the decoder layers first ... last, which must be there.
 
-    The number of a layer is the first one in its path, as in model.layers.12.mlp.up_proj. Raises QzoError where there
-    is none of them.
+    The number of a layer is the first one in its path, as in model.layers.12.mlp.up_proj. `paths` are more of the
+    model's, of layers that have no such tensor. Raises QzoError for a layer that is not there, and where none of them
+    has such a tensor.
     """
-    numbers = {name: next((int(part) for part in name.split(".") if part.isdigit()), None) for name in named}
-    found = {name: tensor for name, tensor in named.items() if (n := numbers[name]) is not None and first <= n <= last}
-    if not found:
-        known = [number for number in numbers.values() if number is not None]
+    places = {name: _place(name) for name in named}
+    stacks = {place[0] for place in places.values() if place is not None}
+    known = {place[1] for path in (*named, *paths) if (place := _place(path)) is not None and place[0] in stacks}
+    if not known or last > max(known):
         has = f"layers {min(known)} ... {max(known)}" if known else "no numbered layers"
-        raise QzoError(f"there are no layers {first} ... {last}; this model has {has}")
+        raise QzoError(f"there are no layers {first} ... {last}; this model has {has}, a range must lie within")
+    within = {name for name, place in places.items() if place is not None and first <= place[1] <= last}
+    found = {name: tensor for name, tensor in named.items() if name in within}
+    if not found:
+        raise QzoError(f"layers {first} ... {last} have nothing that can be trained; choose others")
     return found
+
+
+def _place(path: str) -> tuple[str, int] | None:
+    """What comes before the first number of a path, and the number."""
+    before: list[str] = []
+    for part in path.split("."):
+        if part.isdecimal():
+            return ".".join(before), int(part)
+        before.append(part)
+    return None
 
 
 def quantized_tensors(model: nn.Module) -> dict[str, list[Tensor]]:

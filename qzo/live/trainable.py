@@ -10,19 +10,21 @@ from qzo.errors import QzoError
 from qzo.live.scales import has_signed_scales, quantized_layers, scales
 from qzo.optim.groups import TRAINABLE
 
-PARTS = ("scales", "offsets", "codebooks", "unquantized")
-CALLED = {"codebooks": "codebook", "unquantized": "unquantized parameter"}
+PARTS = ("scales", "offsets", "vocabulary", "codebooks", "unquantized")
+CALLED = {"vocabulary": "quantized vocabulary", "codebooks": "codebook", "unquantized": "unquantized parameter"}
 
 
 def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
     """Parameter groups of a quantized model for `qzo.QZO`.
 
-        "scales"               Δ of every quantized layer, `qzo.scales(model)`
+        "scales"               Δ of every quantized linear layer, `qzo.scales(model)`
         "scales+offsets"       the same, and in offset formats (w = q s + m, layers with a tensor `offsets` beside
                                `scales`) each offset follows its scale by the same relative amount, one z a scale: the
                                paper's Δ ⊙ W_int, see `qzo.optim.offsets`. With "scales" alone such an offset stays
                                where it is, which is another perturbation. Integer zero points always move with their
                                scale, so for GPTQ layers, symmetric or not, both sets are the same.
+        "scales+vocabulary"    also the scales of a quantized vocabulary, in a group of their own: give it an eps that
+                               suits them, or train all by relative amounts.
         "scales+codebooks"     also the codebooks of AQLM layers by plain SPSA, without max(., 0): 65,536 entries of 8
                                numbers a layer for 1x16. The codes stay.
         "scales+unquantized"   also every other floating-point parameter (norms, biases, embeddings, head) by plain
@@ -32,9 +34,9 @@ def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
     Models with Q4_0 or Q5_0 blocks of GGUF files, whose scales may be negative, get `nonnegative=False` for all scales,
     and so do AQLM models with a negative scale.
 
-    All of them may be joined. Groups are in the order scales, codebooks, unquantized, and take options of their own
-    before they are given to QZO: `groups[-1]["lr"] = 1e-7`. QZO keeps fp32 masters of all it trains: 4 bytes a number,
-    for an embedding table too. Adapters are left out.
+    All of them may be joined. Groups are in the order scales, vocabulary, codebooks, unquantized, and take options of
+    their own before they are given to QZO: `groups[-1]["lr"] = 1e-7`. QZO keeps fp32 masters of all it trains: 4 bytes
+    a number, for an embedding table too. Adapters are left out.
 
     Raises QzoError for an unknown set and for a model without quantized layers.
     """
@@ -42,13 +44,22 @@ def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
     if "scales" not in parts or not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
         sets = ", ".join(f'"scales+{part}"' for part in PARTS[1:])
         raise QzoError(f'what="{what}" is not known; choose "scales", {sets}')
-    groups = [scale_group(model, scales(model), follow="offsets" in parts)]
+    follow = "offsets" in parts
+    groups = [scale_group(model, scales(model), follow)]
+    if "vocabulary" in parts:
+        groups.append(scale_group(model, _of_vocabulary(model), follow))
     for part, find in (("codebooks", codebooks), ("unquantized", _unquantized)):
         if part in parts:
             groups.append({"params": find(model), "nonnegative": False})
-            if not groups[-1]["params"]:
-                raise QzoError(f'{type(model).__name__} has no {CALLED[part]}; choose "scales"')
+    for part, group in zip([part for part in PARTS if part in parts and part != "offsets"], groups, strict=True):
+        if not group["params"]:
+            raise QzoError(f'{type(model).__name__} has no {CALLED[part]}; choose "scales"')
     return groups
+
+
+def _of_vocabulary(model: nn.Module) -> dict[str, Tensor]:
+    own = scales(model)
+    return {name: tensor for name, tensor in scales(model, vocabulary=True).items() if name not in own}
 
 
 def scale_group(model: nn.Module, named: dict[str, Tensor], follow: bool = True) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.optim import offsets, rules
+from qzo.optim.eps import check_eps
 from qzo.optim.estimator import Estimator
 from qzo.optim.groups import Group, check_sign
 from qzo.optim.noise import chunk_elements
 from qzo.optim.reach import largest_of
-from qzo.optim.spsa import Applied, Parameters, SpsaOptimizer, flat
+from qzo.optim.spsa import Applied, Closure, Parameters, SpsaOptimizer, flat
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,7 +38,7 @@ class QZO(SpsaOptimizer):
             name -> tensor, which follow them, see `qzo.optim.offsets`.
         lr: η. Groups may have their own `lr`, `eps`, `clip_threshold`, and all options below down to `adam_eps`; any
             torch.optim.lr_scheduler works.
-        eps: ε, step of the finite difference.
+        eps: ε, step of the finite difference; larger than the scales themselves it is refused at the first step.
         clip_threshold: C, None turns clipping off.
         seed: with the step counter it makes z, see `qzo.optim.noise`.
         relative: perturb by eps Δ z and update by lr d' z Δ: both are relative amounts, and d is the change of the
@@ -184,6 +186,15 @@ class QZO(SpsaOptimizer):
                     return False
             del mixed
         return True
+
+    def step(self, closure: Closure | Iterable[Closure] | None = None) -> float:  # type: ignore[override]
+        """As the base class. Raises QzoError before the first step for an eps that is larger than the scales too."""
+        if self.steps == 0:
+            for group in self.param_groups:
+                names = group.get("param_names") or [f"tensor {number}" for number in range(len(group["params"]))]
+                if group["nonnegative"] or all(name.endswith("scales") for name in names):
+                    check_eps(zip(names, group["params"], strict=True), group["eps"], group["relative"])
+        return super().step(closure)
 
     def _perturb(self, direction: int, sign: int) -> None:
         for index, _, number, tensor in self._tensors():

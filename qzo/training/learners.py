@@ -15,9 +15,10 @@ from qzo.durable import read_tensors, write_tensors
 from qzo.errors import QzoError
 from qzo.journal.journal import Journal
 from qzo.live.adapters import adapters, put_adapters
-from qzo.live.scales import in_layers, linear_scales, quantized_layers
+from qzo.live.scales import in_layers, quantized_layers, scales
 from qzo.live.trainable import scale_group
 from qzo.models.walk import freeze
+from qzo.optim import eps
 from qzo.optim.mezo import MeZO
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import SpsaOptimizer, live_tensors
@@ -226,7 +227,9 @@ def _zeroth_order(model: nn.Module, settings: TrainSettings) -> SpsaOptimizer:
 
 def _trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:
     """Name -> live tensor, of what a zeroth-order method trains: for QZO, the scales of linear layers."""
-    named: dict[str, Tensor] = linear_scales(model) if settings.method == "qzo" else {**dict(model.named_parameters())}
+    if settings.method == "qzo":
+        return scales(model, settings.layer_range)
+    named: dict[str, Tensor] = {**dict(model.named_parameters())}
     return named if settings.layer_range is None else in_layers(named, *settings.layer_range)
 
 
@@ -235,6 +238,12 @@ def check_model(model: nn.Module, settings: TrainSettings, source: str) -> None:
     _check_kind(model, settings.method, source)
     if settings.layer_range is not None or settings.method == "qzo":
         _trained(model, settings)
+
+
+def check_eps(model: nn.Module, settings: TrainSettings) -> None:
+    """Raise QzoError for an eps that is larger than the scales that would be trained; QZO says so too, but later."""
+    if settings.method == "qzo":
+        eps.check_eps(_trained(model, settings).items(), settings.eps, settings.relative)
 
 
 def _check_kind(model: nn.Module, method: str, source: str) -> None:

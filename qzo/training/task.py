@@ -20,7 +20,7 @@ from qzo.models.positions import row_length
 from qzo.models.prefix import SharedPrefix
 from qzo.signals import Stopped, held, interruptible
 from qzo.training.batches import batch_numbers
-from qzo.training.learners import check_model, make_learner
+from qzo.training.learners import check_eps, check_model, make_learner
 from qzo.training.loop import Trained, train
 from qzo.training.progress import Progress, lines_of, tell
 from qzo.training.run import RUN, Result, Run, check_folder, dtype_of, read_run
@@ -67,6 +67,8 @@ def train_task(
     packed = settings.method in QUANTIZED
     model: Any = load(source, dtype_of(asdict(settings)), _device(), dequantize=not packed).eval()
     check_model(model, settings, source)
+    if not (out / RUN).is_file():
+        check_eps(model, settings)
     encoder = tasks.Encoder(task, load_tokenizer(source), row_length(model, settings.max_length, source))
     for notice in cut_notices(encoder, splits):  # all are encoded now, so that one that does not fit is told now
         tell(f"notice: {notice}")

@@ -18,7 +18,7 @@ from qzo.errors import QzoError
 from qzo.journal import lines
 from qzo.journal.journal import Journal
 from qzo.live.check import check_live
-from qzo.live.scales import linear_scales
+from qzo.live.scales import scales
 from qzo.live.trainable import scale_group
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
@@ -123,7 +123,7 @@ class QZOTrainer(ResumableTrainer):
         made = self.optimizer
         if made is None:
             options: dict[str, Any] = {"lr": self.args.learning_rate, "seed": self.args.seed}
-            made = QZO([scale_group(target, linear_scales(target))], **{**options, **self.qzo_options})
+            made = QZO([scale_group(target, scales(target))], **{**options, **self.qzo_options})
         if not isinstance(made, SpsaOptimizer):
             raise QzoError(f"a {type(made).__name__} needs gradients; give a qzo.QZO or qzo.MeZO, or no optimizer")
         places = {tensor.device.type for _, _, _, tensor in made._tensors()}

@@ -59,7 +59,8 @@ class GgufCheckpoint:
         header = read_gguf_header(self.path)
         counts = dict.fromkeys(("scales", "offsets", "codes", "unquantized"), 0)
         sizes, kinds = dict.fromkeys(counts, 0), set()
-        for info in header.tensors.values():
+        vocabulary = {"scales": 0, "offsets": 0}  # trained only where it is asked for, see qzo.scales
+        for tensor, info in header.tensors.items():
             kind, numbers = BLOCK_TYPES.get(info.kind), math.prod(info.shape)
             part = "unquantized" if info.kind in PLAIN_TYPES else "codes"
             counts[part] += numbers
@@ -68,8 +69,10 @@ class GgufCheckpoint:
             for quantity, has in (("scales", kind and kind.has_scale), ("offsets", kind and kind.has_offset)):
                 if kind is not None and has:
                     counts[quantity] += numbers // kind.n_weights
+                    vocabulary[quantity] += numbers // kind.n_weights if tensor == VOCABULARY else 0
                     sizes[quantity] += numbers // kind.n_weights * torch.float16.itemsize
                     sizes["codes"] -= numbers // kind.n_weights * torch.float16.itemsize
+        own = {part: counts[part] - vocabulary[part] for part in vocabulary}
         return Inspection(
             name,
             "gguf",
@@ -82,11 +85,12 @@ class GgufCheckpoint:
             counts=counts,
             sizes=sizes,
             trainable={
-                "scales": counts["scales"],
-                "scales+offsets": counts["scales"] + counts["offsets"],
-                "scales+unquantized": counts["scales"] + counts["unquantized"],
+                "scales": own["scales"],
+                "scales+offsets": own["scales"] + own["offsets"],
+                **({"scales+vocabulary": counts["scales"]} if vocabulary["scales"] else {}),
+                "scales+unquantized": own["scales"] + counts["unquantized"],
             },
-            reason=_obstacle(self.path, header, counts["scales"]),
+            reason=_obstacle(self.path, header, own["scales"]),
             moving="minima move with their scales",
         )
 
@@ -105,10 +109,11 @@ def _obstacle(path: Path, header: GgufHeader, scales: int) -> str | None:
     except QzoError as error:
         return str(error).removeprefix(f"{path}: ")
     if not scales:
-        return "no tensor has scales that are not quantized themselves; take a Q4_0, Q4_1 or Q8_0 file"
+        return "no layer has scales that are not quantized themselves; take a Q4_0, Q4_1 or Q8_0 file"
     return None
 
 
+VOCABULARY = "token_embd.weight"
 POSITION = {"scales": 0, "offsets": 1}  # of the fp16 number in a block
 
 

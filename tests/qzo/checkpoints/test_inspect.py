@@ -12,7 +12,7 @@ from qzo import load, quantize, trainable
 from qzo.checkpoints.inspect import inspect
 from qzo.checkpoints.save import save
 from qzo.commands.main import main
-from qzo.live.scales import quantized_bytes
+from qzo.live.scales import quantized_bytes, scales
 
 
 @pytest.fixture
@@ -157,7 +157,9 @@ def test_a_gguf_file_is_taken_apart_as_it_is_trained(tmp_path, capsys):
     found, model = inspect(file), load(file, dequantize=False)
     parts = quantized_bytes(model)
     assert found.version == "Q4_1" and found.group_size == 32 and found.reason is None
-    assert found.counts["scales"] == found.counts["offsets"] == parts["scale_count"] == found.trainable["scales"]
+    assert found.counts["scales"] == found.counts["offsets"] == parts["scale_count"]
+    assert found.trainable["scales"] == sum(scale.numel() for scale in scales(model).values())
+    assert found.trainable["scales+vocabulary"] == parts["scale_count"] > found.trainable["scales"]
     assert {name: found.sizes[name] for name in ("scales", "offsets", "codes")} == {
         name: parts[name] for name in ("scales", "offsets", "codes")
     }
@@ -168,7 +170,7 @@ def test_a_gguf_file_is_taken_apart_as_it_is_trained(tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["F32", "Q6_K"])
 def test_a_gguf_file_without_scales_to_train_says_so(tmp_path, kind):
     file = write_gguf(tiny(hidden=256), tmp_path / "tiny.gguf", kind)
-    assert inspect(file).reason.startswith("no tensor has scales that are not quantized themselves")
+    assert inspect(file).reason.startswith("no layer has scales that are not quantized themselves")
 
 
 @pytest.mark.parametrize("case", ["nowhere", "empty", "truncated", "pickle", "gguf", "damaged", "json", "config"])

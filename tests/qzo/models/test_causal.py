@@ -29,8 +29,23 @@ OTHERS = {
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
     "cpmant": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 64},
 }
-BERTS = """bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
-roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl""".split()
+BERTS = [
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+]
 
 
 def made(kind, **options):

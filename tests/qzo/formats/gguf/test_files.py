@@ -94,7 +94,7 @@ def test_scales_are_all_scales_of_the_file(tmp_path, kind):
     file = write_gguf(tiny(), tmp_path / "model.gguf", kind)
     model = load(file, dequantize=False)
     weights = {name: t for name, t in stored_tensors(file).items() if t.tensor_type.value not in PLAIN_TYPES}
-    count, found = sum(int(tensor.n_elements) // 32 for tensor in weights.values()), scales(model)
+    count, found = sum(int(tensor.n_elements) // 32 for tensor in weights.values()), scales(model, vocabulary=True)
     assert len(found) == len(weights) == 15 and sum(scale.numel() for scale in found.values()) == count
     sizes = quantized_bytes(model)
     assert (sizes["scale_count"], sizes["scales"]) == (count, 2 * count)
@@ -103,8 +103,15 @@ def test_scales_are_all_scales_of_the_file(tmp_path, kind):
     name, table = "model.embed_tokens.scales", weights["token_embd.weight"]
     in_file = torch.from_numpy(table.data.reshape(96, 2, -1)[..., :2].copy()).view(torch.float16)[..., 0]
     assert torch.equal(found[name], in_file)
-    groups = trainable(model, "scales+offsets")
-    assert groups[0]["offsets"].keys() == (found.keys() if kind.endswith("_1") else set())
+    groups = trainable(model, "scales+offsets+vocabulary")
+    assert (
+        groups[1]["params"].keys()
+        == {name}
+        == found.keys() - groups[0]["params"].keys()
+        == found.keys() - scales(model)
+    )
+    for group in groups:
+        assert group["offsets"].keys() == (group["params"].keys() if kind.endswith("_1") else set())
     assert ("nonnegative" in groups[0]) == (kind in ("Q4_0", "Q5_0"))
 
 
@@ -165,5 +172,6 @@ def test_smollm2_packed_computes_what_transformers_computes():
     packed, dense = packed_and_dense(file)
     input_ids = torch.randint(5, 49152, (1, 8))
     torch.testing.assert_close(logits(packed, input_ids), logits(dense, input_ids), rtol=1e-5, atol=1e-4)
-    found = scales(packed)
+    found = scales(packed, vocabulary=True)
+    assert found.keys() - scales(packed) == {"model.embed_tokens.scales"}
     assert len(found) == 211 and sum(scale.numel() for scale in found.values()) == (134_515_008 - 61 * 576) // 32

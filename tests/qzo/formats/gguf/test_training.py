@@ -6,10 +6,11 @@ from gguf_files import SIMPLE, tiny, write_gguf
 from transformers import TrainingArguments
 
 from qzo import QZO, Journal, QzoError, QZOTrainer, label_loss, load, replay, scales, trainable
+from qzo.checkpoints.inspect import inspect
 from qzo.formats.gguf.codes import half_at
 from qzo.formats.gguf.layer import GgufEmbedding, GgufTensor
 from qzo.live.trainable import live_named
-from qzo.training.learners import check_model
+from qzo.training.learners import check_model, make_learner
 from qzo.training.settings import TrainSettings
 
 
@@ -82,7 +83,7 @@ def test_d_is_the_true_directional_derivative_within_one_percent(tmp_path, monke
 def test_fifty_steps_lower_the_loss_of_a_batch_and_move_scales_alone(tmp_path, kind):
     model = packed(tmp_path, kind)
     loss, before = loss_on(model, 2, 8), blocks_of(model)
-    optimizer = QZO(trainable(model), lr=1e-2, eps=1e-2, relative=True)
+    optimizer = QZO(trainable(model, "scales+vocabulary"), lr=1e-2, eps=1e-2, relative=True)
     losses = [optimizer.step(loss) for _ in range(50)]
     assert losses[-1] < losses[0] - 0.1
     for path, blocks in blocks_of(model).items():
@@ -170,6 +171,24 @@ def test_a_vocabulary_alone_is_not_trained(tmp_path):
     kinds = {"token_embd.weight": "Q8_0"}
     file = write_gguf(tiny(hidden=256), tmp_path / "k.gguf", lambda name: kinds.get(name, "Q6_K"))
     model = load(file, dequantize=False)
-    assert list(scales(model)) == ["model.embed_tokens.scales"]
+    assert list(scales(model, vocabulary=True)) == ["model.embed_tokens.scales"]
+    assert "no layer has scales that are not quantized themselves" in str(inspect(file).reason)
     with pytest.raises(QzoError, match="only the vocabulary has scales that can be trained"):
         check_model(model, TrainSettings(method="qzo"), str(file))
+
+
+@pytest.mark.parametrize("vocabulary", ["Q8_0", "Q4_1", "F16"])
+def test_what_is_trained_is_the_same_in_python_on_the_command_line_and_in_inspection(tmp_path, vocabulary):
+    kinds = {"token_embd.weight": vocabulary}
+    file = write_gguf(tiny(), tmp_path / "model.gguf", lambda name: kinds.get(name, "Q4_1"))
+    model, told = load(file, dequantize=False), inspect(file).trainable
+    count = sum(scale.numel() for scale in scales(model).values())
+    command = make_learner(model, TrainSettings("qzo"), tmp_path).tensors()
+    assert (
+        {name for name in command if name.endswith("scales")}
+        == scales(model).keys()
+        == trainable(model)[0]["params"].keys()
+    )
+    assert told["scales"] == count and told["scales+offsets"] == 2 * count
+    every = sum(scale.numel() for scale in scales(model, vocabulary=True).values())
+    assert told.get("scales+vocabulary", count) == every and (every > count) == (vocabulary != "F16")

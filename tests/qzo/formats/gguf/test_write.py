@@ -155,12 +155,15 @@ def test_tensors_without_a_place_are_refused_before_anything_is_written(make_run
     file, run = make_run("Q4_0")
     name, scale = next(iter(scales(load(file, dequantize=False)).items()))
     wrong, message = {
-        "shape": ({name: scale[1:].clone()}, f"has {name} with shape (96, 2), the tuned one has shape (95, 2)"),
+        "shape": ({name: scale[1:].clone()}, f"has {name} with shape (64, 2), the tuned one has shape (63, 2)"),
         "name": (
             {"model.layers.7.mlp.up_proj.scales": scale.clone()},
             "no place for model.layers.7.mlp.up_proj.scales",
         ),
-        "offset": ({name.replace("scales", "offsets"): scale.clone()}, "no place for model.embed_tokens.offsets"),
+        "offset": (
+            {name.replace("scales", "offsets"): scale.clone()},
+            f"no place for {name.replace('scales', 'offsets')}",
+        ),
         "plain": ({"model.norm.scales": scale.clone()}, "no place for model.norm.scales"),
     }[case]
     save_file(wrong, run / "best.safetensors")
