@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qzo.errors import QzoError
-from qzo.formats.gguf.header import read_gguf_header
+from qzo.formats.gguf.files import tokenizer_class
 from qzo.models.bounds import check_folder
 from qzo.models.folder import one_line
 from qzo.models.settings import is_gguf
@@ -24,10 +24,11 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
     path = Path(source)
     place, options = (path.parent, {"gguf_file": path.name}) if is_gguf(path) else (source, {})
     check_folder(path.parent if options else path)
-    if options:
-        read_gguf_header(path)
+    kind: Any = tokenizer_class(path) if options else None  # a damaged file is told here
     try:
         with quiet_libraries():
+            if kind is not None:
+                return kind.from_pretrained(str(place), **options)
             return AutoTokenizer.from_pretrained(str(place), revision=revision, trust_remote_code=False, **options)
     except Exception as error:  # as in _from_pretrained
         raise QzoError(f"{source} has no tokenizer that loads: {one_line(error)}") from error

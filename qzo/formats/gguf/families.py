@@ -17,6 +17,7 @@ from qzo.formats.gguf.header import GgufHeader
 from qzo.formats.gguf.metadata import Metadata, tokens_of
 from qzo.formats.gguf.rope import Turning, rope_parameters
 from qzo.models.folder import one_line
+from qzo.quiet import quiet_libraries
 
 Factors = dict[str, list[float]]
 Options = dict[str, Any]
@@ -33,12 +34,14 @@ class Family:
         paired: whether the rows of q and k are stored pair by pair.
         shift: what is added to the weights of norms in the file.
         biases: of linear layers that a file may have or not; the model has all of them, 0 where the file has none.
+        tokenizer: what transformers' AutoTokenizer takes for the model, by its name there.
     """
 
     options: Callable[[Metadata, Factors], tuple[str, Options]]
     paired: bool = False
     shift: float = 0.0
     biases: tuple[str, ...] = ()
+    tokenizer: str = "TokenizersBackend"
 
 
 def model_config(meta: Metadata, factors: Factors) -> Any:
@@ -48,7 +51,8 @@ def model_config(meta: Metadata, factors: Factors) -> Any:
     kind, options = FAMILIES[meta.architecture].options(meta, factors)
     meta.check_all_read()
     try:
-        config = CONFIG_MAPPING[kind](**options)
+        with quiet_libraries():
+            config = CONFIG_MAPPING[kind](**options)
     except Exception as error:  # as qzo.load: transformers raises many kinds
         raise QzoError(f"{meta.path} has no config that transformers can use: {one_line(error)}") from error
     config._name_or_path = str(meta.path)
@@ -125,7 +129,7 @@ def _llama(meta: Metadata, factors: Factors) -> tuple[str, Options]:
     window = _one_window(meta, options)
     if experts:
         options |= {"num_local_experts": meta.whole("expert_count"), "sliding_window": window}
-        return "mixtral", options | {"num_experts_per_tok": meta.whole("expert_used_count")}
+        return "mixtral", options | {"num_experts_per_tok": _experts_used(meta)}
     meta.number("expert_used_count", 0)
     if window is not None:
         return "mistral", options | {"sliding_window": window}
@@ -151,7 +155,7 @@ def _qwen3moe(meta: Metadata, factors: Factors) -> tuple[str, Options]:
         "intermediate_size": meta.whole("feed_forward_length", None) or meta.whole("expert_feed_forward_length"),
         "moe_intermediate_size": meta.whole("expert_feed_forward_length"),
         "num_experts": meta.whole("expert_count"),
-        "num_experts_per_tok": meta.whole("expert_used_count"),
+        "num_experts_per_tok": _experts_used(meta),
         "norm_topk_prob": bool(meta.get("expert_weights_norm", True)),
     }
     if meta.get("expert_gating_func", 1) not in (0, 1):
@@ -161,6 +165,14 @@ def _qwen3moe(meta: Metadata, factors: Factors) -> tuple[str, Options]:
     window = _one_window(meta, options)
     options |= {"use_sliding_window": window is not None, "sliding_window": window}
     return "qwen3_moe", options | _with_biases(meta, "attention_bias", ATTENTION_BIAS)
+
+
+def _experts_used(meta: Metadata) -> int:
+    """The experts of a token."""
+    used, count = meta.whole("expert_used_count"), meta.whole("expert_count")
+    if used > count:
+        raise meta.refused("expert_used_count", f"and there are {count}")
+    return used
 
 
 def _phi3(meta: Metadata, factors: Factors) -> tuple[str, Options]:
@@ -234,7 +246,7 @@ def _gemma_sizes(meta: Metadata, largest: int) -> Options:
 def _one_window(meta: Metadata, options: Options) -> int | None:
     """The window of every layer; None where there is none, or one that no text is longer than."""
     window = _window(meta, options, 0)
-    pattern = meta.listed("attention.sliding_window_pattern")
+    pattern = _pattern(meta)
     if window is None or pattern is None or pattern == 0:
         return window
     if isinstance(pattern, list) and all(pattern):
@@ -245,7 +257,7 @@ def _one_window(meta: Metadata, options: Options) -> int | None:
 def _windows(meta: Metadata, options: Options, period: int | None, usual: int = 0) -> Options:
     """Window and kind of every layer, of which the last one of each `period` sees the whole text."""
     window, layers = _window(meta, options, usual), options["num_hidden_layers"]
-    pattern = meta.listed("attention.sliding_window_pattern")
+    pattern = _pattern(meta)
     pattern = period if pattern is None else pattern
     pattern = 1 if meta.values.get("attention.sliding_window") == 0 and pattern else pattern
     if window is not None and pattern is None:
@@ -262,18 +274,31 @@ def _windows(meta: Metadata, options: Options, period: int | None, usual: int = 
     )
 
 
+def _pattern(meta: Metadata) -> Any:
+    """A period, or whether each layer has the window; None where the file says neither. Raises QzoError."""
+    name = "attention.sliding_window_pattern"
+    pattern = meta.listed(name)
+    kind = int if isinstance(pattern, int) else list
+    if name in meta.values and (isinstance(pattern, bool) or not isinstance(pattern, kind) or pattern < kind()):
+        raise meta.refused(name, "which is neither a period nor a list")
+    return pattern
+
+
 def _window(meta: Metadata, options: Options, usual: int) -> int | None:
-    window = int(meta.number("attention.sliding_window", usual))
+    window = usual
+    if meta.get("attention.sliding_window", usual) != 0:
+        window = meta.whole("attention.sliding_window", usual)
     return window if 0 < window < options["max_position_embeddings"] else None
 
 
+_QWEN, _GEMMA = "Qwen2Tokenizer", "GemmaTokenizer"
 FAMILIES = {
     "llama": Family(_llama, paired=True, biases=(*ATTENTION_BIAS, *MLP_BIAS)),  # Mistral and Mixtral too
-    "qwen2": Family(_qwen2),
-    "qwen3": Family(_qwen3, biases=ATTENTION_BIAS),
-    "qwen3moe": Family(_qwen3moe, biases=ATTENTION_BIAS),
-    "gemma": Family(_gemma, shift=1.0, biases=ATTENTION_BIAS),
-    "gemma2": Family(_gemma2, shift=1.0, biases=ATTENTION_BIAS),
-    "gemma3": Family(_gemma3, shift=1.0, biases=ATTENTION_BIAS),
+    "qwen2": Family(_qwen2, tokenizer=_QWEN),
+    "qwen3": Family(_qwen3, biases=ATTENTION_BIAS, tokenizer=_QWEN),
+    "qwen3moe": Family(_qwen3moe, biases=ATTENTION_BIAS, tokenizer=_QWEN),
+    "gemma": Family(_gemma, shift=1.0, biases=ATTENTION_BIAS, tokenizer=_GEMMA),
+    "gemma2": Family(_gemma2, shift=1.0, biases=ATTENTION_BIAS, tokenizer=_GEMMA),
+    "gemma3": Family(_gemma3, shift=1.0, biases=ATTENTION_BIAS, tokenizer=_GEMMA),
     "phi3": Family(_phi3),
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import BLOCK_TYPES, PLAIN_TYPES, half_at
+from qzo.formats.gguf.families import FAMILIES
 from qzo.formats.gguf.finite import check_file
 from qzo.formats.gguf.foreign import check_foreign
 from qzo.formats.gguf.header import GgufHeader, read_gguf_header
@@ -27,6 +28,18 @@ from qzo.models.settings import Source, is_gguf
 def find(source: Source) -> GgufCheckpoint | None:
     """A .gguf file; None for a folder."""
     return GgufCheckpoint(source.path) if is_gguf(source.path) else None
+
+
+def tokenizer_class(path: Path) -> Any:
+    """What loads the tokenizer of a file of a known architecture; None where AutoTokenizer has to find it.
+
+    That one makes a config of the file first, and for it decodes the whole vocabulary a second time, one by one.
+    """
+    import transformers
+
+    header = read_gguf_header(path)
+    family = FAMILIES.get(str(header.metadata.get("general.architecture")))
+    return None if family is None else getattr(transformers, family.tokenizer, None)
 
 
 @dataclass(frozen=True)

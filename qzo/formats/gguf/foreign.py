@@ -7,6 +7,8 @@ Here the config that it makes is held against each key of the file, and the file
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +54,19 @@ def check_foreign(path: Path, header: GgufHeader) -> None:
     """Raise QzoError where transformers would load another model than the one in the file, or none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    with _asking_transformers(path):
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     check_blocks(path, header)
     stored = sum(math.prod(info.shape) for info in header.tensors.values())
-    try:
-        with quiet_libraries(), torch.device("meta"), at_most(stored, len(header.tensors)):
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # as qzo.load: transformers raises many kinds
-        raise QzoError(f"{path} has no config that transformers can use: {one_line(error)}") from error
+    with _asking_transformers(path), torch.device("meta"), at_most(stored, len(header.tensors)):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     implied = sum(parameter.numel() for parameter in model.parameters())
     if implied > 2 * stored:  # it would take all memory before the first tensor is found not to fit
         raise QzoError(f"{path}: its metadata imply {implied:,} weights, but it holds {stored:,}; convert it again")
     meta = Metadata(path, header)
     read = _read(meta.architecture)
-    meta.check_all_read(lambda name, value: name.startswith(read) or _agrees(config, name, value))
+    groups = tuple(name for name in read if name.endswith("."))
+    meta.check_all_read(lambda name, value: name in read or name.startswith(groups) or _agrees(config, name, value))
     known = _tensors(model, meta.architecture)
     unknown = sorted(header.tensors.keys() - known) if known is not None else []
     if unknown:
@@ -76,8 +77,17 @@ def check_foreign(path: Path, header: GgufHeader) -> None:
     check_file(path, header)
 
 
+@contextmanager
+def _asking_transformers(path: Path) -> Iterator[None]:
+    try:
+        with quiet_libraries():
+            yield
+    except Exception as error:  # as qzo.load: transformers raises many kinds
+        raise QzoError(f"{path} has no config that transformers can use: {one_line(error)}") from error
+
+
 def _read(architecture: str) -> tuple[str, ...]:
-    """Beginnings of the keys that transformers reads."""
+    """The keys that transformers reads, or with a dot at the end, how they begin."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
     name = {"gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe", "minimax-m2": "minimax_m2"}.get(architecture, architecture)

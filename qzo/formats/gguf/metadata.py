@@ -71,6 +71,8 @@ class Metadata:
         value = self.values.get(name, default)
         if value is REQUIRED:
             raise QzoError(f"{self.path} has no {self.architecture}.{name} in its metadata; convert it again")
+        if value is None and name in self.values:
+            raise self.refused(name, "an array too long for one number for each layer")
         if isinstance(value, list):
             if len(set(value)) != 1:
                 raise self.refused(name, "another for each layer, which no model of transformers has")

@@ -20,6 +20,7 @@ from qzo.models.folder import one_line
 from qzo.models.walk import output_head
 from qzo.quiet import quiet_libraries
 
+UNUSED = ".attn_rot_embd.weight"  # in files of 2023, by layer: what the metadata say too, read by nobody
 STACKS = ("gate", "up", "down")  # of the experts of a layer: in the model, gate and up are one
 
 
@@ -74,6 +75,7 @@ def plan(path: Path, dtype: torch.dtype = torch.bfloat16) -> Plan:
     model = _skeleton(source, dtype)
     places, zeros = _places(source, model)
     unknown = sorted(source.header.tensors.keys() - places.keys() - set(FACTORS))
+    unknown = [name for name in unknown if not name.endswith(UNUSED)]
     if unknown:
         raise QzoError(
             f"{path} has {unknown[0]}, for which {type(model).__name__} has no place, and without which it would "
@@ -137,7 +139,10 @@ def _stacks(source: GgufSource, path: str, module: nn.Module) -> dict[str, Place
     for stack in STACKS:
         name = f"blk.{layer}.ffn_{stack}_exps.weight"
         if name not in source.header.tensors:
-            raise QzoError(f"{source.path} has no tensor {name}; convert it again with a newer converter")
+            raise QzoError(
+                f"{source.path} has no tensor {name}; convert it again, with gate, up and down a tensor each for "
+                "all experts of a layer"
+            )
         parameter = "down_proj" if stack == "down" else "gate_up_proj"
         places[name] = Place(path, parameter, shapes.get(stack, shapes["gate"]), module, stack=stack)
     return places

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from gguf_files import as_stored, stored_tensors, tiny, write_gguf
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
 from qzo import QZO, load, scales, trainable
 from qzo.checkpoints.inspect import inspect
+from qzo.checkpoints.load import load_tokenizer
 from qzo.formats.gguf.experts import GgufExperts
 from qzo.formats.gguf.files import write_gguf as write_back
 from qzo.formats.gguf.layer import GgufEmbedding, GgufLinear
@@ -88,6 +89,23 @@ def test_scales_are_trained_and_written_back_where_they_came_from(tmp_path, inpu
         n_bytes = {"Q4_0": 18, "Q4_1": 20}.get(tensor.tensor_type.name)
         changed = (tensor.data != new[name].data).reshape(-1, n_bytes or 1)
         assert not changed[:, n_bytes - 16 :].any() if n_bytes else not changed.any(), name
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_vocabulary_is_read_for_the_tokenizer_alone(tmp_path, monkeypatch, family):
+    """By the tokenizer that transformers takes for the model; its reader of configs, which decodes it too, is not."""
+    file, _ = written(tmp_path, family)
+    wanted = None
+    if family in (*READ_BY_TRANSFORMERS, "mixtral"):
+        wanted = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", None)
+    found = load_tokenizer(file)
+    load(file), load(file, dequantize=False)
+    assert found.encode("ab a b w7") == [95, 93, 94] and found.pad_token_id == 0 and found.eos_token_id == 1
+    if wanted is not None:
+        assert type(found) is type(wanted) and found.padding_side == wanted.padding_side
+        assert found.special_tokens_map == wanted.special_tokens_map
+        assert found.backend_tokenizer.to_str() == wanted.backend_tokenizer.to_str()
 
 
 def test_the_layers_of_experts_share_the_bytes_of_their_stacks(tmp_path):

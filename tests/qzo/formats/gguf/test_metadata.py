@@ -302,7 +302,9 @@ def test_keys_that_change_nothing_are_no_obstacle(tmp_path):
         writer.add_array("llama.attention.value_length_swa", [16, 16])
 
     model = tiny()
-    file = write_gguf(model, tmp_path / "m.gguf", "Q8_0", {"rope_freqs.weight": np.ones(8, np.float32)}, meta=meta)
+    ones = np.ones(8, np.float32)
+    extra = {"rope_freqs.weight": ones, "blk.0.attn_rot_embd.weight": ones}
+    file = write_gguf(model, tmp_path / "m.gguf", "Q8_0", extra, meta=meta)
     check(file, as_stored(model, file))
 
 
