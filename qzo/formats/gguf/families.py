@@ -278,8 +278,8 @@ def _pattern(meta: Metadata) -> Any:
     """A period, or whether each layer has the window; None where the file says neither. Raises QzoError."""
     name = "attention.sliding_window_pattern"
     pattern = meta.listed(name)
-    kind = int if isinstance(pattern, int) else list
-    if name in meta.values and (isinstance(pattern, bool) or not isinstance(pattern, kind) or pattern < kind()):
+    period = isinstance(pattern, int) and not isinstance(pattern, bool) and pattern >= 0
+    if name in meta.values and not period and not isinstance(pattern, list):
         raise meta.refused(name, "which is neither a period nor a list")
     return pattern
 
