@@ -25,7 +25,7 @@ LARGEST = {  # of what is read whole -> MiB
 MOST_VALUES = {"*.index.json": 1_000_000, "*.json": 250_000}  # in a JSON file that becomes Python objects
 DEEPEST = 64  # levels of lists and objects in a JSON file
 HEADER_BYTES = 32 * MIB  # of a safetensors file
-MOST_TENSORS = 400_000  # of a checkpoint; each takes about a microsecond and a kilobyte
+MOST_TENSORS = 250_000  # of a checkpoint; each takes some ten microseconds and a kilobyte
 UNLIMITED = "quantization_config"
 KINDS = ((stat.S_ISFIFO, "FIFO"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from qzo.errors import QzoError
+from qzo.models.bounds import check_file
 from qzo.tasks.reviews import review_rows
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
+LONGEST_LINE = 2**22  # characters; an example has a few thousand
+LEAST_TEXT, PACKED = 2**26, 200  # what a file may hold, at least and for each of its bytes; text packs ten to one
+MOST_LINES = 1_000_000
 FILES = {"train": ("train",), "test": ("validation", "val", "dev")}  # test labels of GLUE are not public
 
 
@@ -81,23 +86,41 @@ def _file(folder: Path, stems: tuple[str, ...]) -> Path:
 
 def _json_lines(file: Path) -> Iterator[Row]:
     count = 0
+    check_file(file)
     opener: Any = gzip.open if file.suffix == ".gz" else open
     try:
-        with opener(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+        with opener(file, "rt", encoding="utf-8") as text:
+            for number, line in enumerate(_lines(text, file), 1):
                 if line.strip():
                     count += 1
                     yield Row(where := f"{file}, line {number}", _object(line, where))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise QzoError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not count:
         raise QzoError(f"{file} is empty; it must hold one JSON object a line")
 
 
+def _lines(text: Any, file: Path) -> Iterator[str]:
+    """The lines of an open file. Raises QzoError for one that stands for far more text than any real one.
+
+    A few megabytes of gzip can hold a line, or lines, of some gigabytes.
+    """
+    total, count, limit = 0, 0, max(LEAST_TEXT, PACKED * file.stat().st_size)
+    while line := text.readline(LONGEST_LINE):
+        total, count = total + len(line), count + 1
+        if count > MOST_LINES:
+            raise QzoError(f"{file} has more than {MOST_LINES:,} lines; cut it, a run needs far fewer examples")
+        if len(line) == LONGEST_LINE:
+            raise QzoError(f"{file} has a line of more than {LONGEST_LINE:,} characters; an example needs far fewer")
+        if total > limit:
+            raise QzoError(f"{file} holds more than {limit:,} characters, {PACKED} times its size; is it damaged?")
+        yield line
+
+
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QzoError(f"{where} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise QzoError(f"{where} is {_shown(fields)}; it must be a JSON object")

@@ -164,9 +164,9 @@ LARGE = {
         padded("model.safetensors.index.json", 100_000_000)(folder),
     ),
     "1.5 million empty tensors": empty_tensors(1_500_000),
-    "390,000 empty tensors": empty_tensors(390_000),
-    "390,000 empty tensors and layers": lambda folder: (
-        empty_tensors(390_000)(folder),
+    "300,000 empty tensors": empty_tensors(300_000),
+    "200,000 empty tensors and layers": lambda folder: (
+        empty_tensors(200_000)(folder),
         set_config(num_hidden_layers=120_000)(folder),
     ),
     "a name of 90 MB": lambda folder: raw_header(
@@ -259,7 +259,7 @@ GGUF_LARGE = {
     "2 million keys": add_values(2_000_000, lambda number: gguf_string(f"k{number}") + gguf_value(0, b"\0")),
     "60,000 keys": add_values(60_000, lambda number: gguf_string(f"k{number}") + gguf_value(0, b"\0")),
     "a million strings": add_values(1, lambda _: gguf_string("k") + strings(1_000_000)),
-    "sixty thousand strings": add_values(1, lambda _: gguf_string("k") + strings(60_000)),
+    "seventy thousand strings": add_values(1, lambda _: gguf_string("k") + strings(70_000)),
     "a thousand arrays of a thousand strings": add_values(
         1000, lambda number: gguf_string(f"k{number}") + strings(1000)
     ),

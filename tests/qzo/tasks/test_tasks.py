@@ -1,5 +1,6 @@
 """Tasks: reading, prompts, splits, errors."""
 
+import gzip
 import json
 from importlib.util import find_spec
 
@@ -235,3 +236,32 @@ def test_reading_tasks_needs_no_transformers():
 
     code = "import sys, qzo.tasks; qzo.tasks.get('sst2'); sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ((b"x" * 2**20,) * 8, "has a line of more than 4,194,304 characters"),
+        ((b"\n" * 2**20,), "has more than 1,000,000 lines"),
+        ((b" " * (2**20 - 1) + b"\n",) * 65, "holds more than 67,108,864 characters, 200 times its size"),
+        ((b'{"sentence": ' + b"[" * 100_000,), "line 1 is not JSON"),
+    ],
+)
+def test_a_small_gzip_file_that_stands_for_gigabytes_is_refused_before_they_are_there(tmp_path, lines, message):
+    task = tasks.get("sst2", write_task(tmp_path, "sst2"))
+    (tmp_path / "sst2/validation.jsonl").unlink()
+    with gzip.open(tmp_path / "sst2/validation.jsonl.gz", "wb", compresslevel=1) as file:
+        file.writelines(lines)
+    with pytest.raises(QzoError, match=message):
+        task.splits()
+
+
+def test_a_gzip_file_that_is_cut_or_damaged_is_told(tmp_path):
+    task = tasks.get("sst2", write_task(tmp_path, "sst2"))
+    text = (tmp_path / "sst2/validation.jsonl").read_bytes()
+    (tmp_path / "sst2/validation.jsonl").unlink()
+    packed = gzip.compress(text, mtime=0)
+    for damaged in (packed[:-9], packed[:40] + b"\xff" * 40 + packed[80:]):
+        (tmp_path / "sst2/validation.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(QzoError, match=r"validation\.jsonl\.gz cannot be read"):
+            task.splits()
