@@ -14,6 +14,7 @@ from qzo.errors import QzoError
 from qzo.quiet import quiet_libraries
 
 Row = Mapping[str, Any]
+RENAMED = {"BONE": "MISS"}  # by PEFT, in version 0.18
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 WHOLE = ("full-finetuning", "full", "ft-bf16")
 QUANTIZED = {"none": None, "nf4": {}, "nf4-dq": {"bnb_4bit_use_double_quant": True}}
@@ -46,8 +47,13 @@ def _peft_comparison(row: Row) -> Recipe:
 
     config = dict(row["peft_config"])
     kind = config.pop("peft_type", None)
+    kind = RENAMED.get(kind, kind)
+    if kind == "OFT" and config.get("r"):
+        config.setdefault("oft_block_size", 0)  # the one follows from the other
     if kind is not None and kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise QzoError(f"the PEFT method {kind} is not in the installed version of PEFT")
+    if kind == "OFT" and str(row.get("versions", {}).get("peft")).startswith("0.15"):
+        raise QzoError("OFT is another computation since PEFT 0.16")
     longest = LONGEST.get(row["max_seq_len"])
     if longest is None:
         raise QzoError(f"the longest batch of rows cut at {row['max_seq_len']} tokens is not known")

@@ -33,6 +33,14 @@ def test_a_row_of_pefts_comparison_is_a_loop_of_its_own_on_the_longest_batch():
     assert recipe_of(COMPARED | {"peft_config": {}}).peft is None  # all weights
 
 
+def test_a_method_that_pefts_versions_name_or_compute_otherwise_is_told_apart():
+    assert recipe_of(COMPARED | {"peft_config": {"peft_type": "BONE", "r": 8}}).peft_class == "MissConfig"
+    turned = COMPARED | {"peft_config": {"peft_type": "OFT", "r": 32}}
+    assert recipe_of(turned).peft["oft_block_size"] == 0
+    with pytest.raises(QzoError, match=r"another computation since PEFT 0\.16"):
+        recipe_of(turned | {"versions": {"peft": "0.15.2.dev0"}})
+
+
 def test_a_row_of_the_trainer_says_autocast_preparation_and_quantization():
     recipe = recipe_of(TRAINED)
     assert recipe.arguments == {"optim": "adamw_torch", "bf16": True, "gradient_checkpointing": True}
