@@ -102,10 +102,10 @@ def check_base(owner: str | os.PathLike[str], saved: Mapping[str, Any], model: s
         return place
     found = content_hash(_lying(place))
     if found != saved[BASE]:
-        where = "" if model is not None else ", and what lies there now is another model"
+        now = "what lies there now is another model" if model is None else f"{place} is another model"
         raise QzoError(
-            f"{owner} was begun on {begun} with the content {str(saved[BASE])[:12]}{where}; {place} has {found[:12]}: "
-            "tuned tensors fit the model they were tuned on alone; name that one: --model PATH (model= in Python)"
+            f"{owner} was begun on {begun} with the content {str(saved[BASE])[:12]}, and {now} ({found[:12]}); tuned "
+            "tensors fit the model they were tuned on alone: name that one, --model PATH (model= in Python)"
         )
     return place
 

@@ -54,7 +54,7 @@ def describe(model: nn.Module, optimizer: SpsaOptimizer) -> dict[str, Any]:
         **{name: value for name, value in zip(("source", "base"), _files(model), strict=True) if value},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "carrier": _carrier(),
+        "carrier": carrier(),
         "device": device.type,
         "dtype": str(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))[6:],
         "optimizer": kind,
@@ -81,16 +81,25 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
         raise QzoError(f"{path}: the header has no groups of named tensors; restore the file from a copy")
 
 
-def differences(header: dict[str, Any]) -> list[str]:
-    """What is other here than where a journal was begun and may change the last bits of a loss, though no z."""
-    here = {"threads": torch.get_num_threads(), "carrier": _carrier(), "torch": torch.__version__}
-    other = [f"{name} {header[name]}, here {value}" for name, value in here.items() if header.get(name, value) != value]
+def differences(
+    whose: str, begun: dict[str, Any], names: tuple[str, ...] = ("torch", "threads", "carrier")
+) -> list[str]:
+    """What is other here than where something was begun and may change the last bits of a loss, though no z.
+
+    A name that `begun` does not have, being of an older version, is not compared.
+    """
+    here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "carrier": carrier()}
+    other = [
+        f"{name} {begun[name]}, here {here[name]}"
+        for name in names
+        if str(begun.get(name, here[name])) != str(here[name])
+    ]
     if not other:
         return []
-    return [f"the journal was begun with {'; '.join(other)}: losses from here on may differ in their last bits"]
+    return [f"{whose} was begun with {'; '.join(other)}: losses from here on may differ in their last bits"]
 
 
-def _carrier() -> str:
+def carrier() -> str:
     """What multiplies by packed codes."""
     return "compiled code" if is_compiled() else "operators"
 

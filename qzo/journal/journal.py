@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from qzo.durable import create_file
+from qzo.durable import create_file, remove_leftovers
 from qzo.errors import QzoError
 from qzo.journal import lines
 from qzo.journal.header import check_header, check_same, describe, differences
 from qzo.journal.replay import advance
-from qzo.journal.snapshot import write_snapshot
+from qzo.journal.snapshot import snapshot_path, write_snapshot
 from qzo.optim.rules import update_options
 from qzo.optim.spsa import SpsaOptimizer
 
@@ -79,6 +79,8 @@ class Journal:
         self._waiting = b""  # lines that a full disk did not take
         self._file = self.path.open("ab", buffering=0)
         self._lock(self._contents.size)
+        for name in (self.path.name, snapshot_path(self.path).name):  # what killed processes left of them
+            remove_leftovers(self.path.parent, name)
 
     def _lock(self, size: int) -> None:
         """Keep other processes out; `size` bytes were read before, so more means that another one writes."""
@@ -108,7 +110,7 @@ class Journal:
             raise QzoError(f"{self.path} holds {contents.steps} steps; step {step} is not among them")
         if self.optimizer.steps not in (0, step):
             raise QzoError(f"the optimizer stands at step {self.optimizer.steps}, neither at 0 nor at {step}")
-        notices = [contents.notice, *differences(contents.header)]
+        notices = [contents.notice, *differences("the journal", contents.header)]
         if not self.optimizer.steps:
             notices.append(advance(self.path, self.optimizer, contents, step))
         for notice in filter(None, notices):

@@ -29,6 +29,7 @@ from torch import Tensor
 from qzo.checkpoints.identity import BASE, MODEL
 from qzo.durable import read_tensors, remove_leftovers, replace_file, write_tensors
 from qzo.errors import QzoError
+from qzo.journal.header import carrier, differences
 from qzo.training.metrics import Metrics, finite
 from qzo.training.settings import DTYPES, METHODS, ZEROTH_ORDER, TrainSettings
 
@@ -60,6 +61,7 @@ class Run:
         except OSError as error:
             raise QzoError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
         self.resumed = (self.folder / RUN).exists()
+        self.notices: list[str] = []
         self._unlock = weakref.finalize(self, os.close, _lock(self.folder))
         try:
             check_folder(self.folder, settings, about, resume)  # again: another process may have been here
@@ -68,6 +70,8 @@ class Run:
                 left.unlink()
             self._about = {"qzo_run": 1, **about, "metric": metric, "settings": settings.to_json()}
             self._about["versions"] = versions()
+            if self.resumed and settings.method not in ZEROTH_ORDER:  # of these, the journal tells
+                self.notices = differences("the run", read_run(self.folder).get("versions", {}), ("threads", "carrier"))
             if not (self.folder / RUN).exists():
                 _write_json(self.folder / RUN, self._about)
             self._metrics = Metrics(self.folder / METRICS, metric)
@@ -199,10 +203,15 @@ def dtype_of(settings: dict[str, Any]) -> torch.dtype | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """What computes: versions, threads, and what multiplies by packed codes."""
     from importlib.metadata import version
 
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+        "threads": str(torch.get_num_threads()),
+        "carrier": carrier(),
+    }
 
 
 def _write_json(path: Path, content: Result) -> None:

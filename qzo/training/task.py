@@ -133,7 +133,7 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
         progress = Progress(run.settings.steps, learner.steps, learner.slope_name, run.folder)
         if run.resumed:
             progress.notice(f"going on after step {learner.steps} of {run.settings.steps}")
-        for notice in learner.notices:
+        for notice in (*run.notices, *learner.notices):
             progress.notice(notice)
         try:
             if run.settings.method == "qzo" and learner.steps < run.settings.steps:

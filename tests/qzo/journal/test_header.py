@@ -93,7 +93,9 @@ def test_threads_and_carrier_are_recorded_and_told_where_they_differ(tmp_path):
 
     assert resumed() == 3  # the same machine: not a word
     with_header(tmp_path / "j", lambda header: header.update(threads=999, carrier="abacus"))
-    with pytest.warns(UserWarning, match=r"begun with threads 999, here \d+; carrier abacus, here .*last bits"):
+    with pytest.warns(
+        UserWarning, match=r"journal was begun with threads 999, here \d+; carrier abacus, here .*last bits"
+    ):
         resumed()
     for key in ("threads", "carrier"):
         with_header(tmp_path / "j", lambda header: header.pop(key))  # noqa: B023 - of an older version

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
 
-from qzo import QzoError, export
+from qzo import QzoError, export, load
 from qzo.commands.main import main
 from qzo.durable import read_tensors, write_tensors
 from qzo.training.metrics import Metrics
@@ -320,3 +320,8 @@ def test_a_second_process_is_kept_out_of_a_run(trained, run, task, capsys):
     says(capsys, 0, "train", trained[0], *SMALL, "--steps", "5", "--out", run, "--resume")
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
     assert Path(run / "run.json").stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def test_load_says_what_takes_a_run(run):
+    with pytest.raises(QzoError, match=r"holds tuned tensors without their model; qzo export .*run OUT writes both"):
+        load(run)
