@@ -11,6 +11,7 @@ import itertools
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,14 @@ def statistics_table(part: Row) -> Table:
         "Fits or does not fit, at 8, 12, 16, 24, 32, 40, 48 and 80 GiB: "
         f"{verdicts['wrong']} of {verdicts['asked']} verdicts wrong.",
     ]
+    reasons = Counter(row["message"].split("\n")[0] for row in part["rows"] if row["status"] != "ok")
+    notes += [f"Not predicted, {count}: {_short(reason)}" for reason, count in reasons.most_common()]
     return Table(f"{title_of(part)}: all rows", ["error", "mean", "median", "worst", "mean, signed"], rows, notes)
+
+
+def _short(reason: str) -> str:
+    first = reason.split(". ")[0]
+    return first if len(first) <= 160 else first[:157] + "..."
 
 
 def groups_table(part: Row) -> Table:
