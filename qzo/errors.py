@@ -48,6 +48,24 @@ def named(layer: str) -> Iterator[None]:
         raise QzoError(f"{layer}: {error}") from error
 
 
+# Remedies that refusals of a checkpoint have in common; a remedy stands behind the last semicolon of a message.
+AGAIN = "copy or download all of its files again, or take config.json and weights from one checkpoint"
+OTHER = "take a checkpoint of a kind that the README names, or quantize the original with qzo quantize"
+RULES = ("need ", "only ", "there are ", "they do not ", "it is ")  # what may stand there and is none
+
+
+@contextmanager
+def advised(remedy: str) -> Iterator[None]:
+    """Put a remedy behind a QzoError raised inside that has none."""
+    try:
+        yield
+    except QzoError as error:
+        _, has_clause, last = str(error).rpartition("; ")
+        if has_clause and not last.startswith(RULES):
+            raise
+        raise type(error)(f"{error}; {remedy}") from error
+
+
 def required(module: str, install: str) -> Any:
     """A module of a library that may be missing; raises QzoError then, with what `pip install` brings it."""
     try:

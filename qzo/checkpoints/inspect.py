@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qzo.errors import QzoError
+from qzo.errors import OTHER, QzoError
 from qzo.formats.packed import parts_of
 from qzo.formats.table import find
 from qzo.models.folder import headers_in, weight_files
@@ -38,7 +38,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
     if found is not None:
         return found.inspect(str(source))
     if settings is not None:
-        reason = f"the format {method} is not trainable here yet"
+        reason = f"the format {method} is not trainable here yet; {OTHER}"
         return Inspection(str(source), method, settings=settings, reason=reason)
     return _unquantized(str(source), about)
 

@@ -10,7 +10,7 @@ import torch
 
 from qzo.checkpoints.save import GENERATION, writes_itself
 from qzo.checkpoints.tokenizer import load_tokenizer as load_tokenizer
-from qzo.errors import QzoError
+from qzo.errors import AGAIN, QzoError
 from qzo.formats.gguf.files import GgufCheckpoint
 from qzo.formats.table import find
 from qzo.models.build import auto_class, config_of
@@ -149,7 +149,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
                 **options,
             )
     except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
-        raise QzoError(f"{source}: {one_line(error)}") from error
+        raise QzoError(f"{source}: {one_line(error)}; {AGAIN}") from error
     model, report = loaded
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if "gguf_file" in options:  # all else was checked before it was built
@@ -160,5 +160,5 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
             "safetensors files"
         )
     if missing:  # transformers would draw them at random
-        raise QzoError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        raise QzoError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}; {AGAIN}")
     return model.to(device)

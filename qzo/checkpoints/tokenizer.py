@@ -31,4 +31,6 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
                 return kind.from_pretrained(str(place), **options)
             return AutoTokenizer.from_pretrained(str(place), revision=revision, trust_remote_code=False, **options)
     except Exception as error:  # as in _from_pretrained
-        raise QzoError(f"{source} has no tokenizer that loads: {one_line(error)}") from error
+        raise QzoError(
+            f"{source} has no tokenizer that loads: {one_line(error)}; copy the files of one beside the model"
+        ) from error

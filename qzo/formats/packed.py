@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.errors import QzoError
+from qzo.errors import OTHER, QzoError, advised
 from qzo.models.folder import Header, headers_in, read_tensors_of, weight_files
 from qzo.models.inspection import WHOLE_ZEROS, Inspection
 from qzo.models.rewrite import Write, rewriting
@@ -72,6 +72,7 @@ class PackedCheckpoint(Stored):
         return headers_in(weight_files(self.folder))
 
     @cached_property
+    @advised(OTHER)
     def _laid_out(self) -> Layout:
         return self.layout()
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qzo.errors import AGAIN, advised
 from qzo.formats.aqlm import files as aqlm_files
 from qzo.formats.aqlm import library as aqlm
 from qzo.formats.awq import files as awq_files
@@ -106,4 +107,5 @@ LIBRARIES: tuple[Library, ...] = (bnb, hqq, torchao, aqlm, gptq, awq, compressed
 
 def find(source: Source) -> Checkpoint | None:
     """The quantized checkpoint that lies somewhere; None where no format here knows it. Raises QzoError."""
-    return next((found for files in FILES if (found := files.find(source)) is not None), None)
+    with advised(AGAIN):
+        return next((found for files in FILES if (found := files.find(source)) is not None), None)

@@ -14,6 +14,7 @@ from qzo.models.names import TEXT_PARTS
 from qzo.quiet import quiet_libraries
 
 CAUSAL = "AutoModelForCausalLM"
+BUILDS = "mend config.json, or give a causal language model of a kind that transformers builds"
 HEADS = {  # what the name of a class ends in -> who knows such classes
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -42,10 +43,10 @@ def build(folder: Path, dtype: torch.dtype, part: bool) -> tuple[Any, bool]:
                 model = _text_part(config, text, folder, dtype)
             else:
                 model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
-    except QzoError:
-        raise
+    except QzoError as error:
+        raise QzoError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from error
     except Exception as error:  # transformers raises many kinds; all of them mean that the folder cannot be used
-        raise QzoError(f"{folder}: {one_line(error)}") from error
+        raise QzoError(f"{folder}: {one_line(error)}; {BUILDS}") from error
     if is_causal:  # a classifier may look both ways
         check_causal(folder, config, model)
     return model, is_part

@@ -33,7 +33,9 @@ def download(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
     except Exception as error:  # network, authorization, unknown name
-        raise QzoError(f"{name} is neither a folder nor on the hub: {one_line(error)}") from error
+        raise QzoError(
+            f"{name} is neither a folder nor on the hub: {one_line(error)}; check the name, or download it first"
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -148,14 +150,14 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise QzoError(f"{file} cannot be read: {one_line(error)}") from error
+        raise QzoError(f"{file} cannot be read: {one_line(error)}; copy or download it again") from error
     check_json(file, text)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise QzoError(f"{file} cannot be read: {one_line(error)}") from error
+        raise QzoError(f"{file} cannot be read: {one_line(error)}; copy or download it again") from error
     if not isinstance(content, dict):
-        raise QzoError(f"{file} does not hold a JSON object")
+        raise QzoError(f"{file} does not hold a JSON object; copy or download it again")
     check_numbers(file, content)
     return content
 

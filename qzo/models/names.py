@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qzo.errors import QzoError
+from qzo.errors import AGAIN, QzoError
 from qzo.models.folder import Header
 from qzo.models.leftovers import Leftovers, layer_number
 
@@ -43,7 +43,7 @@ class Joined:
         try:
             made: dict[str, Any] = converter.convert(name, model=model, config=model.config)
         except Exception as error:  # of whatever operation
-            raise QzoError(f"the {len(tensors)} tensors that make up {name} do not fit together") from error
+            raise QzoError(f"the {len(tensors)} tensors that make up {name} do not fit together; {AGAIN}") from error
         value = made.get(name, next(iter(made.values())))
         tensor: Tensor = value[0] if isinstance(value, list) else value
         return tensor

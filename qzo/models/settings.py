@@ -63,7 +63,7 @@ def settings_of(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         if settings is None and (folder / name).is_file():
             settings = {"quant_method": method, **read_json(folder / name)}
     if settings is not None and not isinstance(settings, dict):
-        raise QzoError(f"{folder}: quantization_config in config.json is not a JSON object")
+        raise QzoError(f"{folder}: quantization_config in config.json is not a JSON object; mend config.json")
     return settings
 
 
@@ -85,5 +85,7 @@ def whole_number(folder: Path, settings: dict[str, Any], *names: str) -> int:
         if isinstance(value, float) and number != value:
             raise ValueError(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise QzoError(f"{folder}: quantization_config must have whole numbers bits and group_size") from error
+        raise QzoError(
+            f"{folder}: quantization_config must have whole numbers bits and group_size; mend config.json"
+        ) from error
     return number

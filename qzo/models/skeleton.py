@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qzo.errors import QzoError, named
+from qzo.errors import AGAIN, QzoError, advised, named
 from qzo.models.budget import at_most, check_buffers, check_counts, check_factors
 from qzo.models.build import build
 from qzo.models.finite import check_stored
@@ -25,7 +25,9 @@ def dtype_of(config: dict[str, Any]) -> torch.dtype:
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     dtype = DTYPES.get(name)
     if dtype is None:
-        raise QzoError(f'dtype "{name}" in config.json is not known; need float32, float16 or bfloat16')
+        raise QzoError(
+            f'dtype "{name}" in config.json is not known; need float32, float16 or bfloat16; mend config.json'
+        )
     return dtype
 
 
@@ -115,6 +117,7 @@ def skeleton(
     return model, is_part
 
 
+@advised(AGAIN)
 def check_unquantized(folder: Path, config: dict[str, Any], headers: dict[str, Header]) -> None:
     """Raise QzoError unless the files hold just what the unquantized model expects."""
     check_counts(folder, config, len(headers))

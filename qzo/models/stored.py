@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qzo.errors import QzoError, named
+from qzo.errors import AGAIN, QzoError, advised, named
 from qzo.models.budget import check_counts
 from qzo.models.experts import check_experts, looks_like_experts
 from qzo.models.finite import SMALL, check_stored, check_tensor
@@ -99,6 +99,7 @@ class Stored(ABC):
         paths = () if self.by_name else self.paths()
         return {name: header for name, header in self.headers.items() if layer_of(name, paths) is None}
 
+    @advised(AGAIN)
     def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
         """The model with quantized layers on the tensors of the files, everything frozen; the rest is cast to `dtype`.
 
@@ -177,6 +178,7 @@ class Stored(ABC):
                 if tensor.numel() <= SMALL or name in own:
                     check_tensor(f"{self.folder}: {name}", tensor)
 
+    @advised(AGAIN)
     def empty(self, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         """The model on meta with quantized layers in their places, and path -> layer; no data is read.
 

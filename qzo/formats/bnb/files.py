@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qzo.errors import QzoError, named
+from qzo.errors import OTHER, QzoError, advised, named
 from qzo.formats.bnb.layer import QUANT_TYPES, BnbLinear4bit, BnbLinear8bit
 from qzo.formats.bnb.nesting import nest, unnest
 from qzo.formats.bnb.state import (
@@ -119,6 +119,7 @@ class BnbCheckpoint(Stored):
         return rewriting(self.folder, tensors, _stored(self.folder, self.headers, tensors))
 
 
+@advised(OTHER)
 def _bits(source: Source) -> int:
     """4 or 8. Raises QzoError unless one of transformers' two flags is set, and for another table than NF4 and FP4."""
     folder, settings = source.path, source.settings or {}

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from qzo.errors import QzoError, named
+from qzo.errors import OTHER, QzoError, advised, named
 from qzo.formats.compressed.scheme import Scheme, scheme_of
 
 CLASSES = ("Linear", "Module")  # of the modules that may have codes here
@@ -42,6 +42,7 @@ class Schemes:
         return scheme
 
 
+@advised(OTHER)
 def schemes_of(settings: dict[str, Any]) -> Schemes:
     """What is to be read by the settings. Raises QzoError for what cannot be trained here, and for damaged ones."""
     if settings.get("kv_cache_scheme") is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qzo.errors import QzoError, named
+from qzo.errors import OTHER, QzoError, named
 from qzo.formats.torchao.layer import AoInt4Linear, AoOrigin
 from qzo.formats.torchao.library import INT4, AoLinear, build
 from qzo.models.folder import Header, headers_in, opened, read_tensors_of, weight_files
@@ -111,7 +111,7 @@ def _decoded(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         dtype = getattr(torch, str(value.get("_data")), None) if value.get("_type") == "torch.dtype" else None
         if not isinstance(dtype, torch.dtype):
-            raise QzoError(f"{key} is a {value.get('_type')}; only weight-only quantization is trained")
+            raise QzoError(f"{key} is a {value.get('_type')}; only weight-only quantization is trained; {OTHER}")
         return dtype
     return value
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.errors import QzoError, required
+from qzo.errors import OTHER, QzoError, required
 from qzo.formats.torchao.layer import AoInt4Linear, AoInt8Linear, AoOrigin
 from qzo.quiet import quiet_libraries
 
@@ -43,10 +43,12 @@ def build(origin: AoOrigin, tensors: dict[str, Tensor], shape: tuple[int, ...], 
     kind = origin.kind if isinstance(origin.kind, str) else origin.kind.__name__
     if kind not in INT8 and kind not in INT4:
         known = ", ".join((*INT8, *INT4))
-        raise QzoError(f"a weight of torchao's kind {kind} cannot be trained, only {known}")
+        raise QzoError(f"a weight of torchao's kind {kind} cannot be trained, only {known}; {OTHER}")
     active = [name for name in OF_INPUTS if origin.attributes.get(name) is not None or name in tensors]
     if active:
-        raise QzoError(f"the {kind} changes its inputs too ({active[0]}); only weight-only quantization is trained")
+        raise QzoError(
+            f"the {kind} changes its inputs too ({active[0]}); only weight-only quantization is trained; {OTHER}"
+        )
     if len(shape) != 2 or tensors.keys() - set(DATA):
         raise QzoError(f"the {kind} has shape {shape} and the parts {', '.join(sorted(tensors))}, which are not known")
     missing = {"qdata", "scale"} if kind in INT8 else {"qdata", "scale", "zero_point"}
