@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,21 @@ class Quantized(nn.Module):
     def type_name(self) -> str:
         """What the format calls it."""
         return type(self).__name__
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As nn.Module's, of `.to`, `.half`, `.float`, `.cuda`; but buffers stay the tensors they are, in their dtype.
+
+        An optimizer holds the scales: others in their place would never be trained, and bfloat16 would round them.
+        """
+        before = {name: buffer for name, buffer in self._buffers.items() if type(buffer) is Tensor}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is old or type(new) is not Tensor or not torch._has_compatible_shallow_copy_type(old, new):
+                continue  # to or from a device without data
+            old.data = new if new.dtype == old.dtype else old.to(new.device)
+            self._buffers[name] = old
+        return self
 
     def views(self) -> dict[str, Tensor]:
         """Scales and offsets that lie within another buffer, by these names; none, where they are buffers."""

@@ -33,7 +33,8 @@ def check_live(
 
     Args:
         model: with layers that `qzo.scales` knows.
-        loss: () -> scalar of one batch, of the model as it stands, without dropout; called three times or more.
+        loss: () -> scalar of one batch, of the model as it stands; called three times or more, with the same masks
+            where there is dropout.
         seed: of the draw.
         layers: first and last decoder layer that may be drawn, as in `qzo.scales`.
 

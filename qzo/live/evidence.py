@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qzo.optim.randomness import same_masks
+
 MARGIN = 8  # times the difference between two evaluations of the same model
 CHUNK = 2**20  # numbers of an output that are read at a time
 
@@ -39,7 +41,8 @@ class Evidence:
 def evidence(model: nn.Module, loss: Callable[[], Any], paths: Iterable[str]) -> Evidence:
     """Evaluate the loss once and watch the model; `paths` are of layers that are to be seen at work."""
     seen, called = Evidence(), set[str]()
-    with _watched(model, seen, set(paths), called):
+    with same_masks(0, 0) as restart, _watched(model, seen, set(paths), called):
+        restart()
         seen.loss = float(loss())
     seen.called = sorted(called)
     return seen

@@ -26,9 +26,11 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None, vocabulary: 
         vocabulary: take those of a quantized vocabulary too; give them an eps of their own, or relative amounts.
 
     The name is the module's path and ".scales". Shapes are those that the format has, see the docstrings of its layers:
-    [K/g, N] for GPTQ, [V, K/g] for an embedding (once, where the head shares it); fp32, fp16 or bf16. Ask again after
-    `model.to(...)`, which makes new tensors. Raises QzoError for a model without quantized layers, for one that has
-    K-quants only, whose scales are quantized themselves, or a vocabulary alone, and for layers that it does not have.
+    [K/g, N] for GPTQ, [V, K/g] for an embedding (once, where the head shares it); fp32, fp16 or bf16. They stay
+    the same tensors, of the same dtype, in `model.to(...)`, `.half()` and `.float()`; only those of a packed GGUF file,
+    views into its blocks, must be asked for again after a move to another device. Raises QzoError for a model without
+    quantized layers, for one that has K-quants only, whose scales are quantized themselves, or a vocabulary alone, and
+    for layers that it does not have.
     """
     quantized = quantized_layers(model)
     if not quantized:

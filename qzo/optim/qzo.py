@@ -196,6 +196,15 @@ class QZO(SpsaOptimizer):
                     check_eps(zip(names, group["params"], strict=True), group["eps"], group["relative"])
         return super().step(closure)
 
+    def _check_places(self) -> None:
+        for _, _, _, tensor in self._tensors():
+            place = self.state[tensor]["master"].device
+            if tensor.device != place:
+                raise QzoError(
+                    f"the tensors are on {tensor.device} now, their masters on {place}; make the optimizer anew after "
+                    "model.to(device)"
+                )
+
     def _perturb(self, direction: int, sign: int) -> None:
         for index, _, number, tensor in self._tensors():
             group, live, master = self.param_groups[number], flat(tensor), flat(self.state[tensor]["master"])

@@ -16,8 +16,10 @@ from qzo.errors import QzoError
 from qzo.optim.estimator import Estimator, Losses, all_finite
 from qzo.optim.groups import Group, check_options, check_tensor, unique
 from qzo.optim.noise import full_noise, mixed_chunks, noise_chunks
+from qzo.optim.randomness import same_masks
 from qzo.optim.reach import Reach, has_data
 from qzo.optim.rules import update_options
+from qzo.optim.still import count_still
 
 Closure = Callable[[], Tensor | float]
 Parameters = dict[str, Tensor] | Iterable[Any]
@@ -58,6 +60,7 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
     `max_skipped` of them in a row raise QzoError in place of the last, None never does.
     """
 
+    still_steps = 0  # in a row, whose losses were all the same to the bit
     least_noise = 0  # elements of z that exist at a time, where a tensor has as many, see qzo.optim.noise
 
     def __init__(
@@ -99,9 +102,10 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
 
         Args:
             closure: returns the loss, a scalar, of the model as it stands; called once an evaluation, twice in all by
-                default, without gradients. It should be deterministic: the same batch, no dropout. Several closures,
-                one for each micro-batch, accumulate: their losses are summed at each evaluation, as `backward()` sums
-                gradients, so let each return its share of the loss (of m equal micro-batches, its mean divided by m).
+                default, without gradients. It should be deterministic: the same batch at each call. Dropout draws the
+                same masks at each, see `qzo.optim.randomness`. Several closures, one for each micro-batch, accumulate:
+                their losses are summed at each evaluation, as `backward()` sums gradients, so let each return its share
+                of the loss (of m equal micro-batches, its mean divided by m).
 
         Each loss is read once (`float`). If it is not finite, if a number would not be after the update, or if the
         closure raises, θ is put back and the update is left out; an exception travels on and the step does not count.
@@ -114,19 +118,22 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         closures = [closure] if callable(closure) else list(closure)
         if not closures:
             raise QzoError("step() got no closure at all; pass one for each micro-batch")
+        self._check_places()
         try:
-            losses = self.estimator.measure(partial(self._loss_at, closures))
+            with same_masks(self.seed, self.steps) as restart:
+                losses = self.estimator.measure(partial(self._loss_at, closures, restart))
         except BaseException:
             self._restore()
             raise
         self._finish(losses)
         return self.estimator.value(losses)
 
-    def _loss_at(self, closures: list[Closure], direction: int, sign: int) -> float:
+    def _loss_at(self, closures: list[Closure], restart: Callable[[], None], direction: int, sign: int) -> float:
         if sign:
             self._perturb(direction, sign)
         else:
             self._restore()
+        restart()
         return sum(_read(closure()) for closure in closures)
 
     def _finish(self, losses: list[Losses]) -> None:
@@ -138,6 +145,7 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         if skipped:
             self._restore()
             self._check_skips(losses, "an update" if measured else "the loss")
+        self.still_steps = count_still(self.still_steps, losses, self.steps)
         clipped = any(abs(d) > bound for group, bound in zip(raw, bounds, strict=True) for d in group)
         first, step = (*losses[0], raw[0][0], clipped and not skipped), self.steps
         self._take(() if skipped else applied)
@@ -167,10 +175,15 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_skips(self, losses: list[Losses], what: str) -> None:
         if self.max_skipped is not None and self.skipped_in_a_row + 1 >= self.max_skipped:
+            remedy = "the weights are those of the last good step; lower lr or eps, or look at the data"
+            if what == "the loss" and self.steps == self.skipped_steps:
+                remedy = (
+                    "no loss was finite yet and the weights are untouched; a float16 model may overflow (load it with "
+                    "dtype=torch.bfloat16), or eps is too large, or the data hold no labels"
+                )
             raise QzoError(
                 f"{what} was not finite for {self.max_skipped} steps in a row, up to step {self.steps} "
-                f"({losses[0][0]} and {losses[0][1]}); the weights are those of the last good step; "
-                "lower lr or eps, or look at the data"
+                f"({losses[0][0]} and {losses[0][1]}); {remedy}"
             )
 
     def _take(self, applied: Applied) -> None:
@@ -215,6 +228,9 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
             name: full_noise(tensor.shape, *key, index, tensor.device, number, distribution)
             for index, name, _, tensor in self._tensors()
         }
+
+    def _check_places(self) -> None:
+        """Raise QzoError where the tensors were moved away from what belongs to them."""
 
     @abstractmethod
     def _perturb(self, direction: int, sign: int) -> None:
@@ -291,7 +307,7 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
             setattr(self, name, state_dict.get(name, 0))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("seed", "last", "estimator", "max_skipped", *COUNTERS)
+        own = ("seed", "last", "still_steps", "estimator", "max_skipped", *COUNTERS)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_reach": []}
 
 
