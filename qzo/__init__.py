@@ -8,10 +8,14 @@ loss = optimizer.step(lambda: model(**batch).loss)  # two forward passes, no bac
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from qzo import tasks
+    from qzo.checkpoints.inspect import inspect
     from qzo.checkpoints.load import load
     from qzo.checkpoints.save import save
+    from qzo.checkpoints.tokenizer import load_tokenizer
     from qzo.errors import QzoError
     from qzo.formats.gptq.layer import QuantLinear
     from qzo.journal.journal import Journal
@@ -44,9 +48,11 @@ __all__ = [
     "adopt",
     "check_live",
     "export",
+    "inspect",
     "keep_freed_memory",
     "label_loss",
     "load",
+    "load_tokenizer",
     "quantize",
     "release",
     "replay",
@@ -72,9 +78,11 @@ _PLACES = {
     "adopt": "qzo.live.adopt",
     "check_live": "qzo.live.check",
     "export": "qzo.training.export",
+    "inspect": "qzo.checkpoints.inspect",
     "keep_freed_memory": "qzo.kernels.heap",
     "label_loss": "qzo.models.loss",
     "load": "qzo.checkpoints.load",
+    "load_tokenizer": "qzo.checkpoints.tokenizer",
     "quantize": "qzo.quantizers.quantize",
     "release": "qzo.live.adopt",
     "replay": "qzo.journal.replay",
@@ -95,4 +103,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """The public names, and not the parts that have been imported meanwhile."""
+    return sorted({*__all__, "__version__", "__all__", "__doc__", "__name__", "__path__", "__file__"})

@@ -9,6 +9,7 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import NoReturn
 
+from qzo import __version__
 from qzo.commands import evaluate, export, inspect, quantize, replay, train
 from qzo.commands.streams import tolerant_streams
 from qzo.errors import QzoError, printable
@@ -50,6 +51,7 @@ def _told(error: object, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qzo", description="Zeroth-order fine-tuning of quantized language models.")
+    parser.add_argument("--version", action="version", version=f"qzo {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_command(commands)

@@ -144,9 +144,11 @@ def hub_rows(repo: str, config: str) -> dict[str, list[Row]]:
 
 
 def _split(repo: str, config: str, split: str) -> list[Row]:
-    if find_spec("pyarrow") is None:
+    missing = [name for name in ("pyarrow", "pandas") if find_spec(name) is None]
+    if missing:
         raise QzoError(
-            f"{repo} on the hub is read with pyarrow: pip install pyarrow; or give JSON lines with --data DIR"
+            f"{repo} on the hub is read with pyarrow and pandas: pip install {' '.join(missing)}; or give JSON lines "
+            "with --data DIR"
         )
     import pandas
     from huggingface_hub import hf_hub_download

