@@ -50,7 +50,7 @@ def load(folder: str | Path) -> list[Record]:
 
 def _read(path: Path) -> Record:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8-sig"))
         _check(record)
         if method_of(record) != path.stem:
             raise ReportError(f"the method is {method_of(record)!r}; a file is named after its method")

@@ -44,7 +44,7 @@ def entry(name: str) -> Entry:
 
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
-    return json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8"))
+    return json.loads(Path(__file__).with_name("models.json").read_text(encoding="utf-8-sig"))
 
 
 def _packaged_weights(package: str) -> Path | None:

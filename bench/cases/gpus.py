@@ -62,7 +62,7 @@ class Gpu:
 
 @cache
 def _table() -> dict[str, Gpu]:
-    raw = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))
+    raw = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8-sig"))
     return {name: _gpu(name, entry) for name, entry in raw.items() if not name.startswith("_")}
 
 

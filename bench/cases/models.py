@@ -142,7 +142,7 @@ def _from_folder(folder: Path) -> ModelSource:
     if not file.is_file():
         raise QzoError(f"folder {folder} has no config.json; a model's folder needs one (the weights are optional)")
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise QzoError(f"{file} is not valid JSON ({one_line(error)}); write it anew with save_pretrained") from error
     model_type = fields.get("model_type") if isinstance(fields, dict) else None

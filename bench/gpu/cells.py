@@ -130,7 +130,7 @@ def predictions(cases: Sequence[BenchCase], file: Path) -> dict[str, Any]:
 
     Those in `file` are taken from it; the others are simulated, and added to it.
     """
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8-sig")) if file.exists() else {}
     lacking = [case for case in cases if key(case) not in found]
     if not lacking:
         return found
@@ -174,7 +174,7 @@ class Results:
 
     def __init__(self, out: Path, predicted: dict[str, Any], keep: bool = False) -> None:
         self.out, self.predicted = out, predicted
-        self.lines = out.read_text(encoding="utf-8").splitlines() if keep and out.exists() else []
+        self.lines = out.read_text(encoding="utf-8-sig").splitlines() if keep and out.exists() else []
         self.kept = {json.loads(line)["key"] for line in self.lines}
         self.others: list[str] = []
         self.failed = False

@@ -58,7 +58,7 @@ def read_json(path: str | Path) -> Any:
         QzoError: it cannot be read, or is not JSON; the path is named.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise QzoError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # also bytes that are not UTF-8

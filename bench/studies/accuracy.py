@@ -156,7 +156,7 @@ def passes(settings: TrainSettings) -> int:
 def learning_curve(metrics: Path) -> Iterator[dict[str, Any]]:
     """A point for every validation, and one for the mean loss of every ten steps."""
     losses: list[float] = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_text(encoding="utf-8-sig").splitlines():
         entry = json.loads(line)
         if "validation" in entry:
             found = entry["validation"]
@@ -218,7 +218,7 @@ def add(file: Path, entry: dict[str, Any]) -> None:
 
 def read(file: Path) -> list[dict[str, Any]]:
     """The entries of a record; none where there is no file."""
-    return list(json.loads(file.read_text(encoding="utf-8"))["entries"]) if file.exists() else []
+    return list(json.loads(file.read_text(encoding="utf-8-sig"))["entries"]) if file.exists() else []
 
 
 def _has(file: Path, row: Row, seed: int) -> bool:

@@ -218,7 +218,7 @@ def add(file: Path, entry: dict[str, Any], settings: Settings) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    return dict(json.loads(file.read_text(encoding="utf-8-sig"))) if file.exists() else {}
 
 
 def _has(file: Path, name: str, settings: Settings) -> bool:

@@ -82,7 +82,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))
+        records = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError:
         records = None
     known = isinstance(records, list) and all(isinstance(r, dict) and "bf16_instructions" in r for r in records)

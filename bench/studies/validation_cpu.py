@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     text, out = section(pairs), Path(options.out)
-    before = out.read_text(encoding="utf-8") if out.exists() else TITLE
+    before = out.read_text(encoding="utf-8-sig") if out.exists() else TITLE
     out.write_text(document(before, text), encoding="utf-8")
     print(text)
     return int(any(error is None or abs(error) > LIMIT_PERCENT for error in map(error_percent, pairs)))

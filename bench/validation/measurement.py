@@ -92,7 +92,7 @@ class Measurement:
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The JSON objects of a file. Raises QzoError naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise QzoError(f"cannot read {path}: {error.strerror}") from error
     rows = []

@@ -148,7 +148,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises QzoError where there is none, and for one beyond the bounds of `bounds.py`."""
     check_file(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise QzoError(f"{file} cannot be read: {one_line(error)}; copy or download it again") from error
     check_json(file, text)

@@ -20,7 +20,7 @@ def calibration_text(name: str) -> str:
     if name == REVIEWS:
         return "\n".join(reviews())
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise QzoError(f"calibration text {name} cannot be read: {reason}; give a text file, or {REVIEWS}") from error

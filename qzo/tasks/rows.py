@@ -89,7 +89,7 @@ def _json_lines(file: Path) -> Iterator[Row]:
     check_file(file)
     opener: Any = gzip.open if file.suffix == ".gz" else open
     try:
-        with opener(file, "rt", encoding="utf-8") as text:
+        with opener(file, "rt", encoding="utf-8-sig") as text:
             for number, line in enumerate(_lines(text, file), 1):
                 if line.strip():
                     count += 1

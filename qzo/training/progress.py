@@ -138,9 +138,9 @@ def _bar(steps: int, start: int) -> Any:
     from rich.progress import Progress as Bar
     from rich.table import Column
 
-    words = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    words = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
     columns = (MofNCompleteColumn(), BarColumn(bar_width=10), TimeRemainingColumn(), words)
-    bar = Bar(*columns, console=Console(stderr=True))
+    bar = Bar(*columns, console=Console(stderr=True), expand=True)
     bar.add_task("train", total=steps, completed=start, text="")
     bar.start()
     return bar

@@ -177,7 +177,7 @@ def check_folder(folder: Path, settings: TrainSettings, about: Result, resume: b
 def read_run(folder: Path) -> Result:
     """The content of a run's run.json. Raises QzoError where there is none, and where what makes a run is missing."""
     try:
-        content = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        content = json.loads((folder / RUN).read_text(encoding="utf-8-sig"))
         if content["qzo_run"] != 1 or not isinstance(content["settings"], dict):
             raise ValueError("not of this version")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

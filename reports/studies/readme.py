@@ -20,7 +20,7 @@ def table(folder: Path) -> str:
     """Markdown: a row a model and method, allocated and process GiB, and the reduction by allocated bytes."""
     rows = []
     for model in MODELS:
-        records = json.loads((folder / f"{model}.json").read_text(encoding="utf-8"))["records"]
+        records = json.loads((folder / f"{model}.json").read_text(encoding="utf-8-sig"))["records"]
         for method in METHODS:
             record = find(records, method)
             if record is None:
@@ -44,7 +44,7 @@ def main() -> int:
     """Rewrite README.md in the folder above this package."""
     here = Path(__file__).parents[1]
     readme = here.parent / "README.md"
-    readme.write_text(renewed(readme.read_text(encoding="utf-8"), here / "baselines"), encoding="utf-8")
+    readme.write_text(renewed(readme.read_text(encoding="utf-8-sig"), here / "baselines"), encoding="utf-8")
     return 0
 
 

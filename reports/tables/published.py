@@ -21,7 +21,7 @@ def published_table(records: Sequence[Record]) -> Table | None:
 
     Sizes in GB of 1e9 bytes; the difference is ours minus the paper's in percent of the paper's.
     """
-    paper = json.loads(PAPER.read_text(encoding="utf-8"))
+    paper = json.loads(PAPER.read_text(encoding="utf-8-sig"))
     models = {record["case"]["model"] for record in records}
     if len(models) != 1 or (printed := paper["models"].get(models.pop())) is None:
         return None

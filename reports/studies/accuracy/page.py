@@ -225,7 +225,7 @@ def points(entry: Entry, key: str, factor: float) -> tuple[list[float], list[flo
 
 def main() -> int:
     """Write report and picture again."""
-    record, signal = (json.loads((HERE / name).read_text(encoding="utf-8")) for name in (RECORD, SIGNAL))
+    record, signal = (json.loads((HERE / name).read_text(encoding="utf-8-sig")) for name in (RECORD, SIGNAL))
     (HERE / REPORT).write_text(render(record, signal), encoding="utf-8")
     (HERE / CURVES).write_bytes(to_png(record))
     return 0

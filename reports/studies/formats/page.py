@@ -112,10 +112,10 @@ def _uncertainty(count: int) -> str:
 
 def main() -> int:
     """Write the report beside the record, and the table into README.md where it has the markers."""
-    record = json.loads((HERE / RECORD).read_text(encoding="utf-8"))
+    record = json.loads((HERE / RECORD).read_text(encoding="utf-8-sig"))
     (HERE / REPORT).write_text(render(record), encoding="utf-8")
     readme = HERE.parents[2] / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    text = readme.read_text(encoding="utf-8-sig")
     if BEGIN in text:
         readme.write_text(renewed(text, record), encoding="utf-8")
     return 0

@@ -89,7 +89,7 @@ def _layers(layers: Mapping[str, Mapping[str, float]], quantizers: list[str]) ->
 
 def main() -> int:
     """Write the report again."""
-    record = json.loads((HERE / "gptq.json").read_text(encoding="utf-8"))
+    record = json.loads((HERE / "gptq.json").read_text(encoding="utf-8-sig"))
     (HERE / "gptq.md").write_text(render(record), encoding="utf-8")
     return 0
 

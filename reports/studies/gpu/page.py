@@ -196,7 +196,7 @@ def _format(case: Row) -> str:
 def load(path: Path) -> Any:
     """The content of a JSON file. Raises ReportError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as problem:
         raise ReportError(f"cannot read {path}: {problem}") from problem
 
@@ -218,7 +218,7 @@ def render(folder: Path = MEASUREMENTS) -> str:
 
 def lines_of(path: Path) -> list[Any]:
     """The JSON objects of a file, one a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
 
 
 def main() -> int:

@@ -152,7 +152,7 @@ def _process(row: Row, record: Record) -> str:
 def load(path: Path) -> Any:
     """The content of a JSON file. Raises ReportError: it cannot be read, or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ReportError(f"cannot read {path}: {error}; `python -m bench.studies.paper` makes the records") from error
 

@@ -106,7 +106,7 @@ def _memory(memory: Mapping[str, int]) -> Table:
 
 def main() -> int:
     """Write the report again."""
-    records = json.loads((HERE / "step.json").read_text(encoding="utf-8"))
+    records = json.loads((HERE / "step.json").read_text(encoding="utf-8-sig"))
     (HERE / "step.md").write_text(render(records), encoding="utf-8")
     return 0
 

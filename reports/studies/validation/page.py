@@ -119,7 +119,7 @@ def _mean_and_worst(errors: Iterable[float]) -> str:
 def load(path: str) -> Row:
     """One comparison. Raises ReportError: it cannot be read, or is not what `bench validate --json` writes."""
     try:
-        part = json.loads(Path(path).read_text(encoding="utf-8"))
+        part = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ReportError(f"cannot read {path}: {error}") from error
     if not isinstance(part, dict) or not {"statistics", "verdicts", "rows"} <= set(part):

@@ -1,5 +1,6 @@
 """Tasks: reading, prompts, splits, errors."""
 
+import codecs
 import gzip
 import json
 from importlib.util import find_spec
@@ -265,3 +266,15 @@ def test_a_gzip_file_that_is_cut_or_damaged_is_told(tmp_path):
         (tmp_path / "sst2/validation.jsonl.gz").write_bytes(damaged)
         with pytest.raises(QzoError, match=r"validation\.jsonl\.gz cannot be read"):
             task.splits()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_byte_order_mark_in_front_of_a_file_is_no_part_of_it(tmp_path, packed):
+    plain, marked = write_task(tmp_path / "plain", "sst2", packed=packed), write_task(tmp_path / "marked", "sst2")
+    for file in (marked / "sst2").iterdir():
+        content = codecs.BOM_UTF8 + file.read_bytes()
+        file.write_bytes(content)
+        if packed:
+            file.with_suffix(".jsonl.gz").write_bytes(gzip.compress(content))
+            file.unlink()
+    assert tasks.get("sst2", marked).splits() == tasks.get("sst2", plain).splits()
