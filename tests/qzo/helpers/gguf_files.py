@@ -80,11 +80,13 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     layers: int | None = None,
     meta: Meta | None = None,
+    without: str | None = None,
 ) -> Path:
     """Write a model as a .gguf file, as llama.cpp's converter does, and a tokenizer of 96 words.
 
     The rows of q and k of a Llama stand pair by pair, the norms of a Gemma are stored + 1, and gate and up of experts
     apart. `kind` is the type of every matrix, or tells it for a tensor's name; vectors are F32. `meta` adds metadata.
+    Tensors whose names end with `without` are left out.
     """
     config, family = model.config, model.config.model_type
     architecture = NAMES.get(family, family)
@@ -108,6 +110,8 @@ def write_gguf(
     if meta is not None:
         meta(writer)
     for stored, tensor in stored_as(model).items():
+        if without is not None and stored.endswith(without):
+            continue
         plain = "F32" if tensor.dim() == 1 or "gate_inp" in stored else None
         add(writer, stored, tensor.numpy(), plain or (kind if isinstance(kind, str) else kind(stored)))
     for name, array in (extra or {}).items():

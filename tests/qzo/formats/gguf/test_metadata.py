@@ -171,16 +171,22 @@ def test_biases_are_added_and_those_that_a_file_lacks_are_0(tmp_path, family):
     model = tiny(family, head_dim=16, **options)
     for layer in model.model.layers:
         layer.self_attn.o_proj.bias.data.zero_()
-    file = write_gguf(model, tmp_path / "m.gguf", "Q8_0")
-    check(file, as_stored(model, file))
-    tensors = gguf.GGUFReader(file).tensors
-    assert "blk.1.attn_q.bias" in {tensor.name for tensor in tensors}
-    renamed = file.read_bytes()
-    for layer in (0, 1):  # the data of the file stay, under a name that is no tensor's
-        renamed = renamed.replace(f"blk.{layer}.attn_output.bias".encode(), f"blk.{layer}.attn_rot_embd.xs".encode())
-    file.write_bytes(renamed)
-    with pytest.raises(QzoError, match=r"has blk\.0\.attn_rot_embd\.xs, for which"):
-        load(file)
+    for name, without in (("all", None), ("some", "attn_output.bias")):
+        file = write_gguf(model, tmp_path / f"{name}.gguf", "Q8_0", without=without)
+        check(file, as_stored(model, file))
+    file = write_gguf(model, tmp_path / "torn.gguf", "Q8_0", without="blk.1.attn_output.bias")
+    for dequantize in (True, False):
+        with pytest.raises(QzoError, match=r"has no tensor blk\.1\.attn_output\.bias"):
+            load(file, dequantize=dequantize)
+
+
+@pytest.mark.parametrize("dequantize", [True, False])
+def test_a_tensor_without_a_place_is_told(tmp_path, dequantize):
+    extra = {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
+    file = write_gguf(tiny("qwen3"), tmp_path / "m.gguf", "Q8_0", extra)
+    with pytest.raises(QzoError, match=r"has blk\.0\.attn_sinks\.weight, for which Qwen3ForCausalLM has no place"):
+        load(file, dequantize=dequantize)
+    assert "has blk.0.attn_sinks.weight, for which" in inspect(file).reason
 
 
 def test_a_llama_with_a_window_is_a_mistral_and_one_with_experts_a_mixtral(tmp_path):
