@@ -192,5 +192,6 @@ def _part(planned: Plan, layers: dict[str, tuple[str, int | None]], name: str, t
         raise QzoError(f"{source.path} has no place for {name}; give the file that was tuned")
     wanted = info.shape[-2], info.shape[-1] // kind.n_weights
     if tuple(tensor.shape) != wanted:
-        raise QzoError(f"{source.path} has {name} with shape {wanted}, the tuned one has shape {tuple(tensor.shape)}")
+        shapes = f"{name} with shape {wanted}, the tuned one has shape {tuple(tensor.shape)}"
+        raise QzoError(f"{source.path} has {shapes}; give the file that was tuned")
     return stored, _Part(tensor, POSITION[part], expert)

@@ -83,7 +83,8 @@ def _asking_transformers(path: Path) -> Iterator[None]:
         with quiet_libraries():
             yield
     except Exception as error:  # as qzo.load: transformers raises many kinds
-        raise QzoError(f"{path} has no config that transformers can use: {one_line(error)}") from error
+        remedy = "take the model's safetensors files"
+        raise QzoError(f"{path} has no config that transformers can use: {one_line(error)}; {remedy}") from error
 
 
 def _read(architecture: str) -> tuple[str, ...]:

@@ -144,8 +144,9 @@ def _check_gguf(cursor: _GgufCursor) -> GgufHeader:
 
 def _check_counts(metadata: dict[str, Any], tensors: dict[str, TensorInfo], items: int) -> None:
     """Counts against what the file holds: a model would be built, or a tokenizer, before a tensor is read."""
-    layers = metadata.get(f"{metadata.get('general.architecture')}.block_count", 1)
-    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= len(tensors):
+    key = f"{metadata.get('general.architecture')}.block_count"
+    layers = metadata.get(key, len(tensors))
+    if isinstance(layers, bool) or not isinstance(layers, int) or not min(1, len(tensors)) <= layers <= len(tensors):
         raise ValueError(f"it names {layers} layers and has {len(tensors)} tensors")
     vocabulary = tensors.get("token_embd.weight")
     rows = vocabulary.shape[0] if vocabulary is not None and vocabulary.shape else 0

@@ -121,7 +121,7 @@ def _multiplier(planned: Plan, place: Place) -> float | None:
         return None
     scale = getattr(place.module, "scalar_embed_scale", None)
     if not isinstance(scale, int | float):
-        raise QzoError(f"{planned.source.path}: a {type(place.module).__name__} is not known here; use dequantize=True")
+        raise QzoError(f"{planned.source.path}: a {type(place.module).__name__} is not known here; load it dequantized")
     return float(scale)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, advised
 from qzo.formats.gguf.codes import BLOCK_TYPES, PLAIN_TYPES
 from qzo.formats.gguf.header import TensorInfo
 from qzo.formats.gguf.rope import FACTORS
@@ -21,6 +21,7 @@ from qzo.models.walk import output_head
 from qzo.quiet import quiet_libraries
 
 UNUSED = ".attn_rot_embd.weight"  # in files of 2023, by layer: what the metadata say too, read by nobody
+AGAIN = "download or convert it again"
 STACKS = ("gate", "up", "down")  # of the experts of a layer: in the model, gate and up are one
 
 
@@ -70,7 +71,12 @@ class Plan:
 
 
 def plan(path: Path, dtype: torch.dtype = torch.bfloat16) -> Plan:
-    """How a file becomes a model. Raises QzoError for all that its header has against it."""
+    """How a file becomes a model. Raises QzoError for all that its header has against it, with what would help."""
+    with advised(AGAIN):
+        return _plan(path, dtype)
+
+
+def _plan(path: Path, dtype: torch.dtype) -> Plan:
     source = open_gguf(path)
     model = _skeleton(source, dtype)
     places, zeros = _places(source, model)

@@ -296,9 +296,9 @@ def test_a_gguf_cut_anywhere_is_refused(gguf_file):
         (0, b"GGUX", r"starts with b'GGUX'"),
         (4, struct.pack("<I", 1), "version is 1, known are 2, 3"),
         (4, struct.pack(">I", 3), "version is 50331648"),  # a big-endian file
-        (8, struct.pack("<Q", 2**63), "inside its header"),  # tensors
-        (16, struct.pack("<Q", 2**63), "unknown type|inside its header"),  # metadata values
-        (24, struct.pack("<Q", 2**64 - 1), "inside its header"),  # length of the first key
+        (8, struct.pack("<Q", 2**63), "no model has more than"),  # tensors
+        (16, struct.pack("<Q", 2**63), "no model has more than"),  # metadata values
+        (24, struct.pack("<Q", 2**64 - 1), "none there has more than"),  # length of the first key
     ],
 )
 def test_a_gguf_with_a_false_header_is_refused_without_believing_its_counts(gguf_file, offset, value, message):
@@ -317,7 +317,7 @@ def test_a_gguf_array_of_a_false_length_is_refused(gguf_file):
         false = data.replace(head + struct.pack("<Q", 3), head + struct.pack("<Q", 2**60))
         assert false != data
         gguf_file.write_bytes(false)
-        with pytest.raises(QzoError, match="inside its header"):
+        with pytest.raises(QzoError, match="no model has more than"):
             resolve(str(gguf_file))
 
 

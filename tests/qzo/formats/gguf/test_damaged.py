@@ -1,6 +1,7 @@
 """GGUF files that are damaged, contradict themselves or hold what is not known here: one line, nothing believed."""
 
 import random
+import re
 import resource
 import signal
 import struct
@@ -74,6 +75,7 @@ def test_a_false_header_is_one_line(whole, case):
     with pytest.raises(QzoError) as caught:
         packed(whole)
     assert message in str(caught.value) and "\n" not in str(caught.value) and str(whole) in str(caught.value)
+    assert re.search(r"[;:] (download|copy|convert|take|quantize) ", str(caught.value)), caught.value
 
 
 @pytest.mark.parametrize("size", [0, 3, 20, 200, 4000, -40_000, -1])
