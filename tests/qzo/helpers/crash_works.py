@@ -8,9 +8,11 @@ work.result(place)                   # file -> content, of what was made; None w
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,8 @@ def works(folder: Path) -> dict[str, Work]:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     plain = standin.write_model(model, folder / "plain", False)
     packed = standin.write_model(model, folder / "packed", True)
-    assert main(["train", str(packed), *TRAIN, "--out", str(folder / "trained")]) == 0
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        assert main(["train", str(packed), *TRAIN, "--out", str(folder / "trained")]) == 0
     journal = str(folder / "trained/run.journal")
 
     def train(method: str, source: Path) -> Work:

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import standin
 import torch
+from gguf_files import tiny, write_gguf
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
 
-from qzo import QzoError, export, load
+from qzo import QzoError, export, load, scales
+from qzo.checkpoints.identity import base_identity
 from qzo.commands.main import main
 from qzo.durable import read_tensors, write_tensors
 from qzo.training.metrics import Metrics
@@ -325,3 +327,24 @@ def test_a_second_process_is_kept_out_of_a_run(trained, run, task, capsys):
 def test_load_says_what_takes_a_run(run):
     with pytest.raises(QzoError, match=r"holds tuned tensors without their model; qzo export .*run OUT writes both"):
         load(run)
+
+
+@pytest.mark.parametrize(("kind", "negative"), [("Q4_1", False), ("Q4_0", True)])
+def test_a_run_on_a_gguf_file_becomes_a_file_of_the_name_given(run, tmp_path, capsys, kind, negative):
+    file = write_gguf(tiny(), tmp_path / "base.gguf", kind)
+    tensors = {name: scale.clone() for name, scale in scales(load(file, dequantize=False)).items()}
+    name = min(tensors)
+    tensors[name].view(-1)[0] = -1 if negative else 1
+    change_about(run, **base_identity(file))
+    (run / "run.journal").unlink()
+    write_tensors(run / "best.safetensors", tensors, {"step": "2"})
+    says(capsys, 0, "export", run, tmp_path / "tuned.gguf")
+    again = scales(load(tmp_path / "tuned.gguf", dequantize=False))
+    assert all(torch.equal(again[key], value) for key, value in tensors.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.gguf", "run", "tuned.gguf"]
+    assert "tuned.gguf exists; choose another name" in says(capsys, 2, "export", run, tmp_path / "tuned.gguf")
+    says(capsys, 0, "export", run, tmp_path / "folder")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["base.gguf"]
+    tensors[name].view(-1)[0] = float("nan") if negative else -1
+    write_tensors(run / "best.safetensors", tensors, {"step": "2"})
+    assert name in says(capsys, 2, "export", run, tmp_path / "wrong.gguf") and not (tmp_path / "wrong.gguf").exists()
