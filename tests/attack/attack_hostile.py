@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from figures import finish
+import figures
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hostile
@@ -139,7 +139,7 @@ def attack(words: list[str]) -> None:
             shutil.rmtree(copy)
             shutil.rmtree(f"{copy}-out", ignore_errors=True)
     wrong = ("accepted", "tracebacks", "more_than_a_line", "hangs", "over_500_MB", "half_folders")
-    finish("hostile", counts["tried"], **{what: counts[what] for what in wrong})
+    figures.finish("hostile", counts["tried"], **{what: counts[what] for what in wrong})
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def test_a_billion_experts_are_refused_before_they_are_built(make_model, tmp_pat
         load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_mutations_of_header_and_configuration_never_crash(make_folder, input_ids, kind):
     folder, dice = make_folder(kind), random.Random(kind)
     assert 100 < refused_of(folder, 200, lambda _: mutate(folder, dice), load) < 200
