@@ -8,6 +8,7 @@ from pathlib import Path
 from qzo.errors import OTHER, QzoError
 from qzo.formats.packed import parts_of
 from qzo.formats.table import find
+from qzo.models.finite import check_stored
 from qzo.models.folder import headers_in, weight_files
 from qzo.models.inspection import Inspection, obstacle
 from qzo.models.settings import Source, is_gguf, source_of
@@ -47,6 +48,10 @@ def _unquantized(name: str, source: Source) -> Inspection:
     headers = headers_in(weight_files(source.path))
     counts, sizes = parts_of(headers)
 
-    obstructed = obstacle(source.path, lambda: check_unquantized(source.path, source.config, headers))
+    def check() -> None:
+        check_unquantized(source.path, source.config, headers)
+        check_stored(headers, ())  # which loading does once its tensors are in memory
+
+    obstructed = obstacle(source.path, check)
     reason = obstructed or f"it is not quantized; first run: qzo quantize {name} OUT"
     return Inspection(name, "unquantized", counts=counts, sizes=sizes, reason=reason)

@@ -12,7 +12,6 @@ from torch import Tensor
 from qzo.errors import AGAIN, QzoError, advised, named
 from qzo.models.budget import at_most, check_buffers, check_counts, check_factors
 from qzo.models.build import build
-from qzo.models.finite import check_stored
 from qzo.models.folder import Header
 from qzo.models.names import Placed, check_known, place
 from qzo.quiet import quiet_libraries
@@ -124,7 +123,6 @@ def check_unquantized(folder: Path, config: dict[str, Any], headers: dict[str, H
     check_architecture(folder, config)
     model, _ = skeleton(folder, headers, dtype_of(config))
     check_known(place(model, headers), headers)
-    check_stored(headers, ())
 
 
 def _check_fits(name: str, header: Header, wanted: Tensor | None) -> None:
