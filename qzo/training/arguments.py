@@ -120,6 +120,8 @@ def _asks(arguments: Any, name: str, base: dict[str, Any], declared: dict[str, A
     value = _plain(getattr(arguments, name))
     if value in OFF.get(name, NOTHING) or (name == "fsdp_config" and not arguments.fsdp):
         return False
+    alias = name.replace("activation", "gradient")  # of an older name, which TRL's configurations still set
+    name = alias if declared.get(alias) != base.get(alias) else name
     own, original = declared[name], base.get(name)
     return own == original or not (own is None or value == _plain(own))
 

@@ -25,38 +25,15 @@ from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
 from qzo.quiet import quiet_libraries
 from qzo.training.arguments import SHARDED, check_arguments, check_optimizer
 from qzo.training.checkpoints import OPTIMIZER, TRAINED, check, read_trained
+from qzo.training.collate import padding
 from qzo.training.resumable import ResumableTrainer
+from qzo.training.roles import TakenStep, said_to_train
 
 with quiet_libraries():
     from accelerate.utils.memory import clear_device_cache
     from transformers import Trainer
 
-
-class TakenStep(torch.optim.Optimizer):
-    """A zeroth-order optimizer as Trainer's loop needs it: its `step()` without a closure does nothing.
-
-    By then `QZOTrainer.training_step` has taken the step. Groups and state are those of `optimizer`.
-    """
-
-    def __init__(self, optimizer: SpsaOptimizer) -> None:
-        self.optimizer = optimizer
-        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
-
-    def step(self, closure: Any = None) -> Any:
-        """Nothing without a closure, a step with one."""
-        return None if closure is None else self.optimizer.step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: there are no gradients."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Masters, counters and options."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; the live tensors are written too."""
-        self.optimizer.load_state_dict(state_dict)
-        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+DEFAULT_COLLATORS = "transformers.data.data_collator"  # the module of those that Trainer takes by itself
 
 
 class QZOTrainer(ResumableTrainer):
@@ -73,6 +50,7 @@ class QZOTrainer(ResumableTrainer):
     - A step is taken when the last of its micro-batches is there; all of them are evaluated with one z. So Trainer's
       on_pre_optimizer_step and on_optimizer_step both come after it.
     - Before the first step `qzo.check_live` proves, on its first micro-batch, that the scales are live (QZO).
+    - Rows whose `input_ids` differ in length are padded (labels with -100) where no `data_collator` is given.
     - The model stays in eval mode: both evaluations must see the same function.
     - Logs hold d of the last step, the share of clipped steps since the last log and the number of skipped ones, and
       no norm of a gradient.
@@ -112,6 +90,11 @@ class QZOTrainer(ResumableTrainer):
         super().__init__(*arguments, **named)
         if self.args.world_size > 1:
             raise QzoError(f"world_size={self.args.world_size}: {SHARDED}")
+        collate: Any = self.data_collator
+        if given.get("data_collator") is None and collate.__module__ == DEFAULT_COLLATORS:
+            tokenizer: Any = self.processing_class
+            pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+            self.data_collator = padding(collate, pad_id, getattr(tokenizer, "padding_side", "right") == "left")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """QZO on linear layers unless an optimizer was given. Raises QzoError for one that needs gradients."""
@@ -177,7 +160,7 @@ class QZOTrainer(ResumableTrainer):
 
     def _loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """A micro-batch's share of the step's loss, as Trainer's own training_step has it."""
-        with self.compute_loss_context_manager():  # compute_loss may take labels out of its inputs
+        with self.compute_loss_context_manager(), said_to_train(self.model):  # it may take labels out of its inputs
             loss: Any = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
         loss = loss.mean() if self.args.n_gpu > 1 else loss
         scaled: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # transformers >= 5.23
@@ -197,6 +180,9 @@ class QZOTrainer(ResumableTrainer):
             logs["clipped_share"] = sum(self._clipped) / max(1, len(self._clipped))
             logs["skipped_steps"] = self.zeroth_order.skipped_steps
             self._clipped.clear()
+            with said_to_train(self.model):
+                super().log(logs, start_time)
+            return
         super().log(logs, start_time)
 
     def train(self, *arguments: Any, **named: Any) -> Any:

@@ -1,0 +1,83 @@
+"""Rows of different lengths, with QZOTrainer as it is and mixed with a trainer of TRL."""
+
+import random
+
+import pytest
+import standin
+import torch
+from transformers import TrainingArguments, default_data_collator
+
+from qzo import QZOTrainer, load
+from qzo.training.collate import padding
+
+DICE = random.Random(0)
+ROWS = [[DICE.randrange(5, 96) for _ in range(length)] for length in (4, 9, 6, 7, 5, 8, 9, 3)]
+OPTIONS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def model(make_model, tmp_path):
+    return load(standin.write_model(make_model(dtype=torch.bfloat16), tmp_path / "model", True))
+
+
+def test_short_rows_are_filled_up_and_the_filling_is_masked():
+    rows = [
+        {"input_ids": [7, 8, 9], "labels": [-100, 8, 9], "weight": 2.0},
+        {"input_ids": [5], "labels": [5], "weight": 1.0},
+    ]
+    batch = padding(default_data_collator, 3)(rows)
+    assert batch["input_ids"].tolist() == [[7, 8, 9], [5, 3, 3]] and batch["labels"].tolist()[1] == [5, -100, -100]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and batch["weight"].tolist() == [2.0, 1.0]
+    left = padding(default_data_collator, 3, left=True)([{"input_ids": torch.tensor(row["input_ids"])} for row in rows])
+    assert left["input_ids"].tolist() == [[7, 8, 9], [3, 3, 5]] and left["attention_mask"].tolist()[1] == [0, 0, 1]
+
+
+def test_rows_of_one_length_and_labels_of_classes_are_left_alone():
+    rows = [{"input_ids": [1, 2], "labels": 1}, {"input_ids": [3, 4], "labels": 0}]
+    assert padding(default_data_collator, 0)(rows).keys() == {"input_ids", "labels"}
+    longer = padding(default_data_collator, 0)([rows[0], {"input_ids": [3, 4, 5], "labels": 0}])
+    assert longer["labels"].tolist() == [1, 0] and longer["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_the_trainer_takes_rows_of_different_lengths(model, tmp_path):
+    data = [{"input_ids": row, "labels": row} for row in ROWS]
+    trainer = QZOTrainer(model, TrainingArguments(str(tmp_path / "out"), **OPTIONS), train_dataset=data)
+    trainer.train()
+    assert trainer.zeroth_order.steps == 2 and trainer.zeroth_order.skipped_steps == 0
+    mine = QZOTrainer(model, TrainingArguments(str(tmp_path / "out"), **OPTIONS), default_data_collator)
+    assert mine.data_collator is default_data_collator
+
+
+def test_a_mixture_with_trl_trains_the_same_twice_and_names_its_metrics_as_of_training(make_model, tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+    datasets = pytest.importorskip("datasets", reason="TRL needs datasets, which is not installed")
+
+    class QZOSFT(QZOTrainer, trl.SFTTrainer):
+        """Supervised fine-tuning by TRL, with the steps of QZO."""
+
+    folder = standin.write_model(make_model(dtype=torch.bfloat16), tmp_path / "model", True)
+    data = datasets.Dataset.from_list([{"input_ids": row, "labels": row} for row in ROWS])
+    made = []
+    for life in ("first", "second"):
+        arguments = trl.SFTConfig(str(tmp_path / life), bf16=False, max_length=None, **OPTIONS)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.pad_token = tokenizer.eos_token = "w4"
+        trainer = QZOSFT(load(folder), arguments, train_dataset=data, processing_class=tokenizer)
+        trainer.train()
+        made.append(trainer)
+    first, second = (trainer.zeroth_order.truth() for trainer in made)
+    assert all(torch.equal(first[name], second[name]) for name in first) and made[0].zeroth_order.steps == 2
+    logs = [entry for entry in made[0].state.log_history if "loss" in entry]
+    assert len(logs) == 2 and not [name for name in logs[0] if name.startswith("eval_")]
+    assert "mean_token_accuracy" in logs[0]
