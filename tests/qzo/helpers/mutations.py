@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import struct
 from contextlib import contextmanager
@@ -213,7 +214,9 @@ def alarmed(seconds):
 def put_back(folder, original):
     """The files of a folder as they were, and no others."""
     for file in folder.iterdir():
-        if file not in original or not file.is_file() or file.is_symlink():
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        elif file not in original or not file.is_file() or file.is_symlink():
             file.unlink()
     for file, data in original.items():
         file.write_bytes(data)
