@@ -47,7 +47,8 @@ def test_a_model_comes_back_bit_for_bit(make_model, input_ids, tmp_path, family,
     again = load(tmp_path / "model")
     assert torch.equal(again(input_ids).logits, model(input_ids).logits)
     assert scales(again).keys() == scales(model).keys() and not again.training
-    QZO(scales(again)).step(lambda: again(input_ids, labels=input_ids).loss)
+    eps = 1e-3 if n_bits < 8 else 1e-5  # 8-bit scales are 17 times smaller
+    QZO(scales(again), eps=eps).step(lambda: again(input_ids, labels=input_ids).loss)
 
 
 def test_the_file_has_the_gptq_layout(saved):

@@ -18,6 +18,7 @@ from qzo.kernels.gptq import gptq
 from qzo.live.scales import scales
 from qzo.models.walk import find_sites
 from qzo.quantizers.gptq_model import _open_experts
+from qzo.quantizers.selection import Selection
 from qzo.quantizers.trace import run_model, trace
 
 
@@ -110,7 +111,7 @@ def test_layers_that_read_the_same_input_and_like_experts_share_a_pass(make_mode
     assert [stage.block for stage in plan.stages] == [0] * 4 + [1] * 4
     assert plan.layers == ["model.layers.0", "model.layers.1"] and not plan.tuples
     model = make_model("mixtral")
-    _open_experts(model)
+    _open_experts(model, Selection(find_sites(model), {}))
     stages = trace(model, find_sites(model), ids).stages
     assert [[len(group) for group in stage.groups] for stage in stages] == 2 * [[3], [1], [1] * 4, [1] * 4]
     assert [stage.visits for stage in stages] == 2 * [1, 1, 4, 4]
@@ -286,10 +287,10 @@ def test_a_model_on_meta_and_a_layer_never_called_are_refused(make_model):
     with pytest.raises(QzoError, match="the model is on meta"):
         quantize(make_model().to("meta"), 4, 16, method="gptq", calibration=[ids])
     model = make_model()
-    model.idle = nn.Linear(64, 64)
-    with pytest.raises(QzoError, match=r"^idle: the model never calls this layer"):
+    model.model.idle = nn.Linear(64, 64)
+    with pytest.raises(QzoError, match=r"^model\.idle: the model never calls this layer"):
         quantize(model, 4, 16, method="gptq", calibration=[ids])
-    assert type(model.idle) is nn.Linear
+    assert type(model.model.idle) is nn.Linear
 
 
 def test_the_layer_with_bad_inputs_is_named(make_model):
