@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-LONGEST = 2_000  # characters of an error; a name in a damaged file may have millions
+LONGEST, END = 2_000, 500  # characters of an error, and of its end: a name in a damaged file may have millions
 
 
 class QzoError(ValueError):
@@ -19,7 +19,7 @@ class QzoError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         text = printable(message)
-        super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - END]} ... {text[-END:]}")
 
 
 def printable(text: object) -> str:
