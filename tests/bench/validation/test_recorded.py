@@ -60,7 +60,7 @@ def test_validate_compares_records_and_counts_what_it_cannot_predict(measured, t
     assert [row["status"] for row in report["rows"]] == ["ok", "error"]
     assert report["statistics"]["allocated"]["worst_abs_percent"] < 2
     assert "process" not in report["statistics"]
-    assert report["verdicts"] == {"asked": len(CARDS_GIB), "wrong": len(CARDS_GIB)}  # of the row that could not be predicted
+    assert report["verdicts"] == {"asked": len(CARDS_GIB), "wrong": len(CARDS_GIB)}  # of the row not predicted
     assert "Voodoo" in capsys.readouterr().out
 
 
