@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)  # a CI's time-out must end the workers too
+    before = signal.signal(signal.SIGTERM, _interrupt)  # a CI's time-out must end the workers too
     try:
         options = parser().parse_args(arguments)
         if options.command == "compare":
@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the finished cells are on disk", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -1,5 +1,6 @@
 """Names for people: all of them, at once, and without a word from a library."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,9 @@ def test_the_models_with_their_sizes_are_all_that_is_printed():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "opt-125m             125,239,296 parameters  architecture  facebook/opt-125m" in done.stdout.splitlines()
+
+
+def test_a_command_leaves_the_handlers_of_its_caller_as_they_were(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["list", "gpus"]) == 0
+    assert signal.getsignal(signal.SIGTERM) == before

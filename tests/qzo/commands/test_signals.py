@@ -44,7 +44,7 @@ def at_call(function, wanted, number):
         nonlocal calls
         calls += 1
         if calls == wanted:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return function(*arguments, **named)
 
     return call
@@ -92,14 +92,14 @@ def test_a_signal_waits_while_something_is_held():
     seen = []
     with pytest.raises(Interrupted) as caught, interruptible():
         with held():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             with held():
                 seen.append("inside")
             seen.append("still")
         seen.append("never")
     assert seen == ["inside", "still"] and caught.value.number == signal.SIGTERM
     with interruptible(), pytest.raises(ValueError), held():
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         raise ValueError
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

@@ -240,7 +240,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(model, folder, tmp_path, capfd, n
     whole = run(model, tmp_path / "whole", save_steps=100, load_best_model_at_end=False)
     before = {signal_: signal.getsignal(signal_) for signal_ in (signal.SIGINT, signal.SIGTERM)}
     trainer = make(model, folder, save_steps=100, load_best_model_at_end=False)
-    trainer.add_callback(Stop(3, lambda: os.kill(os.getpid(), number)))
+    trainer.add_callback(Stop(3, lambda: signal.raise_signal(number)))
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as told:
         trainer.train()
     assert number == signal.SIGINT or told.value.code == 143
@@ -256,8 +256,8 @@ def test_a_second_signal_stops_at_once_and_a_thread_is_left_alone(model, folder)
     trainer = make(model, folder)
 
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     trainer.add_callback(Stop(1, twice))
     with pytest.raises(KeyboardInterrupt):
@@ -274,7 +274,7 @@ def test_handlers_of_a_script_stay_its_own(model, folder):
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
     try:
-        trainer = run(model, folder, until=2, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        trainer = run(model, folder, until=2, act=lambda: signal.raise_signal(signal.SIGTERM))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [1] and trainer.state.global_step == 5
