@@ -9,7 +9,7 @@ from sample_records import make_record
 from bench.records.files import read_json as read_record
 from bench.validation.measurement import read_rows
 from qzo.errors import QzoError
-from qzo.models.folder import read_json
+from qzo.files.folder import read_json
 from qzo.quantizers.calibration import calibration_text
 from reports.records import load
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from qzo.errors import QzoError
+from qzo.files.folder import PICKLES, download, one_line, weight_files
+from qzo.files.settings import is_gguf, source_of
 from qzo.formats.layer import Quantized
 from qzo.formats.table import find
-from qzo.models.folder import PICKLES, download, one_line, weight_files
 from qzo.models.origin import origin_of
-from qzo.models.settings import is_gguf, source_of
 
 MODEL, BASE = "model", "base"  # keys: absolute path or hub id; SHA-256
 PIECE = 2**24  # bytes read at a time

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 from qzo.errors import OTHER, QzoError
+from qzo.files.finite import check_stored
+from qzo.files.folder import headers_in, weight_files
+from qzo.files.settings import Source, is_gguf, source_of
 from qzo.formats.packed import parts_of
 from qzo.formats.table import find
-from qzo.models.finite import check_stored
-from qzo.models.folder import headers_in, weight_files
 from qzo.models.inspection import Inspection, obstacle
-from qzo.models.settings import Source, is_gguf, source_of
 from qzo.models.skeleton import check_unquantized
 
 

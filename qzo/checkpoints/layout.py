@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
+from qzo.files.folder import WEIGHTS
+from qzo.files.rewrite import Write
+from qzo.files.settings import FORMATS, QUANTIZE_CONFIG, method_of
 from qzo.formats.layer import Quantized
 from qzo.formats.table import SAVERS, Saver
 from qzo.formats.vocabulary import QuantEmbedding
-from qzo.models.folder import WEIGHTS
-from qzo.models.rewrite import Write
-from qzo.models.settings import FORMATS, QUANTIZE_CONFIG, method_of
 
 
 def new_layout(model: nn.Module, checkpoint_format: str | None, read: dict[str, Any] | None = None) -> Write:

@@ -11,14 +11,14 @@ import torch
 from qzo.checkpoints.save import GENERATION, writes_itself
 from qzo.checkpoints.tokenizer import load_tokenizer as load_tokenizer
 from qzo.errors import AGAIN, QzoError
+from qzo.files.finite import check_model
+from qzo.files.folder import download, headers_in, one_line, weight_files
+from qzo.files.settings import Source, is_gguf, source_of
 from qzo.formats.gguf.files import GgufCheckpoint
 from qzo.formats.table import find
 from qzo.models.build import auto_class, config_of
 from qzo.models.causal import check_causal
-from qzo.models.finite import check_model
-from qzo.models.folder import download, headers_in, one_line, weight_files
 from qzo.models.origin import Origin, note_origin
-from qzo.models.settings import Source, is_gguf, source_of
 from qzo.models.skeleton import check_unquantized
 from qzo.quiet import quiet_libraries
 

@@ -17,12 +17,12 @@ from qzo.checkpoints.tokenizer import load_tokenizer
 from qzo.checkpoints.write import check_link, copy_rest
 from qzo.durable import sync, whole_folder
 from qzo.errors import QzoError
+from qzo.files.folder import one_line
+from qzo.files.rewrite import Write
+from qzo.files.settings import FORMATS, either, is_gguf, method_of, source_of
 from qzo.formats.layer import Quantized
 from qzo.formats.table import SAVERS, Checkpoint, find
-from qzo.models.folder import one_line
 from qzo.models.origin import Origin, origin_of, replace_save_pretrained
-from qzo.models.rewrite import Write
-from qzo.models.settings import FORMATS, either, is_gguf, method_of, source_of
 from qzo.models.stored import Stored
 from qzo.quiet import quiet_libraries
 

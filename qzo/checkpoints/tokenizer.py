@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qzo.errors import QzoError
+from qzo.files.bounds import check_folder
+from qzo.files.folder import one_line
+from qzo.files.settings import is_gguf
 from qzo.formats.gguf.files import tokenizer_class
-from qzo.models.bounds import check_folder
-from qzo.models.folder import one_line
-from qzo.models.settings import is_gguf
 from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from qzo.durable import check_target, create_file, whole_folder
 from qzo.errors import QzoError
+from qzo.files.folder import download
+from qzo.files.rewrite import Write, rewriting
+from qzo.files.settings import is_gguf, source_of
 from qzo.formats.gguf.codes import BLOCK_TYPES
 from qzo.formats.table import Checkpoint, find
-from qzo.models.folder import download
-from qzo.models.rewrite import Write, rewriting
-from qzo.models.settings import is_gguf, source_of
 
 LIVE = (".scales", ".offsets")
 SIGNED = ("aqlm", "bitsandbytes")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import OTHER, QzoError, advised
-from qzo.models.folder import Header, headers_in, read_tensors_of, weight_files
+from qzo.files.folder import Header, headers_in, read_tensors_of, weight_files
+from qzo.files.rewrite import Write, rewriting
+from qzo.files.settings import Source, either
 from qzo.models.inspection import WHOLE_ZEROS, Inspection
-from qzo.models.rewrite import Write, rewriting
-from qzo.models.settings import Source, either
 from qzo.models.stored import Build, Counted, Stored, count
 
 PER_NUMBER = 16  # codes of two bits, the most that a number can hold

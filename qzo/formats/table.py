@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import AGAIN, advised
+from qzo.files.rewrite import Write
+from qzo.files.settings import Source
 from qzo.formats.aqlm import files as aqlm_files
 from qzo.formats.aqlm import library as aqlm
 from qzo.formats.awq import files as awq_files
@@ -29,8 +31,6 @@ from qzo.formats.layer import Quantized
 from qzo.formats.torchao import files as torchao_files
 from qzo.formats.torchao import library as torchao
 from qzo.models.inspection import Inspection
-from qzo.models.rewrite import Write
-from qzo.models.settings import Source
 
 
 class Checkpoint(Protocol):

@@ -1,1 +1,1 @@
-"""A transformers model: its folder and settings, its layers, how it is put together, and its loss."""
+"""A transformers model: how it is put together from its files, its layers, and its loss."""

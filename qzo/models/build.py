@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from qzo.errors import QzoError
+from qzo.files.folder import one_line
+from qzo.files.names import TEXT_PARTS
 from qzo.models.causal import check_causal, check_whole
-from qzo.models.folder import one_line
-from qzo.models.names import TEXT_PARTS
 from qzo.quiet import quiet_libraries
 
 CAUSAL = "AutoModelForCausalLM"

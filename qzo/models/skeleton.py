@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qzo.errors import AGAIN, QzoError, advised, named
-from qzo.models.budget import at_most, check_buffers, check_counts, check_factors
+from qzo.files.budget import at_most, check_buffers, check_counts, check_factors
+from qzo.files.folder import Header
+from qzo.files.names import Placed, check_known, place
 from qzo.models.build import build
-from qzo.models.folder import Header
-from qzo.models.names import Placed, check_known, place
 from qzo.quiet import quiet_libraries
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -13,22 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import AGAIN, QzoError, advised, named
-from qzo.models.budget import check_counts
+from qzo.files.budget import check_counts
+from qzo.files.finite import SMALL, check_stored, check_tensor
+from qzo.files.folder import Header
+from qzo.files.names import Placed, check_known, owner_of, place
+from qzo.files.rewrite import Write
+from qzo.files.settings import Source
 from qzo.models.experts import check_experts, looks_like_experts
-from qzo.models.finite import SMALL, check_stored, check_tensor
-from qzo.models.folder import Header
 from qzo.models.inspection import Inspection, obstacle
-from qzo.models.names import Placed, check_known, owner_of, place
-from qzo.models.rewrite import Write
-from qzo.models.settings import Source
-from qzo.models.skeleton import (
-    FLOATING,
-    check_architecture,
-    check_tensors,
-    dtype_of,
-    finish,
-    skeleton,
-)
+from qzo.models.skeleton import FLOATING, check_architecture, check_tensors, dtype_of, finish, skeleton
 from qzo.models.walk import every_site, freeze, output_head, replace_sites
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.errors import QzoError
-from qzo.models.bounds import check_file
+from qzo.files.bounds import check_file
 from qzo.tasks.reviews import review_rows
 
 SUFFIXES = (".jsonl", ".jsonl.gz")

@@ -12,8 +12,8 @@ from qzo.checkpoints.load import load, load_tokenizer
 from qzo.checkpoints.write import check_numbers, check_out, checkpoint_folder, write_checkpoint, write_tuned
 from qzo.durable import whole_folder
 from qzo.errors import QzoError
+from qzo.files.settings import is_gguf
 from qzo.live.adapters import put_adapters
-from qzo.models.settings import is_gguf
 from qzo.quiet import quiet_libraries
 from qzo.training.tuned import STATES, TRAINED, Tuned, is_tuned, put, read_tuned, untuned
 

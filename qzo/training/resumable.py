@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from qzo.errors import QzoError
-from qzo.models.folder import one_line
+from qzo.files.folder import one_line
 from qzo.quiet import quiet_libraries
 from qzo.training.checkpoints import (
     CUT_SHORT,

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo.errors import QzoError, named
+from qzo.files.settings import Source
 from qzo.formats.aqlm.layer import AqlmLayout, AqlmLinear
 from qzo.formats.packed import Layout, PackedCheckpoint
-from qzo.models.settings import Source
 from qzo.models.walk import left_plain, output_head
 
 LAYER = AqlmLinear

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
+from qzo.files.settings import Source, either, whole_number
 from qzo.formats.awq.layer import AwqLinear
 from qzo.formats.packed import Layout, PackedCheckpoint, facts, in_common
-from qzo.models.settings import Source, either, whole_number
 from qzo.models.walk import left_plain
 
 LAYER = AwqLinear

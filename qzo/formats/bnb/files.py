@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from qzo.errors import OTHER, QzoError, advised, named
+from qzo.files.folder import Header, headers_in, opened, read_tensors_of, weight_files
+from qzo.files.rewrite import Write, rewriting
+from qzo.files.settings import Source
 from qzo.formats.bnb.layer import QUANT_TYPES, BnbLinear4bit, BnbLinear8bit
 from qzo.formats.bnb.nesting import nest, unnest
 from qzo.formats.bnb.state import (
@@ -28,9 +31,6 @@ from qzo.formats.bnb.state import (
     quantized_paths,
     read_states,
 )
-from qzo.models.folder import Header, headers_in, opened, read_tensors_of, weight_files
-from qzo.models.rewrite import Write, rewriting
-from qzo.models.settings import Source
 from qzo.models.stored import Build, Counted, Stored, count, layer_of
 
 PER_NUMBER = 8  # codes of four bits, the most that a number (fp32) can hold

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
+from qzo.files.folder import Header, opened
 from qzo.formats.bnb.layer import BLOCK_SIZES, QUANT_TYPES, TABLE
 from qzo.formats.bnb.nesting import NESTED_BLOCK
-from qzo.models.folder import Header, opened
 
 ABSMAX, SCB, ROW_FORMAT = "weight.absmax", "SCB", "weight_format"
 NESTED_ABSMAX, NESTED_MAP, QUANT_MAP = "weight.nested_absmax", "weight.nested_quant_map", "weight.quant_map"

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError, named
+from qzo.files.folder import Header, headers_in, opened, read_tensors_of, weight_files
+from qzo.files.rewrite import Write, rewriting
+from qzo.files.settings import Source
 from qzo.formats.compressed.layer import BUFFER_OF, CompressedLinear
 from qzo.formats.compressed.schemes import Schemes, schemes_of
-from qzo.models.folder import Header, headers_in, opened, read_tensors_of, weight_files
 from qzo.models.inspection import WHOLE_ZEROS
-from qzo.models.rewrite import Write, rewriting
-from qzo.models.settings import Source
 from qzo.models.skeleton import WHOLE
 from qzo.models.stored import StoredModel, on_meta
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from qzo.errors import QzoError, required
+from qzo.files.folder import one_line
 from qzo.formats.compressed.layer import CompressedLinear
 from qzo.formats.compressed.scheme import PACKED, scheme_of
-from qzo.models.folder import one_line
 from qzo.quiet import quiet_libraries
 
 KINDS = (CompressedLinear,)

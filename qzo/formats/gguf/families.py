@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qzo.errors import QzoError
+from qzo.files.folder import one_line
 from qzo.formats.gguf.header import GgufHeader
 from qzo.formats.gguf.metadata import Metadata, tokens_of
 from qzo.formats.gguf.rope import Turning, rope_parameters
-from qzo.models.folder import one_line
 from qzo.quiet import quiet_libraries
 
 Factors = dict[str, list[float]]

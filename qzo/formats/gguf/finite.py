@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
+from qzo.files.finite import check_tensor, is_finite
 from qzo.formats.gguf.codes import PLAIN_TYPES
 from qzo.formats.gguf.header import GgufHeader, TensorInfo
-from qzo.models.finite import check_tensor, is_finite
 
 HALVES = {  # type -> bytes at which a block has an fp16 number, by ggml-common.h of ggml
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),

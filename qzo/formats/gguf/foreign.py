@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from qzo.errors import QzoError
+from qzo.files.budget import at_most
+from qzo.files.folder import one_line
 from qzo.formats.gguf.finite import check_file
 from qzo.formats.gguf.header import GgufHeader
 from qzo.formats.gguf.metadata import Metadata
 from qzo.formats.gguf.source import check_blocks
-from qzo.models.budget import at_most
-from qzo.models.folder import one_line
 from qzo.quiet import quiet_libraries
 
 READ = {  # by functions that name their keys in code

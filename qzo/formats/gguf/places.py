@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from qzo.errors import QzoError, advised
+from qzo.files.folder import one_line
 from qzo.formats.gguf.codes import BLOCK_TYPES, PLAIN_TYPES
 from qzo.formats.gguf.header import TensorInfo
 from qzo.formats.gguf.rope import FACTORS
 from qzo.formats.gguf.source import GgufSource, open_gguf, type_name
 from qzo.models.causal import check_causal
 from qzo.models.experts import check_experts, looks_like_experts
-from qzo.models.folder import one_line
 from qzo.models.walk import output_head
 from qzo.quiet import quiet_libraries
 

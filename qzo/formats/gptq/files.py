@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError, named
+from qzo.files.settings import FORMATS, Source, either, whole_number
 from qzo.formats.gptq.codes import zeros_from_v1, zeros_to_v1
 from qzo.formats.gptq.dynamic import dynamic_of
 from qzo.formats.gptq.layer import QuantLinear
 from qzo.formats.packed import Layout, PackedCheckpoint, facts, in_common
-from qzo.models.settings import FORMATS, Source, either, whole_number
 from qzo.models.walk import left_plain
 
 LAYER = QuantLinear

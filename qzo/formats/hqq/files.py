@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError, named
+from qzo.files.folder import Header, headers_in, one_line, opened, read_tensors_of, weight_files
+from qzo.files.rewrite import Write, rewriting
+from qzo.files.settings import Source
 from qzo.formats.hqq.layer import HqqLinear, HqqOrigin
 from qzo.formats.hqq.library import from_meta, parts
 from qzo.formats.hqq.pickles import check_archive
-from qzo.models.folder import Header, headers_in, one_line, opened, read_tensors_of, weight_files
-from qzo.models.rewrite import Write, rewriting
-from qzo.models.settings import Source
 from qzo.models.stored import DTYPES, StoredModel, on_meta
 
 QMODEL = "qmodel.pt"

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from qzo.errors import QzoError
-from qzo.models.bounds import MIB, check_file
-from qzo.models.folder import one_line
+from qzo.files.bounds import MIB, check_file
+from qzo.files.folder import one_line
 
 PICKLE = "data.pkl"
 MOST_RECORDS = 100_000  # a record a tensor

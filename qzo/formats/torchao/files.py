@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from qzo.errors import OTHER, QzoError, named
+from qzo.files.folder import Header, headers_in, opened, read_tensors_of, weight_files
+from qzo.files.rewrite import Write, rewriting
+from qzo.files.settings import Source
 from qzo.formats.torchao.layer import AoInt4Linear, AoOrigin
 from qzo.formats.torchao.library import INT4, AoLinear, build
-from qzo.models.folder import Header, headers_in, opened, read_tensors_of, weight_files
-from qzo.models.rewrite import Write, rewriting
-from qzo.models.settings import Source
 from qzo.models.stored import StoredModel, on_meta
 
 PART = "._weight_"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from qzo import QZO, load, quantize, scales
 from qzo.checkpoints.save import save
 from qzo.errors import QzoError
+from qzo.files.folder import download
 from qzo.formats.gptq.codes import unpack_zeros
-from qzo.models.folder import download
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from tiny_models import write_plain
 
 from qzo import QzoError, load
 from qzo.checkpoints.inspect import inspect
+from qzo.files.finite import is_finite
 from qzo.formats.gguf.finite import HALVES
-from qzo.models.finite import is_finite
 
 ALL = [*AQLM, *AWQ, *BNB, *COMPRESSED, *GPTQ, *HQQ, *TORCHAO]
 CASES = list({case.name.rpartition("-")[0] or case.name: case for case in ALL if case.family == "llama"}.values())

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qzo.errors import QzoError
-from qzo.models.bounds import check_folder
-from qzo.models.folder import read_json
+from qzo.files.bounds import check_folder
+from qzo.files.folder import read_json
 
 FORMATS = ("gptq", "gptq_v2")
 QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ and gptqmodel look first

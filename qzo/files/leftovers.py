@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from qzo.models.folder import Header
+from qzo.files.folder import Header
 
 NUMBERED = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 ATTENTION = r"(?:^|\.)(?:attn|attention|self_attention|self_attn)\."

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from qzo.errors import AGAIN, QzoError
-from qzo.models.folder import Header
-from qzo.models.leftovers import Leftovers, layer_number
+from qzo.files.folder import Header
+from qzo.files.leftovers import Leftovers, layer_number
 
 TEXT_PARTS = ("language_model", "text_model", "llm")  # what wrappers of a text model call it
 STACKED = (["MergeModulelist", "Concatenate"], ["MergeModulelist"])  # operations that make stacks of experts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.models.folder import Header, opened
+from qzo.files.folder import Header, opened
 
 SMALL = 2**20  # numbers: what an inspection reads of tensors that are no part of a quantized layer
 CODES = ("weight", "W_q")  # of a quantized layer; bitsandbytes and HQQ may store the bytes of codes as floats

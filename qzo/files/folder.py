@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.models.bounds import MOST_TENSORS, check_file, check_header, check_json, check_numbers
+from qzo.files.bounds import MOST_TENSORS, check_file, check_header, check_json, check_numbers
 
 WEIGHTS = "model.safetensors"
 INDEX = ".index.json"  # behind the name of the weights

@@ -22,7 +22,7 @@ from qzo import QzoError, load, quantize
 from qzo.checkpoints.inspect import inspect
 from qzo.checkpoints.load import load_tokenizer
 from qzo.checkpoints.save import save
-from qzo.models.budget import at_most, check_counts
+from qzo.files.budget import at_most, check_counts
 from qzo.models.build import config_of
 
 FOLDERS = {name: change for name, change in hostile.FOLDERS.items() if "tokenizer" not in name}

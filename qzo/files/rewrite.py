@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.models.folder import headers_in, opened, weight_files
+from qzo.files.folder import headers_in, opened, weight_files
 
 Tensors = dict[str, Tensor]
 Write = Callable[[Path], None]  # fills a folder
