@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from qzo.optim.phases import Phases
     from qzo.optim.qzo import QZO
     from qzo.quantizers.quantize import quantize
+    from qzo.trainer.trainer import QZOTrainer
     from qzo.training.export import export
-    from qzo.training.trainer import QZOTrainer
 
 __all__ = [
     "QZO",
@@ -69,7 +69,7 @@ _PLACES = {
     "Journal": "qzo.journal.journal",
     "MeZO": "qzo.optim.mezo",
     "Phases": "qzo.optim.phases",
-    "QZOTrainer": "qzo.training.trainer",
+    "QZOTrainer": "qzo.trainer.trainer",
     "QuantLinear": "qzo.formats.gptq.layer",
     "QzoError": "qzo.errors",
     "adapters": "qzo.live.adapters",

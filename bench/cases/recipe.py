@@ -9,6 +9,7 @@ from typing import Any
 from qzo.errors import QzoError
 
 LOOPS = ("trainer", "plain")
+LOSSES = ("full", "chunked", "fused")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Recipe:
     loop: str = "trainer"
     use_cache: bool = False
     masked: bool = False  # an attention mask that is not all ones, even where all lengths are the same
+    autocast_adapter_dtype: bool = True  # of get_peft_model: adapters of a 16-bit model are fp32
+    packing: bool = False  # rows one after another without padding, up to the longest of `lengths`
+    loss: str = "full"  # over all logits at once, over `loss_chunk` tokens at a time, or fused with the head (Liger)
+    loss_chunk: int = 0
+    activation_offloading: bool = False  # what backward needs waits in the host's memory
+    versions: dict[str, str] = field(default_factory=dict)  # of libraries, where they differ in what they hold
 
 
 def parse(stated: Mapping[str, Any]) -> Recipe:
@@ -46,6 +53,7 @@ def parse(stated: Mapping[str, Any]) -> Recipe:
     values: dict[str, Any] = dict(stated)
     if "lengths" in values:
         values["lengths"] = tuple(values["lengths"])
-    if values.get("loop", LOOPS[0]) not in LOOPS:
-        raise QzoError(f"loop={values['loop']!r} of a recipe is unknown; choose {' or '.join(LOOPS)}")
+    for name, allowed in (("loop", LOOPS), ("loss", LOSSES)):
+        if values.get(name, allowed[0]) not in allowed:
+            raise QzoError(f"{name}={values[name]!r} of a recipe is unknown; choose {' or '.join(allowed)}")
     return Recipe(**values)

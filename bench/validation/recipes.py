@@ -24,6 +24,7 @@ from bench.validation.measurement import source_of
 from bench.validation.predict import see_loading
 from bench.validation.published import recipe_of
 from bench.worlds.sim import SimWorld
+from qzo.errors import QzoError
 
 STEPS = 3
 SEED = 42  # of the Trainer, by which rows are shuffled
@@ -56,6 +57,9 @@ def described(row: Mapping[str, Any]) -> dict[str, Any]:
 @collector_off()
 def predict(recipe: Recipe, source: ModelSource, gpu: Gpu) -> dict[str, Any]:
     """Bytes: `loading` (peak), `steps` (peak of each), `reserved` and `process` (of all)."""
+    for name, simulated in (("loss", "full"), ("packing", False), ("activation_offloading", False)):
+        if getattr(recipe, name) != simulated:
+            raise QzoError(f"{name}={getattr(recipe, name)!r} of a recipe is not simulated yet")
     attention = recipe.attention if recipe.attention == "eager" else preference(gpu.compute_capability)[0]
     functions = partial(CudaFunctions, attention, gpu.compute_capability)
     world = SimWorld(source, attention, functions)

@@ -1,1 +1,1 @@
-"""A training run: its settings, task, loop and folder, its export, and the Trainer of transformers."""
+"""A training run: its settings, task, loop and folder, its checkpoints, and its export."""

@@ -17,7 +17,7 @@ from gguf_files import tiny, write_gguf
 
 from qzo import QzoError, load
 from qzo.checkpoints.inspect import inspect
-from qzo.formats.gguf.metadata import NEUTRAL, UNHEARD
+from qzo.formats.gguf.metadata.keys import NEUTRAL, UNHEARD
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -53,7 +53,7 @@ def test_every_name_is_there_and_listed():
 
 def test_parts_that_were_imported_are_not_among_the_names():
     import qzo.checkpoints.inspect
-    import qzo.training.trainer
+    import qzo.trainer.trainer
 
     shown = {name for name in dir(qzo) if not name.startswith("__")}
     assert shown == set(qzo.__all__) and {"QZOTrainer", "inspect", "load_tokenizer", "save"} <= shown

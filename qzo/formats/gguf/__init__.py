@@ -1,1 +1,1 @@
-"""GGUF: block types, the header, layers on packed blocks, and the files themselves."""
+"""GGUF: block types, the header, where its tensors go, layers on packed blocks, and the files themselves."""

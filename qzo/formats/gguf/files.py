@@ -15,11 +15,11 @@ from qzo.errors import QzoError
 from qzo.files.rewrite import Write
 from qzo.files.settings import Source, is_gguf
 from qzo.formats.gguf.codes import BLOCK_TYPES, PLAIN_TYPES, half_at
-from qzo.formats.gguf.families import FAMILIES
 from qzo.formats.gguf.finite import check_file
 from qzo.formats.gguf.foreign import check_foreign
 from qzo.formats.gguf.header import GgufHeader, read_gguf_header
 from qzo.formats.gguf.loading import load_dense, load_packed
+from qzo.formats.gguf.metadata.families import FAMILIES
 from qzo.formats.gguf.places import Plan, plan
 from qzo.formats.gguf.source import is_known, read_tensor, to_pairs, type_name
 from qzo.models.inspection import Inspection

@@ -19,7 +19,7 @@ from qzo.files.budget import at_most
 from qzo.files.folder import one_line
 from qzo.formats.gguf.finite import check_file
 from qzo.formats.gguf.header import GgufHeader
-from qzo.formats.gguf.metadata import Metadata
+from qzo.formats.gguf.metadata.keys import Metadata
 from qzo.formats.gguf.source import check_blocks
 from qzo.quiet import quiet_libraries
 

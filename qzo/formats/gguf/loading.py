@@ -14,7 +14,7 @@ from qzo.formats.gguf.codes import BLOCK_TYPES, BlockType
 from qzo.formats.gguf.experts import GgufExperts, expert_layers
 from qzo.formats.gguf.finite import check_blocks
 from qzo.formats.gguf.layer import GgufEmbedding, GgufLinear
-from qzo.formats.gguf.metadata import ending_tokens
+from qzo.formats.gguf.metadata.keys import ending_tokens
 from qzo.formats.gguf.places import STACKS, Place, Plan, plan
 from qzo.formats.gguf.source import from_pairs, read_tensor
 from qzo.formats.vocabulary import TiedQuantHead

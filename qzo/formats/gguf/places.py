@@ -13,7 +13,7 @@ from qzo.errors import QzoError, advised
 from qzo.files.folder import one_line
 from qzo.formats.gguf.codes import BLOCK_TYPES, PLAIN_TYPES
 from qzo.formats.gguf.header import TensorInfo
-from qzo.formats.gguf.rope import FACTORS
+from qzo.formats.gguf.metadata.rope import FACTORS
 from qzo.formats.gguf.source import GgufSource, open_gguf, type_name
 from qzo.models.causal import check_causal
 from qzo.models.experts import check_experts, looks_like_experts

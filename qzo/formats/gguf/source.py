@@ -12,10 +12,10 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import BLOCK_TYPES, PLAIN_TYPES
-from qzo.formats.gguf.families import FAMILIES, Family, model_config
 from qzo.formats.gguf.header import GgufHeader, TensorInfo, read_gguf_header
-from qzo.formats.gguf.metadata import Metadata
-from qzo.formats.gguf.rope import FACTORS
+from qzo.formats.gguf.metadata.families import FAMILIES, Family, model_config
+from qzo.formats.gguf.metadata.keys import Metadata
+from qzo.formats.gguf.metadata.rope import FACTORS
 
 PAIRED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}  # rows stored pair by pair
 

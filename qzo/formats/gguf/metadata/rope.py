@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qzo.errors import QzoError
-from qzo.formats.gguf.metadata import Metadata
+from qzo.formats.gguf.metadata.keys import Metadata
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 FACTORS = (FREQS, LONG, SHORT)

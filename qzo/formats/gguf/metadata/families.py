@@ -15,8 +15,8 @@ from typing import Any
 from qzo.errors import QzoError
 from qzo.files.folder import one_line
 from qzo.formats.gguf.header import GgufHeader
-from qzo.formats.gguf.metadata import Metadata, tokens_of
-from qzo.formats.gguf.rope import Turning, rope_parameters
+from qzo.formats.gguf.metadata.keys import Metadata, tokens_of
+from qzo.formats.gguf.metadata.rope import Turning, rope_parameters
 from qzo.quiet import quiet_libraries
 
 Factors = dict[str, list[float]]

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from qzo import QZO, QzoError, QZOTrainer, quantize, scales
-from qzo.training.arguments import HONOURED, IRRELEVANT, OFF, REFUSED, WARNED, check_arguments
+from qzo.trainer.arguments import HONOURED, IRRELEVANT, OFF, REFUSED, WARNED, check_arguments
 
 TABLES = {"honoured": HONOURED, "irrelevant": IRRELEVANT, "refused": set(REFUSED), "warned": set(WARNED)}
 ASKED = {

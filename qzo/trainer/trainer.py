@@ -23,11 +23,11 @@ from qzo.live.trainable import scale_group
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
 from qzo.quiet import quiet_libraries
-from qzo.training.arguments import SHARDED, check_arguments, check_optimizer
+from qzo.trainer.arguments import SHARDED, check_arguments, check_optimizer
+from qzo.trainer.collate import padding
+from qzo.trainer.resumable import ResumableTrainer
+from qzo.trainer.roles import TakenStep, said_to_train
 from qzo.training.checkpoints import OPTIMIZER, TRAINED, check, read_trained
-from qzo.training.collate import padding
-from qzo.training.resumable import ResumableTrainer
-from qzo.training.roles import TakenStep, said_to_train
 
 with quiet_libraries():
     from accelerate.utils.memory import clear_device_cache
@@ -65,7 +65,7 @@ class QZOTrainer(ResumableTrainer):
         arguments: of Trainer.
 
     Raises QzoError for an optimizer without closures, several processes, arguments that a training without gradients
-    cannot honour (see `qzo.training.arguments`; of others that make no difference it warns), and tensors that are not
+    cannot honour (see `qzo.trainer.arguments`; of others that make no difference it warns), and tensors that are not
     on the device of the arguments.
     """
 

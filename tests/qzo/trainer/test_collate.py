@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments, default_data_collator
 
 from qzo import QZOTrainer, load
-from qzo.training.collate import padding
+from qzo.trainer.collate import padding
 
 DICE = random.Random(0)
 ROWS = [[DICE.randrange(5, 96) for _ in range(length)] for length in (4, 9, 6, 7, 5, 8, 9, 3)]
