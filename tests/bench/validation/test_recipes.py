@@ -106,5 +106,5 @@ def test_a_recipe_comes_from_json_and_an_unknown_field_is_told():
     assert described(row)["seq_len"] == 64
     found = predict_row(row)
     assert found["allocated"] <= found["reserved"] < found["process"]
-    with pytest.raises(QzoError, match="a recipe has no colour; its fields are arguments, "):
+    with pytest.raises(QzoError, match="a recipe has no colour; its fields are activation_offloading, arguments, "):
         parse({"name": "any", "colour": "red"})
