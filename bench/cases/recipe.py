@@ -9,7 +9,7 @@ from typing import Any
 from qzo.errors import QzoError
 
 LOOPS = ("trainer", "plain")
-LOSSES = ("full", "chunked", "fused")
+LOSSES = ("full", "chunked", "tiled", "fused")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Recipe:
     masked: bool = False  # an attention mask that is not all ones, even where all lengths are the same
     autocast_adapter_dtype: bool = True  # of get_peft_model: adapters of a 16-bit model are fp32
     packing: bool = False  # rows one after another without padding, up to the longest of `lengths`
-    loss: str = "full"  # over all logits at once, over `loss_chunk` tokens at a time, or fused with the head (Liger)
+    trained_dtype: str | None = None  # to which the script casts all that is trained, adapters or weights
+    loss: str = "full"  # of all logits, `loss_chunk` tokens at a time, tiles (TRL), or fused with the head (Liger)
     loss_chunk: int = 0
     activation_offloading: bool = False  # what backward needs waits in the host's memory
     versions: dict[str, str] = field(default_factory=dict)  # of libraries, where they differ in what they hold
