@@ -12,6 +12,7 @@ from bench.cases.case import BenchCase
 from bench.methods.adamw import fused_adamw
 from bench.methods.nf4 import BLOCK_SIZE, to_nf4
 from bench.methods.prepared import Prepared, checkpoint_options, first_order_step
+from bench.methods.targets import adapter_targets
 from bench.methods.world import World
 from qzo.quiet import quiet_libraries
 
@@ -77,16 +78,6 @@ def add_adapters(
 
 
 def _prepared(model: PreTrainedModel, world: World) -> Prepared:
-    adapted, trained = add_adapters(model, world, RANK, ALPHA, _targets(model))
+    adapted, trained = add_adapters(model, world, RANK, ALPHA, adapter_targets(model))
     optimizer = fused_adamw(trained, lr=LR)
     return Prepared(adapted, optimizer, first_order_step(adapted, optimizer), "bfloat16", "adamw-fp32")
-
-
-def _targets(model: PreTrainedModel) -> list[str]:
-    """Query and value projections; where they are one matrix (GPT-2), the layer PEFT adapts by default."""
-    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    if {"q_proj", "v_proj"} <= leaves:
-        return ["q_proj", "v_proj"]
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model.config.model_type])
