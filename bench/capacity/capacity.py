@@ -44,7 +44,7 @@ def capacity(question: Question) -> Capacity:
     """
     case = question.case
     shown: Capacity = {
-        "method": case.method, "gradient_checkpointing": case.gradient_checkpointing and case.first_order,
+        "method": case.method, "gradient_checkpointing": case.recomputes,
         "status": "does not fit", "message": None, "base": None, "batch": None, "sequence": None,
     }  # fmt: skip
     try:

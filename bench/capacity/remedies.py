@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.capacity.capacity import HELD, Capacity, Question
-from bench.cases.case import BenchCase
 from bench.cases.methods import BY_NAME, smaller_methods
 
 LOGIT_BYTES = 2 + 4 + 4  # a logit in bf16, in fp32 for the loss, and the gradient of that
@@ -35,12 +34,12 @@ def further_questions(asked: Iterable[Question], known: Known) -> list[Question]
     more: dict[tuple[str, bool], Question] = {}
     for question in asked:
         case = question.case
-        if _can_checkpoint(question, known[case.method, _checkpoints(case)]):
+        if _can_checkpoint(question, known[case.method, case.recomputes]):
             variants = [replace(case, gradient_checkpointing=True)]
         else:
             variants = [replace(case, method=method) for method in smaller_methods(case.method)]
         for variant in variants:
-            name = variant.method, _checkpoints(variant)
+            name = variant.method, variant.recomputes
             if name not in known:
                 more[name] = replace(question, batch_only=True, case=variant)
     return list(more.values())
@@ -52,7 +51,7 @@ def cheapest(question: Question, known: Known, sizes: Sizes) -> Remedy | None:
     In this order: checkpointing, fewer logits, a smaller format, streaming.
     Keys: change; batch, at the question's sequence length; checked, "simulated" or how it was calculated.
     """
-    answer = known[question.case.method, _checkpoints(question.case)]
+    answer = known[question.case.method, question.case.recomputes]
     if answer["base"] is None:
         return None
     changes = (
@@ -65,13 +64,13 @@ def cheapest(question: Question, known: Known, sizes: Sizes) -> Remedy | None:
 
 def _checkpointed(question: Question, known: Known) -> Iterator[Remedy]:
     found = known.get((question.case.method, True))
-    if found and not question.case.gradient_checkpointing:
+    if found and not question.case.recomputes:
         yield {"change": "gradient checkpointing", "batch": _batch(found), "checked": "simulated"}
 
 
 def _smaller(question: Question, known: Known) -> Iterator[Remedy]:
     for method in smaller_methods(question.case.method):
-        found = known.get((method, _checkpoints(replace(question.case, method=method))))
+        found = known.get((method, replace(question.case, method=method).recomputes))
         if found:
             yield {"change": BY_NAME[method].change or method, "batch": _batch(found), "checked": "simulated"}
 
@@ -110,13 +109,9 @@ def _batch_with(question: Question, answer: Capacity, fixed: int, each: int) -> 
 
 
 def _can_checkpoint(question: Question, answer: Capacity) -> bool:
-    if not question.case.first_order or question.case.gradient_checkpointing or answer["base"] is None:
+    if not question.case.first_order or question.case.recomputes or answer["base"] is None:
         return False
     return sum(answer["base"]["at_peak"][role] for role in HELD) <= question.memory_bytes
-
-
-def _checkpoints(case: BenchCase) -> bool:
-    return case.gradient_checkpointing and case.first_order
 
 
 def _batch(capacity: Capacity) -> int:

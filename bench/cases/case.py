@@ -78,3 +78,8 @@ class BenchCase:
     def first_order(self) -> bool:
         """Whether the method runs a backward pass."""
         return BY_NAME[self.method].first_order
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward recomputes each layer: because the case says so, or because the method always does."""
+        return self.first_order and (self.gradient_checkpointing or BY_NAME[self.method].checkpointed)

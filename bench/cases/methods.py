@@ -19,6 +19,7 @@ class Method:
         quantizable: the format of its quantized layers is a choice (`--quantization`).
         by_default: part of a run that names no methods.
         baseline: full fine-tuning with AdamW, which the other methods are compared with.
+        checkpointed: its layers are recomputed in backward whatever the case says.
         streamable: its layers can come and go, for it keeps no gradient or moment of a whole layer.
         smaller: the method of the same kind that holds less, the nearest; None where there is none.
         change: how a switch to it is told to someone short of memory; None tells its name.
@@ -30,6 +31,7 @@ class Method:
     quantizable: bool = False
     by_default: bool = True
     baseline: bool = False
+    checkpointed: bool = False
     streamable: bool = False
     smaller: str | None = None
     change: str | None = None
@@ -43,6 +45,8 @@ TABLE = (
     Method("ft-sgd", first_order=True, trains="weights", smaller="lora"),
     Method("lora", first_order=True, trains="adapters", streamable=True, smaller="qlora"),
     Method("qlora", first_order=True, trains="adapters", streamable=True),
+    Method("peqa", first_order=True, trains="scales", by_default=False, smaller="peqa-lean"),
+    Method("peqa-lean", first_order=True, trains="scales", by_default=False, checkpointed=True),
     Method("mezo", first_order=False, trains="weights", streamable=True, smaller="qzo"),
     Method("qzo", first_order=False, trains="scales", quantizable=True, streamable=True, smaller="qzo-full"),
     Method("qzo-full", first_order=False, trains="scales", quantizable=True, streamable=True, smaller="qzo-2bit",

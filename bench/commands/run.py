@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.cases import gpus, weights
 from bench.cases.case import BenchCase
-from bench.cases.methods import BY_NAME, ZEROTH_ORDER
+from bench.cases.methods import BY_NAME
 from bench.cases.models import ModelSource
 from bench.records.files import SUMMARY, make_folder, read_record, write_json
 from bench.records.record import Record
@@ -79,8 +79,7 @@ def forget_other_cases(out: Path, cases: Sequence[BenchCase]) -> None:
         other = [key for key in same if case[key] != first[key]]
         if record["world"] == "simulated" and case["gpu"] != (cases[0].gpu or case["gpu"]):
             other.append("gpu")
-        backward = case["method"] not in ZEROTH_ORDER
-        if backward and case["gradient_checkpointing"] != cases[0].gradient_checkpointing:
+        if case["gradient_checkpointing"] != replace(cases[0], method=case["method"]).recomputes:
             other.append("gradient_checkpointing")
         if other:
             path = out / f"{case['method']}.json"

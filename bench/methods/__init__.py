@@ -8,6 +8,7 @@ from bench.cases.case import BenchCase
 from bench.methods.adapters import lora, qlora
 from bench.methods.as_released import mezo_reference, qzo_2bit_reference, qzo_reference
 from bench.methods.full import ft_amp, ft_bf16, ft_mixed, ft_sgd
+from bench.methods.peqa import peqa, peqa_lean
 from bench.methods.prepared import Prepared
 from bench.methods.world import World
 from bench.methods.zeroth_order import mezo, qzo_2bit, qzo_4bit, qzo_full
@@ -19,6 +20,8 @@ METHODS: dict[str, Callable[[BenchCase, World], Prepared]] = {
     "ft-sgd": ft_sgd,
     "lora": lora,
     "qlora": qlora,
+    "peqa": peqa,
+    "peqa-lean": peqa_lean,
     "mezo": mezo,
     "qzo": qzo_4bit,
     "qzo-full": qzo_full,

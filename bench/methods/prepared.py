@@ -38,8 +38,9 @@ class Prepared:
     replaces_weights: bool = False
 
     def gradients(self) -> Iterator[Tensor]:
-        """Gradients that exist now."""
-        return (parameter.grad for parameter in self.model.parameters() if parameter.grad is not None)
+        """Gradients that exist now, of all that is trained: parameters, or scales, which are buffers."""
+        trained = (tensor for group in self.optimizer.param_groups for tensor in group["params"])
+        return (tensor.grad for tensor in trained if tensor.grad is not None)
 
     def optimizer_tensors(self) -> Iterator[Tensor]:
         """Tensors that the optimizer keeps from step to step (moments, counters, master copies)."""

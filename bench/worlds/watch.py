@@ -93,7 +93,7 @@ def case_of(case: BenchCase, prepared: Prepared | None = None) -> dict[str, Any]
         "seq_len": case.seq_len,
         "dtype": prepared.dtype if prepared else None,
         "attention": case.attention,
-        "gradient_checkpointing": case.gradient_checkpointing and case.first_order,
+        "gradient_checkpointing": case.recomputes,
         "optimizer": prepared.optimizer_name if prepared else None,
         "quantization": prepared.quantization if prepared else None,
         "gpu": case.gpu,

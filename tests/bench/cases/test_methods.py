@@ -27,8 +27,9 @@ def test_the_lists_are_those_of_the_rows():
     assert names.METHODS == (
         "ft-bf16", "ft-mixed", "ft-amp", "ft-sgd", "lora", "qlora", "mezo", "qzo", "qzo-full", "qzo-2bit",
     )  # fmt: skip
-    assert names.EXTRA_METHODS == ("mezo-reference", "qzo-reference", "qzo-2bit-reference")
-    assert ("mezo", "qzo", "qzo-full", "qzo-2bit", *names.EXTRA_METHODS) == names.ZEROTH_ORDER
+    released = ("mezo-reference", "qzo-reference", "qzo-2bit-reference")
+    assert ("peqa", "peqa-lean", *released) == names.EXTRA_METHODS
+    assert ("mezo", "qzo", "qzo-full", "qzo-2bit", *released) == names.ZEROTH_ORDER
     assert names.BASELINES == ("ft-bf16", "ft-mixed", "ft-amp")
     assert names.QUANTIZABLE == ("qzo", "qzo-full")
 
