@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bench.cases.methods import BY_NAME
 from bench.cases.quantizations import FORMATS, check_group_size
+from bench.cases.recipe import Recipe, parse
 from qzo.errors import QzoError
 
 DEVICES = ("auto", "cuda", "cpu", "sim")
@@ -42,6 +44,8 @@ class BenchCase:
             layout.
         steps: optimizer steps of a measured cell; the first two are watched by the ledger, the others timed.
         seed: of noise, batches and random codes.
+        recipe: how a first-order method trains where it is not as its row of the table has it; its batch, length and
+            attention are those of the case.
         weights: folder that holds the model's weights unpacked once for all cells; None reads them where they are.
     """
 
@@ -58,6 +62,7 @@ class BenchCase:
     seed: int = 0
     weights: str | None = None
     quantization: str | None = None
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         choose("method", self.method, BY_NAME)
@@ -73,6 +78,12 @@ class BenchCase:
                 raise QzoError(f"{name}={value} is too small; it must be at least {lowest}")
         if self.group_size is not None and self.group_size < 1:
             raise QzoError(f"group_size={self.group_size} is not a number of weights; choose 128, 64 or 32")
+
+    @classmethod
+    def from_json(cls, stated: Mapping[str, Any]) -> BenchCase:
+        """The case of which `asdict` made this."""
+        recipe = stated.get("recipe")
+        return cls(**dict(stated) | {"recipe": recipe and parse(recipe)})
 
     @property
     def first_order(self) -> bool:

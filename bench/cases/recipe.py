@@ -8,8 +8,9 @@ from typing import Any
 
 from qzo.errors import QzoError
 
-LOOPS = ("trainer", "plain")
+LOOPS = ("trainer", "plain", "bare")
 LOSSES = ("full", "chunked", "tiled", "fused")
+AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}  # argument of the Trainer -> dtype of its autocast
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Recipe:
     """What a training script states. `peft` is None where every weight is trained; `kbit` are the options of
     `prepare_model_for_kbit_training`, None where it is not called; `lengths` are the tokens of the rows, again and
     again, padded on the right to the longest of their batch. `loop` is who runs the steps: the Trainer of transformers,
-    or a "plain" loop, which holds the model's outputs until the next forward returns and drops gradients before it.
+    a "plain" loop, which holds the model's outputs until the next forward returns and drops gradients before it, or a
+    "bare" one, which only runs forward, backward and update, without a mask and without clipping.
     """
 
     name: str
@@ -41,6 +43,27 @@ class Recipe:
     loss_chunk: int = 0
     activation_offloading: bool = False  # what backward needs waits in the host's memory
     versions: dict[str, str] = field(default_factory=dict)  # of libraries, where they differ in what they hold
+
+    @property
+    def autocast(self) -> str | None:
+        """The dtype of the Trainer's autocast; None without one."""
+        return next((dtype for name, dtype in AUTOCAST.items() if self.arguments.get(name)), None)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether layers are recomputed in backward, by the Trainer's argument or by PEFT's preparation."""
+        by_peft = self.kbit is not None and self.kbit.get("use_gradient_checkpointing", True)
+        return bool(self.arguments.get("gradient_checkpointing") or by_peft)
+
+    @property
+    def collated(self) -> bool:
+        """Whether batches come with a mask, as collators make one."""
+        return self.loop != "bare"
+
+    @property
+    def padded(self) -> bool:
+        """Whether a batch's mask has zeros."""
+        return self.masked or len(set(self.lengths)) > 1
 
 
 def parse(stated: Mapping[str, Any]) -> Recipe:

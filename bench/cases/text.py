@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import functools
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +30,26 @@ IGNORED = -100  # a label that no loss counts
 
 @dataclass(frozen=True)
 class Batch:
-    """`input_ids` and `labels` [batch_size, seq_len], int64, on the CPU; `kind`: "rotten-tomatoes", "random-tokens"."""
+    """`input_ids` and `labels` [batch_size, seq_len], int64, on the CPU; `kind`: "rotten-tomatoes", "random-tokens".
+
+    `attention_mask` is as they are, or None where no method reads it; `further` are the batches that come after this
+    one in the same optimizer step (gradient accumulation).
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     kind: str
+    attention_mask: torch.Tensor | None = None
+    further: tuple[Batch, ...] = ()
+
+    def parts(self) -> tuple[Batch, ...]:
+        """This one and those after it."""
+        return (self, *self.further)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By the names of a model's arguments."""
+        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": self.labels}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def batch(source: ModelSource, batch_size: int, seq_len: int, seed: int, step: int, labels: str = "last") -> Batch:
@@ -61,6 +77,22 @@ def batch(source: ModelSource, batch_size: int, seq_len: int, seed: int, step: i
     if labels == "last":
         targets[:, :-1] = IGNORED
     return Batch(input_ids, targets, kind)
+
+
+def padded(batch: Batch, lengths: Sequence[int], masked: bool = False) -> Batch:
+    """The batch with a mask, its rows ending after `lengths` tokens; the last token of each row is its label.
+
+    `masked` ends a row one token sooner where all would be as long, so that the mask is not all ones.
+    """
+    ends = torch.tensor(lengths)
+    longest = batch.input_ids.shape[1]
+    if masked and bool((ends == longest).all()):
+        ends[-1] -= 1
+    inside = torch.arange(longest) < ends[:, None]
+    labels = torch.full_like(batch.labels, IGNORED)
+    rows = torch.arange(len(ends))
+    labels[rows, ends - 1] = batch.input_ids[rows, ends - 1]
+    return replace(batch, labels=labels, attention_mask=inside.long())
 
 
 def _check(source: ModelSource, batch_size: int, seq_len: int, labels: str) -> None:

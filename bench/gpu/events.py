@@ -23,7 +23,6 @@ import torch
 from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.cases.models import resolve
-from bench.cases.text import Batch
 from bench.ledger.ledger import Ledger
 from bench.methods import METHODS
 from bench.methods.prepared import Prepared
@@ -32,10 +31,11 @@ from bench.simulator.allocator.replay import ROUND_BYTES
 from bench.simulator.cuda.attention import attention_of
 from bench.simulator.cuda.kernels import CudaFunctions, rules
 from bench.simulator.shared import number_of_experts
+from bench.worlds.batches import steps_of, without_data
 from bench.worlds.cuda import preferred
 from bench.worlds.measured import MeasuredWorld, source_of
 from bench.worlds.sim import SimWorld
-from bench.worlds.watch import register_resident, run_steps
+from bench.worlds.watch import assign_batches, register_resident, run_steps
 
 CELLS = (
     *(("opt-125m", method) for method in ("qzo", "mezo", "lora", "qlora", "ft-bf16", "ft-amp", "qzo-2bit", "qzo-full")),
@@ -92,7 +92,7 @@ def events(case: BenchCase) -> dict[str, Any]:
     attention = attention_of(case, source, capability)
     world = MeasuredWorld(source, attention, case.device)
     prepared = METHODS[case.method](case, world)
-    batches = [world.here(batch) for batch in world.batches(replace(case, steps=4))]
+    batches = [world.here(batch) for batch in world.batches(replace(case, steps=4), prepared.recipe)]
     ledger = Ledger(case.device, ROUND_BYTES)
     with preferred(capability, attention):
         for batch in batches[:2]:
@@ -105,7 +105,7 @@ def events(case: BenchCase) -> dict[str, Any]:
     seen: dict[str, list[int]] = {}
     for event in ledger.events[first:]:
         seen.setdefault(ledger.phases[event.phase], []).append(event.sign * event.block.nbytes)
-    return {"allocator": allocator, "ledger": seen}
+    return {"dtype": prepared.dtype, "allocator": allocator, "ledger": seen}
 
 
 def simulated(case: BenchCase) -> Events:
@@ -117,9 +117,8 @@ def simulated(case: BenchCase) -> Events:
     prepared = METHODS[case.method](case, world)
     ledger = Ledger("meta", ROUND_BYTES, rules(gpu, number_of_experts(source.config)))
     register_resident(ledger, prepared)
-    tokens = torch.empty(case.batch_size, case.seq_len, dtype=torch.long, device="meta")
-    batch = Batch(tokens, tokens.clone(), "none")
-    ledger.assign("temporaries", (batch.input_ids, batch.labels))
+    (batch,) = without_data(steps_of(case, prepared.recipe, 1), prepared.recipe, "meta")
+    assign_batches(ledger, [batch])
     with ledger, functions():
         run_steps(ledger, prepared, [batch])
         first = len(ledger.events)

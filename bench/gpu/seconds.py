@@ -94,11 +94,13 @@ def _measure(row: dict[str, Any], device: str) -> None:
     attention = attention_of(case, source, capability)
     world = MeasuredWorld(source, attention, device)
     start = time.monotonic()
-    step = _forwards(world) if row["method"] == FORWARDS else _steps(METHODS[case.method](case, world))
+    prepared = None if row["method"] == FORWARDS else METHODS[case.method](case, world)
+    step = _steps(prepared) if prepared else _forwards(world)
+    recipe = prepared.recipe if prepared else None
     _wait(device)
     row["loading_seconds"] = round(time.monotonic() - start, 2)
     for batch_size, seq_len in SHAPES:
-        batch = world.here(world.batches(replace(case, batch_size=batch_size, seq_len=seq_len))[0])
+        batch = world.here(world.batches(replace(case, batch_size=batch_size, seq_len=seq_len), recipe)[0])
         with preferred(capability, attention):
             row["shapes"].append(_timed(step, batch, device))
     with preferred(capability, attention):

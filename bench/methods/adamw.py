@@ -12,16 +12,17 @@ CHUNK = 1 << 24  # elements updated at a time: the fp32 temporaries stay at 64 M
 
 
 def fused_adamw(parameters: Iterable[Tensor], lr: float) -> torch.optim.AdamW:
-    """torch's fused AdamW (the Trainer's default): moments in the parameters' dtype, no temporaries.
+    """torch's fused AdamW, the Trainer's default with torch 2.8 or newer: moments in the parameters' dtype, no copies.
 
     On parameters without data the state is made by a hook: torch refuses to make it there, but runs the step.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
-    optimizer.register_step_pre_hook(_make_meta_state)
+    optimizer.register_step_pre_hook(make_state_without_data)
     return optimizer
 
 
-def _make_meta_state(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def make_state_without_data(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Hook before a step of torch's fused AdamW: its state, as the step itself would make it on a device."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.is_meta and parameter.grad is not None and not optimizer.state[parameter]:

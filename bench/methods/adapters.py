@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from bench.cases.case import BenchCase
-from bench.methods.adamw import fused_adamw
-from bench.methods.nf4 import BLOCK_SIZE, to_nf4
-from bench.methods.prepared import Prepared, checkpoint_options, first_order_step
-from bench.methods.targets import adapter_targets
+from bench.cases.recipe import Recipe
+from bench.methods.checkpointing import checkpoint_options
+from bench.methods.prepared import Prepared
+from bench.methods.recipes import recipe_method
 from bench.methods.world import World
 from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RANK, ALPHA = 8, 16  # as in the paper
-LR = 1e-4
+PEFT = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"}  # on query and value projections, as in the paper
+# What the Trainer does on a GPU that has bf16, and with it TRL, axolotl and LLaMA-Factory: autocast, fused AdamW.
+OPTIM = "adamw_torch_fused"
+BF16 = {"bf16": True, "optim": OPTIM}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+LORA = Recipe("lora", BF16, PEFT)
+QLORA = Recipe("qlora", BF16, PEFT, quantization=NF4, kbit={})
+
+# The same in a bare loop without autocast, which is what these methods were until records said `bfloat16-autocast`.
+BARE = {recipe.name: replace(recipe, arguments={"optim": OPTIM}, loop="bare") for recipe in (LORA, QLORA)}
 
 
 def lora(case: BenchCase, world: World) -> Prepared:
-    """Adapters on the query and value projections of a frozen bf16 model."""
-    return _prepared(frozen_base(world, torch.bfloat16, case.gradient_checkpointing), world)
+    """Adapters on the query and value projections of a frozen bf16 model, under bf16 autocast."""
+    return recipe_method(case.recipe or LORA)(case, world)
 
 
 def qlora(case: BenchCase, world: World) -> Prepared:
     """The same adapters on an NF4 model prepared by PEFT, which turns every unquantized parameter into fp32."""
-    model = nf4_base(world, torch.bfloat16, case.gradient_checkpointing)
-    prepared = _prepared(model, world)
-    prepared.quantization = {"format": "nf4", "bits": 4, "group_size": BLOCK_SIZE}
-    if any(parameter.dim() == 3 for parameter in model.parameters()):
-        prepared.notes.append("bitsandbytes leaves stacked MoE experts unquantized, and PEFT turns them into fp32")
-    return prepared
+    return recipe_method(case.recipe or QLORA)(case, world)
 
 
 def frozen_base(world: World, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
@@ -45,11 +49,6 @@ def frozen_base(world: World, dtype: torch.dtype, checkpointing: bool) -> PreTra
     if checkpointing:
         model.gradient_checkpointing_enable(checkpoint_options(world))
     return model
-
-
-def nf4_base(world: World, dtype: torch.dtype, checkpointing: bool) -> PreTrainedModel:
-    """The model in NF4, computing in `dtype`, as PEFT prepares it for training."""
-    return prepared_nf4(to_nf4(world.model(dtype)), world, checkpointing)
 
 
 def prepared_nf4(model: PreTrainedModel, world: World, checkpointing: bool) -> PreTrainedModel:
@@ -75,9 +74,3 @@ def add_adapters(
     with torch.device(model.device):
         adapted = world.place(get_peft_model(model, config)).train()
     return adapted, [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-
-
-def _prepared(model: PreTrainedModel, world: World) -> Prepared:
-    adapted, trained = add_adapters(model, world, RANK, ALPHA, adapter_targets(model))
-    optimizer = fused_adamw(trained, lr=LR)
-    return Prepared(adapted, optimizer, first_order_step(adapted, optimizer), "bfloat16", "adamw-fp32")

@@ -8,7 +8,8 @@ import torch
 
 from bench.cases.case import BenchCase
 from bench.methods.adamw import MixedAdamW, fused_adamw
-from bench.methods.prepared import Prepared, checkpoint_options, first_order_step
+from bench.methods.checkpointing import checkpoint_options
+from bench.methods.prepared import Prepared, first_order_step
 from bench.methods.world import World
 
 if TYPE_CHECKING:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.cases.recipe import Recipe
 from bench.cases.text import Batch
-from bench.methods.world import World
 
 Enter = Callable[[str], None]  # tells the ledger which phase begins
 Step = Callable[[Batch, Enter], float]
@@ -25,6 +24,7 @@ class Prepared:
         step: runs one optimizer step on a batch, calling `enter(phase)` as it goes, and returns the loss.
         dtype: of the forward's arithmetic. optimizer_name: as shown in tables.
         quantization: {format, bits, group_size}, or None. notes: what a reader of the record must know.
+        recipe: what the step was made of, its batch and lengths included; None for a method that is no recipe.
         replaces_weights: the step puts new tensors in the place of weights or scales.
     """
 
@@ -36,6 +36,7 @@ class Prepared:
     quantization: dict | None = None
     notes: list[str] = field(default_factory=list)
     replaces_weights: bool = False
+    recipe: Recipe | None = None
 
     def gradients(self) -> Iterator[Tensor]:
         """Gradients that exist now, of all that is trained: parameters, or scales, which are buffers."""
@@ -67,8 +68,3 @@ def first_order_step(
         return float(loss.detach())
 
     return step
-
-
-def checkpoint_options(world: World) -> dict[str, Any]:
-    """Options of torch.utils.checkpoint: non-reentrant, each recomputation in the world's context."""
-    return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), world.recomputing())}

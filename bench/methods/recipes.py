@@ -1,31 +1,77 @@
-"""A recipe as a model, an optimizer and steps on tensors without data: what the Trainer of transformers does on a GPU.
+"""A recipe as a model, an optimizer and steps: what the Trainer of transformers does, on tensors with data or without.
 
-The optimizer is the class that the Trainer would take, with the Trainer's own arguments and groups of parameters; PEFT
-adds its own adapters. What stands here is the order of things in a step: transformers/trainer.py, `training_step`, and
-accelerate, which puts the model's forward under autocast and turns its outputs into fp32 (`convert_outputs_to_fp32`).
+PEFT adds its own adapters, and `bench.methods.optimizers` makes the Trainer's optimizer. What stands here is the order
+of things in a step: transformers/trainer.py, `training_step`, and accelerate, which puts the model's forward under
+autocast and turns its outputs into fp32 (`convert_outputs_to_fp32`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.cases.case import BenchCase
 from bench.cases.recipe import Recipe
+from bench.cases.text import Batch
+from bench.methods.checkpointing import checkpoint_options, enable_checkpointing
 from bench.methods.int8 import to_int8
-from bench.methods.nf4 import to_nf4
-from bench.methods.prepared import checkpoint_options
+from bench.methods.nf4 import BLOCK_SIZE, to_nf4
+from bench.methods.optimizers import name_of, optimizer_of
+from bench.methods.prepared import Enter, Prepared
+from bench.methods.targets import adapter_targets
 from bench.methods.world import World
 from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MicroBatch = dict[str, Tensor]
+Autocast = Callable[[], AbstractContextManager]
+
+
+def recipe_method(recipe: Recipe) -> Callable[[BenchCase, World], Prepared]:
+    """The method of the bench that trains by `recipe`, with the batch size, lengths and checkpointing of its case."""
+
+    def prepare(case: BenchCase, world: World) -> Prepared:
+        settled = of_case(recipe, case)
+        base = loaded(settled, world)
+        model = world.place(with_adapters(settled, base, world)).train()
+        optimizer = optimizer_of(settled, model)
+        autocast = partial(world.autocast, getattr(torch, settled.autocast)) if settled.autocast else None
+        step = STEP_OF[settled.loop](model, optimizer, autocast, settled.arguments.get("max_grad_norm", 1.0))
+
+        def bench_step(batch: Batch, enter: Enter) -> float:
+            return float(step([part.tensors() for part in batch.parts()], enter))
+
+        dtype = f"{settled.autocast}-autocast" if settled.autocast else settled.dtype
+        name = name_of(optimizer, settled)
+        prepared = Prepared(model, optimizer, bench_step, dtype, name, quantized(settled), recipe=settled)
+        if settled.quantization and any(parameter.dim() == 3 for parameter in base.parameters()):
+            fp32 = ", and PEFT turns them into fp32" if settled.kbit is not None else ""
+            prepared.notes.append(f"bitsandbytes leaves stacked MoE experts unquantized{fp32}")
+        return prepared
+
+    return prepare
+
+
+def of_case(recipe: Recipe, case: BenchCase) -> Recipe:
+    """The recipe with what the case says of it: batch, length, and checkpointing where it is asked for."""
+    changes: dict[str, Any] = {"batch_size": case.batch_size}
+    if len(set(recipe.lengths)) == 1:
+        changes["lengths"] = (case.seq_len,)
+    if case.gradient_checkpointing:
+        changes["arguments"] = recipe.arguments | {"gradient_checkpointing": True}
+    if recipe.kbit is not None and "use_gradient_checkpointing" not in recipe.kbit:
+        again = case.gradient_checkpointing or bool(recipe.arguments.get("gradient_checkpointing"))
+        changes["kbit"] = recipe.kbit | {"use_gradient_checkpointing": again}
+    return replace(recipe, **changes)
 
 
 class RecipeStep:
@@ -35,34 +81,50 @@ class RecipeStep:
         model: with its adapters, in training mode.
         optimizer: over all that is trained.
         autocast: what the model's forward runs under.
+        max_grad_norm: norm to which gradients are clipped; with 0 the Trainer takes the norm all the same.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, autocast: Callable[[], AbstractContextManager] | None
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, autocast: Autocast | None, max_grad_norm: float = 1.0
     ) -> None:
         self.model, self.optimizer, self.autocast = model, optimizer, autocast
+        self.max_grad_norm = max_grad_norm or float("inf")
+        self.counts = _takes_counts(model)
 
-    def __call__(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """One step: forward and backward of each batch, clipping, update, gradients dropped."""
+    def __call__(self, micro_batches: Sequence[MicroBatch], enter: Enter = lambda phase: None) -> Tensor:
+        """One step: forward and backward of each batch, clipping, update, gradients dropped. The last batch's loss."""
+        enter("forward")
         items = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in micro_batches)
-        for batch in micro_batches:
-            self._loss(batch, items).backward()
+        for number, batch in enumerate(micro_batches):
+            if number:
+                enter("forward")
+            loss = self._loss(batch, items, len(micro_batches))
+            enter("backward")
+            loss.backward()
+            loss = loss.detach()
+        enter("step")
         self._clip()
         self.optimizer.step()
         self.model.zero_grad()
+        return loss
 
-    def _loss(self, batch: MicroBatch, items: Any) -> Tensor:
+    def _loss(self, batch: MicroBatch, items: Any, accumulated: int) -> Tensor:
         """The outputs die with this call, as with `Trainer.compute_loss`."""
+        counts = {"num_items_in_batch": items} if self.counts else {}
         with self.autocast() if self.autocast else nullcontext():
-            output = self.model(**batch, num_items_in_batch=items)
+            output = self.model(**batch, **counts)
         if self.autocast:
             output = {name: item.float() for name, item in output.items() if isinstance(item, Tensor)}
-        return output["loss"]
+        loss: Tensor = output["loss"]
+        return loss if self.counts else loss / accumulated
 
     @torch.no_grad()
     def _clip(self) -> None:
-        """torch.nn.utils.clip_grad_norm_ as on a GPU; with max_grad_norm=0 the Trainer takes the norm all the same."""
+        """torch.nn.utils.clip_grad_norm_; on tensors without data as it runs on a GPU."""
         grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if not grads[0].is_meta:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            return
         norm = torch.linalg.vector_norm(torch.stack([norm.float() for norm in torch._foreach_norm(grads, 2.0)]), 2.0)
         torch._foreach_mul_(grads, (1.0 / (norm + 1e-6)).clamp(max=1.0))
 
@@ -74,17 +136,51 @@ class PlainStep(RecipeStep):
 
     outputs: Any = None
 
-    def __call__(self, micro_batches: Sequence[MicroBatch]) -> None:
+    def __call__(self, micro_batches: Sequence[MicroBatch], enter: Enter = lambda phase: None) -> Tensor:
+        enter("forward")
         self.optimizer.zero_grad()
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches):
+            if number:
+                enter("forward")
             with self.autocast() if self.autocast else nullcontext():
                 self.outputs = self.model(**batch)
+            enter("backward")
             self.outputs.loss.backward()
+        enter("step")
         self._clip()
         self.optimizer.step()
+        loss: Tensor = self.outputs.loss.detach()
+        return loss
 
 
-STEP_OF = {"trainer": RecipeStep, "plain": PlainStep}
+class BareStep(RecipeStep):
+    """Forward, backward and update, and nothing else."""
+
+    def __call__(self, micro_batches: Sequence[MicroBatch], enter: Enter = lambda phase: None) -> Tensor:
+        for batch in micro_batches:
+            enter("forward")
+            with self.autocast() if self.autocast else nullcontext():
+                loss = self.model(**batch).loss
+            enter("backward")
+            loss.backward()
+        enter("step")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        detached: Tensor = loss.detach()
+        return detached
+
+
+STEP_OF = {"trainer": RecipeStep, "plain": PlainStep, "bare": BareStep}
+
+
+def _takes_counts(model: nn.Module) -> bool:
+    """Whether the model divides its loss by a number of labels it is told (`Trainer.model_accepts_loss_kwargs`)."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if hasattr(base, "accepts_loss_kwargs"):
+        return bool(base.accepts_loss_kwargs)
+    return any(
+        item.kind is inspect.Parameter.VAR_KEYWORD for item in inspect.signature(base.forward).parameters.values()
+    )
 
 
 def loaded(recipe: Recipe, world: World) -> PreTrainedModel:
@@ -99,72 +195,43 @@ def loaded(recipe: Recipe, world: World) -> PreTrainedModel:
 
 def with_adapters(recipe: Recipe, model: PreTrainedModel, world: World) -> nn.Module:
     """Prepared for low-bit training and with adapters, as far as the recipe says so."""
-    checkpointing = bool(recipe.arguments.get("gradient_checkpointing"))
     with quiet_libraries():
         import peft
+    by_trainer = bool(recipe.arguments.get("gradient_checkpointing"))
     result: Any = model
     if recipe.kbit is not None:
-        options = {"use_gradient_checkpointing": True} | recipe.kbit
-        result = peft.prepare_model_for_kbit_training(
-            model, **options, gradient_checkpointing_kwargs=checkpoint_options(world)
-        )
-    if recipe.peft is not None:
-        if checkpointing and recipe.kbit is None:
+        again: dict[str, Any] = {"use_gradient_checkpointing": True, "gradient_checkpointing_kwargs": {}} | recipe.kbit
+        options = again | {"gradient_checkpointing_kwargs": checkpoint_options(world)}
+        result = peft.prepare_model_for_kbit_training(model, **options)
+        if again["use_gradient_checkpointing"]:  # by PEFT's own default reentrant, as is torch's
+            enable_checkpointing(model, world, {"use_reentrant": True} | (again["gradient_checkpointing_kwargs"] or {}))
+    if recipe.peft is None:
+        model.requires_grad_(True)
+    else:
+        if by_trainer and recipe.kbit is None:
             result.enable_input_require_grads()
         with torch.device(model.device):
-            result = peft.get_peft_model(result, getattr(peft, recipe.peft_class)(**recipe.peft))
-    if checkpointing:
-        model.gradient_checkpointing_enable(checkpoint_options(world))
+            result = peft.get_peft_model(
+                result, _peft_config(recipe, model), autocast_adapter_dtype=recipe.autocast_adapter_dtype
+            )
+    if by_trainer:
+        enable_checkpointing(model, world, recipe.arguments.get("gradient_checkpointing_kwargs") or {})
     return result.train()
 
 
-def optimizer_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that the Trainer makes of these arguments, on parameters without data."""
-    with quiet_libraries():
-        from transformers import Trainer, TrainingArguments
-    arguments = TrainingArguments("unused", use_cpu=True, report_to=[], **_without_devices(recipe.arguments))
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for name, parameter in trained if (name in decayed) is wanted]}
-        for wanted in (True, False)
-    ]
-    if kind.__module__.startswith("bitsandbytes"):
-        return _low_bit(kind, options, groups, model)
-    if kind is torch.optim.AdamW and not options.get("fused"):
-        options["foreach"] = True  # torch's choice for parameters on a GPU
-    optimizer = kind(groups, **options)
-    if options.get("fused"):
-        from bench.methods.adamw import _make_meta_state
+def _peft_config(recipe: Recipe, model: PreTrainedModel) -> Any:
+    import peft
 
-        optimizer.register_step_pre_hook(_make_meta_state)
-    return optimizer
+    options = dict(recipe.peft or {})
+    kind = getattr(peft, recipe.peft_class)
+    if recipe.peft_class == "LoraConfig" and "target_modules" not in options:
+        options["target_modules"] = adapter_targets(model)
+    return kind(**options)
 
 
-def _without_devices(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that TrainingArguments checks against the machine at hand are not what the optimizer depends on."""
-    return {name: value for name, value in arguments.items() if name not in AUTOCAST}
-
-
-def _low_bit(kind: Any, options: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module) -> Any:
-    """An optimizer of bitsandbytes without its kernels, which allocate nothing. Paged states lie in managed memory,
-    which PyTorch's allocator knows nothing of. Embeddings keep fp32 states, as the Trainer asks for.
-    """
-
-    class LowBit(kind):
-        def update_step(self, *arguments: Any) -> None:
-            """What the kernels do is done in place."""
-
-        def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-            paged = self.is_paged and p.numel() >= 1e5
-            return torch.zeros(p.shape, dtype=dtype, device="cpu" if paged else p.device)
-
-    optimizer = LowBit(groups, **options)
-    optimizer.is_paged = optimizer.is_paged
-    if options.get("optim_bits") == 8:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                optimizer.mng.register_module_override(module, "weight", {"optim_bits": 32})
-        optimizer.mng.register_parameters(model.parameters())
-    return optimizer
+def quantized(recipe: Recipe) -> dict[str, Any] | None:
+    """What a record tells of the base model's format."""
+    asked = recipe.quantization or {}
+    if asked.get("load_in_8bit"):
+        return {"format": "int8", "bits": 8, "group_size": None}
+    return {"format": "nf4", "bits": 4, "group_size": BLOCK_SIZE} if asked.get("load_in_4bit") else None

@@ -21,8 +21,8 @@ class World(Protocol):
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device it is trained on; called once, when the method has changed what it changes."""
 
-    def autocast(self) -> AbstractContextManager:
-        """bf16 autocast of this world."""
+    def autocast(self, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager:
+        """Autocast of this world to bf16, or to fp16."""
 
     def recomputing(self) -> AbstractContextManager:
         """What a checkpointed layer's recomputation needs beyond what torch restores by itself."""

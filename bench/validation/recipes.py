@@ -14,10 +14,10 @@ from bench.cases.models import ModelSource
 from bench.cases.recipe import Recipe, parse
 from bench.ledger.ledger import Ledger
 from bench.methods.int8 import int8_rules
-from bench.methods.recipes import AUTOCAST, STEP_OF, MicroBatch, loaded, optimizer_of, with_adapters
+from bench.methods.optimizers import optimizer_of
+from bench.methods.recipes import STEP_OF, MicroBatch, loaded, with_adapters
 from bench.simulator.allocator.replay import ROUND_BYTES, replay
 from bench.simulator.cuda.attention import preference
-from bench.simulator.cuda.autocast import MetaAutocast
 from bench.simulator.cuda.kernels import CudaFunctions, rules
 from bench.simulator.shared import collector_off, number_of_experts
 from bench.validation.measurement import source_of
@@ -63,7 +63,7 @@ def predict(recipe: Recipe, source: ModelSource, gpu: Gpu) -> dict[str, Any]:
     attention = recipe.attention if recipe.attention == "eager" else preference(gpu.compute_capability)[0]
     functions = partial(CudaFunctions, attention, gpu.compute_capability)
     world = SimWorld(source, attention, functions)
-    table = rules(gpu, number_of_experts(source.config), padded=recipe.masked or len(recipe.lengths) > 1)
+    table = rules(gpu, number_of_experts(source.config), padded=recipe.padded)
     if (recipe.quantization or {}).get("load_in_8bit"):
         table |= int8_rules()
     ledger = Ledger("meta", ROUND_BYTES, table)
@@ -71,14 +71,8 @@ def predict(recipe: Recipe, source: ModelSource, gpu: Gpu) -> dict[str, Any]:
     see_loading(ledger, model, read_ahead=0)
     with ledger:
         adapted = with_adapters(recipe, model, world)
-    if recipe.peft is None:
-        for parameter in adapted.parameters():
-            parameter.requires_grad_(True)
-    autocast = next((dtype for name, dtype in AUTOCAST.items() if recipe.arguments.get(name)), None)
-    world.amp = autocast is not None
-    step = STEP_OF[recipe.loop](
-        adapted, optimizer_of(recipe, adapted), partial(MetaAutocast, dtype=autocast) if autocast else None
-    )
+    autocast = partial(world.autocast, getattr(torch, recipe.autocast)) if recipe.autocast else None
+    step = STEP_OF[recipe.loop](adapted, optimizer_of(recipe, adapted), autocast)
     with ledger, functions():
         for number, batches in enumerate(steps_of(recipe), 1):
             ledger.enter(f"step {number}")

@@ -11,6 +11,7 @@ from bench.cases.case import BenchCase
 from bench.cases.methods import QUANTIZABLE
 from bench.cases.models import resolve
 from bench.cases.quantizations import FORMATS, named
+from bench.methods.adapters import BARE
 from bench.records.record import Record
 from bench.simulator.cuda.attention import attention_of
 from qzo.errors import QzoError
@@ -48,12 +49,13 @@ def simulated_case(record: Record) -> BenchCase:
     name = named(quantization) if case["method"] in QUANTIZABLE else None
     chosen = name is not None and FORMATS[name].any_group_size
     measured_on_gpu = record["world"] == "measured-cuda"
+    bare = case["method"] in BARE and case["dtype"] == "bfloat16"
     asked = BenchCase(
         case["model"], case["method"], device="sim", batch_size=case["batch_size"], seq_len=case["seq_len"],
         gpu=gpus.find(case["gpu"]).name if measured_on_gpu else gpus.CPU,
         gradient_checkpointing=case["gradient_checkpointing"],
         group_size=quantization["group_size"] if chosen or quantization.get("format") in SCALED else None,
-        quantization=name,
+        quantization=name, recipe=BARE[case["method"]] if bare else None,
     )  # fmt: skip
     capability = gpus.get(asked.gpu).compute_capability if measured_on_gpu and asked.gpu else None
     if case["attention"] == attention_of(asked, resolve(asked.model), capability):

@@ -58,7 +58,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
-        record = run(BenchCase(**json.loads(line)))
+        record = run(BenchCase.from_json(json.loads(line)))
         answers.write(json.dumps(record) + "\n")
         answers.flush()
 

@@ -21,7 +21,7 @@ from bench.records.record import Record
 from bench.simulator.cpu.gemm import NOTE, fast_bf16, needs_blocks
 from bench.simulator.cuda.attention import attention_of
 from bench.worlds.measured import MeasuredWorld, origin_notes, source_of
-from bench.worlds.watch import WATCHED_STEPS, describe, register_resident, run_steps
+from bench.worlds.watch import WATCHED_STEPS, assign_batches, describe, register_resident, run_steps
 
 INSIDE = "unattributed is what kernels take inside themselves, as oneDNN does to pack the operands of bf16 products"
 
@@ -36,8 +36,8 @@ def run(case: BenchCase) -> Record:
     prepared = METHODS[case.method](case, world)
     ledger = Ledger("cpu")
     parts = register_resident(ledger, prepared)
-    batches = world.batches(case)
-    unwatched = case.steps - WATCHED_STEPS
+    batches = world.batches(case, prepared.recipe)
+    unwatched = len(batches) - WATCHED_STEPS
     reset_peak_rss()
     losses, seconds = _timed(prepared, batches[:unwatched])
     process = peak_rss()  # before the profiler, whose records would be the larger part of it
@@ -73,8 +73,7 @@ def watch_steps(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -
     steps that count).
     """
     ledger.assign("optimizer", prepared.optimizer_tensors())
-    for batch in batches:
-        ledger.assign("temporaries", (batch.input_ids, batch.labels))
+    assign_batches(ledger, batches)
     resident = ledger.live_bytes()
     step = marked(prepared.step)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, fast_bf16():

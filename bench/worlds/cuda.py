@@ -49,7 +49,7 @@ def run(case: BenchCase) -> Record:
     torch._C._cuda_clearCublasWorkspaces()  # of products while the model was quantized
     torch.cuda.empty_cache()  # what loading left behind is no part of the steps
     meter = Meter()
-    batches = world.batches(case)
+    batches = world.batches(case, prepared.recipe)
     prepared.notes += origin_notes(case, batches)
     with preferred(capability, attention):
         # not under the ledger, where autograd would add gradients out of place (bench/ledger/accumulation.py)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from bench.cases import text, weights
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource, resolve
 from bench.cases.pretrained import PreTrainedModel
+from bench.cases.recipe import Recipe
+from bench.worlds.batches import steps_of, with_text
 from qzo.live.scales import quantized_layers
 
 
@@ -42,19 +45,20 @@ class MeasuredWorld:
             torch.cuda.empty_cache()
         return model.to(self.device)
 
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device, torch.bfloat16)
+    def autocast(self, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager:
+        return torch.autocast(self.device, dtype)
 
     def recomputing(self) -> AbstractContextManager:
         return nullcontext()
 
-    def batches(self, case: BenchCase) -> list[text.Batch]:
+    def batches(self, case: BenchCase, recipe: Recipe | None) -> list[text.Batch]:
         """One batch for each step of the case, in host memory."""
-        return [text.batch(self.source, case.batch_size, case.seq_len, case.seed, step) for step in range(case.steps)]
+        return with_text(steps_of(case, recipe, case.steps), recipe, case, self.source)
 
     def here(self, batch: text.Batch) -> text.Batch:
         """The batch on the device, where it is when its step begins and no sooner."""
-        return replace(batch, input_ids=batch.input_ids.to(self.device), labels=batch.labels.to(self.device))
+        tensors: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in batch.tensors().items()}
+        return replace(batch, further=tuple(map(self.here, batch.further)), **tensors)
 
 
 def source_of(case: BenchCase) -> ModelSource:

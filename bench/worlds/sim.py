@@ -14,10 +14,10 @@ from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource, build_empty, resolve
 from bench.cases.pretrained import PreTrainedModel
-from bench.cases.text import Batch
 from bench.ledger.ledger import Ledger
 from bench.ledger.repeat import repeated_layers
 from bench.methods import METHODS
+from bench.methods.int8 import int8_rules
 from bench.records.environment import environment
 from bench.records.record import Record
 from bench.simulator.allocator.replay import ROUND_BYTES, replay
@@ -25,6 +25,7 @@ from bench.simulator.cuda.attention import attention_of
 from bench.simulator.cuda.autocast import MetaAutocast
 from bench.simulator.cuda.kernels import CudaFunctions, rules
 from bench.simulator.shared import collector_off, number_of_experts
+from bench.worlds.batches import steps_of, without_data
 from bench.worlds.watch import WATCHED_STEPS, describe, register_resident, run_steps
 
 
@@ -42,7 +43,7 @@ class SimWorld:
         self.implementation = "eager" if attention == "eager" else "sdpa"
         self.parameters = 0
         self.functions = functions or partial(CudaFunctions, attention)
-        self.amp = False
+        self.amp: torch.dtype | None = None
 
     def model(self, dtype: torch.dtype) -> PreTrainedModel:
         model = build_empty(self.source, dtype, self.implementation)
@@ -52,14 +53,14 @@ class SimWorld:
     def place(self, model: nn.Module) -> nn.Module:
         return model
 
-    def autocast(self) -> AbstractContextManager:
-        self.amp = True
-        return MetaAutocast()
+    def autocast(self, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager:
+        self.amp = dtype
+        return MetaAutocast(dtype=dtype)
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """The modes of the forward, which are off while backward runs."""
-        autocast = MetaAutocast(keep_copies=False) if self.amp else nullcontext()
+        autocast = MetaAutocast(keep_copies=False, dtype=self.amp) if self.amp else nullcontext()
         with self.functions(), autocast:
             yield
 
@@ -74,11 +75,16 @@ def run(case: BenchCase) -> Record:
     functions = partial(CudaFunctions, attention, gpu.compute_capability, case.attention is not None, ran)
     world = SimWorld(source, attention, functions)
     prepared = METHODS[case.method](case, world)
-    ledger = Ledger("meta", ROUND_BYTES, rules(gpu, number_of_experts(source.config)))
+    recipe = prepared.recipe
+    table = rules(gpu, number_of_experts(source.config), padded=recipe is not None and recipe.padded)
+    if recipe is not None and (recipe.quantization or {}).get("load_in_8bit"):
+        table |= int8_rules()
+    ledger = Ledger("meta", ROUND_BYTES, table)
     parts = register_resident(ledger, prepared)
     with ledger, functions(), repeated_layers(ledger, prepared.model):
-        steps = WATCHED_STEPS if case.first_order else 1  # a zeroth-order step leaves nothing behind for the next
-        run_steps(ledger, prepared, (_batch(case) for _ in range(steps)))
+        least = WATCHED_STEPS if case.first_order else 1  # a zeroth-order step leaves nothing behind for the next
+        steps = steps_of(case, recipe, least)
+        run_steps(ledger, prepared, (without_data([step], recipe, "meta")[0] for step in steps))
     replayed = replay(ledger)
     for kernel in sorted(ran - {attention}):
         prepared.notes.append(f"attention ran the {kernel} kernel where {attention} cannot")
@@ -90,8 +96,3 @@ def run(case: BenchCase) -> Record:
         allocated=replayed.peak_allocated, phases=replayed.phase_peaks, reserved=replayed.peak_reserved,
         process=replayed.peak_reserved + gpu.context_bytes(case.first_order),
     )  # fmt: skip
-
-
-def _batch(case: BenchCase) -> Batch:
-    tokens = torch.empty(case.batch_size, case.seq_len, dtype=torch.long, device="meta")
-    return Batch(input_ids=tokens, labels=tokens.clone(), kind="none")

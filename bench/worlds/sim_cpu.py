@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource, resolve
 from bench.cases.pretrained import import_utils
-from bench.cases.text import Batch
 from bench.ledger.ledger import Ledger
 from bench.methods import METHODS
 from bench.records.environment import environment
@@ -27,8 +26,9 @@ from bench.simulator.cpu.gemm import NOTE, fast_bf16, needs_blocks
 from bench.simulator.cpu.kernels import rules
 from bench.simulator.cuda.attention import attention_of
 from bench.simulator.shared import number_of_experts
+from bench.worlds.batches import steps_of, without_data
 from bench.worlds.sim import SimWorld
-from bench.worlds.watch import WATCHED_STEPS, describe, register_resident, run_steps
+from bench.worlds.watch import WATCHED_STEPS, assign_batches, describe, register_resident, run_steps
 
 DEVICE = "cpu"
 
@@ -49,8 +49,8 @@ class SimCpuWorld(SimWorld):
         self.context.enter_context(taken_for_real())
         return to_cpu(model)
 
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(DEVICE, torch.bfloat16)
+    def autocast(self, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager:
+        return torch.autocast(DEVICE, dtype)
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -68,12 +68,13 @@ def run(case: BenchCase) -> Record:
     with ExitStack() as context:
         world = SimCpuWorld(source, attention, context)
         prepared = METHODS[case.method](case, world)
-        ledger = Ledger(DEVICE, rules=rules(number_of_experts(source.config)))
+        recipe = prepared.recipe
+        padded = recipe is not None and recipe.padded
+        ledger = Ledger(DEVICE, rules=rules(number_of_experts(source.config), padded))
         parts = register_resident(ledger, prepared)
         ledger.enter("forward" if case.first_order else "perturb")
-        batches = [_batch(case) for _ in range(WATCHED_STEPS)]
-        for batch in batches:
-            ledger.assign("temporaries", (batch.input_ids, batch.labels))
+        batches = without_data(steps_of(case, recipe, WATCHED_STEPS), recipe, DEVICE)
+        assign_batches(ledger, batches)
         with ledger, fast_bf16():
             # a zeroth-order step leaves nothing behind for the next
             run_steps(ledger, prepared, batches if case.first_order else batches[:1])
@@ -118,8 +119,3 @@ def taken_for_real() -> Iterator[None]:
     """transformers takes fake tensors for a graph that is traced, and then builds masks that no real step has."""
     with mock.patch.object(import_utils, "is_fake_tensor", lambda tensor: False):
         yield
-
-
-def _batch(case: BenchCase) -> Batch:
-    tokens = torch.empty(case.batch_size, case.seq_len, dtype=torch.long, device=DEVICE)
-    return Batch(input_ids=tokens, labels=tokens.clone(), kind="none")

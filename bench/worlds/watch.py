@@ -25,6 +25,13 @@ def register_resident(ledger: Ledger, prepared: Prepared) -> dict[str, int]:
     return {part: nbytes(tensors) for part, tensors in parts.items()}
 
 
+def assign_batches(ledger: Ledger, batches: Iterable[Batch]) -> None:
+    """Tell the ledger that these batches are there."""
+    for batch in batches:
+        for part in batch.parts():
+            ledger.assign("temporaries", part.tensors().values())
+
+
 def run_steps(ledger: Ledger, prepared: Prepared, batches: Iterable[Batch]) -> list[float]:
     """One optimizer step for each batch under the (already active) ledger; the losses."""
 

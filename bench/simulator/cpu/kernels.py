@@ -32,10 +32,12 @@ FP32_BYTES = 4  # the kernel accumulates in fp32
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mm.out)
 
 
-def rules(experts: int = 1) -> dict[Any, Rule]:
-    """Operator -> rule for a step on fake CPU tensors; `experts` is the model's number of experts a layer."""
+def rules(experts: int = 1, padded: bool = False) -> dict[Any, Rule]:
+    """Operator -> rule for a step on fake CPU tensors; `experts` is the model's number of experts a layer, `padded`
+    tells that masks are not all ones.
+    """
     table: dict[Any, Rule] = {
-        aten._local_scalar_dense.default: read_scalar,
+        aten._local_scalar_dense.default: partial(read_scalar, padded),
         aten.nonzero.default: partial(route_evenly, experts),
         aten._grouped_mm.default: grouped_product,
         aten._safe_softmax.default: safe_softmax,
@@ -71,13 +73,13 @@ def scratch_of(otherwise: Rule, ledger: Ledger, func: Any, args: tuple, kwargs: 
     return with_temporaries(ledger, func, args, kwargs, [inside(func, args, kwargs)])
 
 
-def read_scalar(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> bool | float | int:
-    """`.item()` of a tensor without data: losses are 0.0, and checks such as "is the mask all ones" hold."""
+def read_scalar(padded: bool, ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> bool | float | int:
+    """`.item()` of a tensor without data: losses are 0.0, "is the mask all ones" holds unless batches are `padded`."""
     tensor = args[0]
     if getattr(tensor, "constant", None) is not None:  # a fake `torch.tensor(3.0)` keeps its value
         return func(*args, **kwargs)
     if tensor.dtype is torch.bool:
-        return True
+        return not padded
     return 0.0 if tensor.is_floating_point() else 0
 
 

@@ -7,6 +7,7 @@ import torch
 
 from bench.cases.case import BenchCase
 from bench.cases.methods import METHODS
+from bench.methods.adapters import BARE
 from bench.worlds import sim
 from qzo.errors import QzoError
 
@@ -133,7 +134,8 @@ def test_a_simulation_leaves_the_global_rng_alone():
 
 def test_a_record_says_where_another_attention_kernel_ran():
     options = {"batch_size": 1, "seq_len": 64}
+    assert not any("attention ran" in note for note in simulate("smollm2-135m", "qlora", **options)["notes"])
+    options["recipe"] = BARE["qlora"]  # without autocast, in fp32
     assert "attention ran the math kernel where flash cannot" in simulate("smollm2-135m", "qlora", **options)["notes"]
-    assert not any("attention ran" in note for note in simulate("smollm2-135m", "lora", **options)["notes"])
     with pytest.raises(QzoError, match=r"flash attention needs fp16 or bf16.*choose efficient, math or eager"):
         simulate("smollm2-135m", "qlora", attention="flash", **options)

@@ -1,0 +1,79 @@
+"""The optimizer that the Trainer makes of its arguments: the library's own class, also on tensors without data."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases.recipe import AUTOCAST, Recipe
+from bench.methods.adamw import make_state_without_data
+from qzo.quiet import quiet_libraries
+
+
+def optimizer_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The class that the Trainer takes for these arguments, with its options and its two groups of parameters.
+
+    On parameters without data it does what torch would choose on a GPU.
+    """
+    with quiet_libraries():
+        from transformers import Trainer, TrainingArguments
+    arguments = TrainingArguments("unused", use_cpu=True, report_to=[], **_without_devices(recipe.arguments))
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in trained if (name in decayed) is wanted]}
+        for wanted in (True, False)
+    ]
+    without_data = any(parameter.is_meta for _, parameter in trained)
+    if kind.__module__.startswith("bitsandbytes"):
+        return _low_bit(kind, options, groups, model)
+    if without_data and "foreach" in inspect.signature(kind).parameters and not options.get("fused"):
+        options["foreach"] = True
+    optimizer = kind(groups, **options)
+    if options.get("fused"):
+        optimizer.register_step_pre_hook(make_state_without_data)
+    return optimizer
+
+
+def name_of(optimizer: torch.optim.Optimizer, recipe: Recipe) -> str:
+    """As tables show it: torch's AdamW with the dtype of its moments, any other by the Trainer's name for it."""
+    trained = next(parameter for group in optimizer.param_groups for parameter in group["params"])
+    if isinstance(optimizer, torch.optim.AdamW):
+        return "adamw-fp32" if trained.dtype is torch.float32 else "adamw-bf16"
+    return str(recipe.arguments["optim"])
+
+
+def _without_devices(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that TrainingArguments checks against the machine at hand are not what the optimizer depends on."""
+    return {name: value for name, value in arguments.items() if name not in AUTOCAST}
+
+
+def _low_bit(kind: Any, options: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module) -> Any:
+    """An optimizer of bitsandbytes without its kernels, which allocate nothing. Paged states lie in managed memory,
+    which PyTorch's allocator knows nothing of. Embeddings keep fp32 states, as the Trainer asks for.
+    """
+
+    class LowBit(kind):
+        def update_step(self, *arguments: Any) -> None:
+            """What the kernels do is done in place."""
+
+        def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+            paged = self.is_paged and p.numel() >= 1e5
+            return torch.zeros(p.shape, dtype=dtype, device="cpu" if paged else p.device)
+
+    if not any(parameter.is_meta for group in groups for parameter in group["params"]):
+        return _with_fp32_embeddings(kind(groups, **options), options, model)
+    return _with_fp32_embeddings(LowBit(groups, **options), options, model)
+
+
+def _with_fp32_embeddings(optimizer: Any, options: dict[str, Any], model: nn.Module) -> Any:
+    if options.get("optim_bits") == 8:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                optimizer.mng.register_module_override(module, "weight", {"optim_bits": 32})
+        optimizer.mng.register_parameters(model.parameters())
+    return optimizer
