@@ -16,8 +16,9 @@ from bench.cases.case import BenchCase
 from bench.cases.group_sizes import default_group_size
 from bench.cases.text import Batch
 from bench.methods.adamw import fused_adamw
+from bench.methods.checkpointing import checkpoint_options
 from bench.methods.factored import FactoredRms
-from bench.methods.prepared import Enter, Prepared, checkpoint_options, first_order_step
+from bench.methods.prepared import Enter, Prepared, first_order_step
 from bench.methods.world import World
 from qzo.formats.gptq.codes import unpack
 from qzo.formats.gptq.layer import QuantLinear
