@@ -11,7 +11,7 @@ import torch
 from qzo.checkpoints.save import GENERATION, writes_itself
 from qzo.checkpoints.tokenizer import load_tokenizer as load_tokenizer
 from qzo.errors import AGAIN, QzoError
-from qzo.files.finite import check_model
+from qzo.files.finite import check_made, check_model
 from qzo.files.folder import download, headers_in, one_line, weight_files
 from qzo.files.settings import Source, is_gguf, source_of
 from qzo.formats.gguf.files import GgufCheckpoint
@@ -59,7 +59,7 @@ def load(
             tokens see those after them (an encoder), and numbers that are NaN or infinite, of which all are looked at.
     """
     model: Any = _load(source, dtype, device, dequantize, revision)
-    check_model(source, model)
+    check_made(source, model)
     if model.name_or_path and Path(model.name_or_path).exists():  # a place, the same wherever the process goes next
         model.name_or_path = model.config.name_or_path = str(Path(model.name_or_path).absolute())
     return model
@@ -161,4 +161,5 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, device: torch.devi
         )
     if missing:  # transformers would draw them at random
         raise QzoError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}; {AGAIN}")
+    check_model(source, model)
     return model.to(device)

@@ -102,12 +102,15 @@ class Stored(ABC):
         dtype = dtype or dtype_of(self.source.config)
         model, layers = self.empty(dtype)
         own = _buffers(layers)
-        self._check_numbers(own)
-        for tensors in self._in_model(model):
+        if not self.by_name:  # what is read is made of what is stored, whose names are told
+            self._check_numbers(own)
+        for tensors in self._in_model(model, self._finite()):
             ready = {}
             for name, tensor in tensors.items():
                 cast = tensor.is_floating_point() and name not in own
                 ready[name] = tensor.to(device, dtype if cast else tensor.dtype, copy=self.copied)
+                if ready[name].dtype != tensor.dtype:
+                    check_tensor(f"{self.folder}: {name}", ready[name])
             model.load_state_dict(ready, strict=False, assign=True)
         finish(model, device)
         return freeze(model).eval()
@@ -119,7 +122,7 @@ class Stored(ABC):
         tensor or has other codes: it is a model of other files. Memory: the tensors of one file.
         """
         found = {}
-        for tensors in self._in_model(self.blank):
+        for tensors in self._in_model(self.blank, self.batches()):
             for name, stored in tensors.items():
                 own = live.get(name)
                 if own is None or own.shape != stored.shape:
@@ -171,6 +174,20 @@ class Stored(ABC):
                 if tensor.numel() <= SMALL or name in own:
                     check_tensor(f"{self.folder}: {name}", tensor)
 
+    def _finite(self) -> Batches:
+        """`batches`, looked at while they are read: all that `_check_numbers` did not see, and that the model has.
+
+        Raises QzoError for a number that is NaN or infinite.
+        """
+        paths = self.paths()
+        for tensors in self.batches():
+            for name, tensor in tensors.items():
+                is_large = tensor.numel() > SMALL
+                is_seen = not self.by_name and not is_large and layer_of(name, paths) is None
+                if not is_seen and not (is_large and name in self.placed.left):
+                    check_tensor(f"{self.folder}: {name}", tensor)
+            yield tensors
+
     @advised(AGAIN)
     def empty(self, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         """The model on meta with quantized layers in their places, and path -> layer; no data is read.
@@ -213,11 +230,11 @@ class Stored(ABC):
         """A model on meta that operations on several tensors may ask for its shapes. Raises QzoError."""
         return self._skeleton(torch.bfloat16)
 
-    def _in_model(self, model: Any) -> Batches:
+    def _in_model(self, model: Any, batches: Batches) -> Batches:
         """The tensors by their names in the model, file by file; what is joined comes when all of it is there."""
         placed, waiting = self.placed, {}
         target_of = {name: target for target, joined in placed.joined.items() for name in joined.sources}
-        for tensors in self.batches():
+        for tensors in batches:
             ready = {}
             for name, tensor in tensors.items():
                 target = target_of.get(name)

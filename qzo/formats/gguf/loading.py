@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
+from qzo.files.finite import check_tensor
 from qzo.formats.gguf.codes import BLOCK_TYPES, BlockType
 from qzo.formats.gguf.experts import GgufExperts, expert_layers
 from qzo.formats.gguf.finite import check_blocks
@@ -35,9 +36,10 @@ def load_packed(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     for place, tensor, kind in _tensors(planned):
         tensor = tensor.to(device)
         if place.stack is not None:
-            stacks.add(model, place, expert_layers(tensor if kind else tensor.to(dtype), kind))
+            stack = tensor if kind else _plain(planned, place, tensor, kind, dtype)
+            stacks.add(model, place, expert_layers(stack, kind))
         elif kind is None or not place.in_blocks:
-            _set(model, place, _plain(tensor, kind, place.shift, dtype))
+            _set(model, place, _plain(planned, place, tensor, kind, dtype))
         elif isinstance(place.module, nn.Linear):
             model.set_submodule(place.path, GgufLinear(tensor, kind, model.get_submodule(place.path).bias))
         else:
@@ -56,7 +58,7 @@ def load_dense(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     planned = plan(path, dtype)
     model = planned.model
     for place, tensor, kind in _tensors(planned):
-        weights = _plain(tensor.to(device), kind, place.shift, dtype)
+        weights = _plain(planned, place, tensor.to(device), kind, dtype)
         if place.stack in ("gate", "up"):
             module = model.get_submodule(place.path)
             if module.gate_up_proj.is_meta:
@@ -99,16 +101,23 @@ def _tensors(planned: Plan) -> Iterator[Read]:
             yield place, from_pairs(tensor, place.heads), BLOCK_TYPES.get(info.kind)
 
 
-def _plain(tensor: Tensor, kind: BlockType | None, shift: float, dtype: torch.dtype) -> Tensor:
-    """Weights [..., K] in `dtype`, of plain numbers or of blocks [..., B, n_bytes]; `shift` is taken off in fp32."""
+def _plain(planned: Plan, place: Place, tensor: Tensor, kind: BlockType | None, dtype: torch.dtype) -> Tensor:
+    """Weights [..., K] in `dtype`, of plain numbers or of blocks [..., B, n_bytes]; a shift is taken off in fp32.
+
+    Raises QzoError for numbers that are too large for the dtype.
+    """
     if kind is None:
-        return (tensor.float() - shift).to(dtype) if shift else tensor.to(dtype)
-    rows = tensor.flatten(0, -3)
-    width = rows.shape[1] * kind.n_weights
-    weights = torch.empty(rows.shape[0], width, dtype=dtype, device=tensor.device)
-    for start, stop in chunk_bounds(*weights.shape):
-        weights[start:stop] = kind.weights(rows[start:stop])
-    return weights.view(*tensor.shape[:-2], width)
+        weights = (tensor.float() - place.shift).to(dtype) if place.shift else tensor.to(dtype)
+    else:
+        rows = tensor.flatten(0, -3)
+        width = rows.shape[1] * kind.n_weights
+        weights = torch.empty(rows.shape[0], width, dtype=dtype, device=tensor.device)
+        for start, stop in chunk_bounds(*weights.shape):
+            weights[start:stop] = kind.weights(rows[start:stop])
+        weights = weights.view(*tensor.shape[:-2], width)
+    if weights.dtype != tensor.dtype:
+        check_tensor(f"{planned.source.path}: {place.path}.{place.parameter}", weights)
+    return weights
 
 
 def _set(model: Any, place: Place, tensor: Tensor) -> None:

@@ -22,6 +22,7 @@ from tiny_models import write_plain
 
 from qzo import QzoError, load
 from qzo.checkpoints.inspect import inspect
+from qzo.files import finite
 from qzo.files.finite import is_finite
 from qzo.formats.gguf.finite import HALVES
 
@@ -79,6 +80,39 @@ def test_an_unquantized_model_with_one_is_refused_too(plain, tmp_path, where):
     tensors[where].view(-1)[3] = torch.inf
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert all(where in told for told in refusals(folder))
+
+
+def test_a_load_looks_at_every_number_once(plain, tmp_path, monkeypatch):
+    case = next(case for case in CASES if case.name.startswith("gptq"))
+    case.write(plain, tmp_path / "model")
+    seen = []
+    monkeypatch.setattr(finite, "is_finite", lambda tensor: bool(seen.append(tensor)) or True)
+    for folder in (plain, tmp_path / "model"):
+        seen.clear()
+        made = [buffer for name, buffer in load(folder).named_buffers() if name.endswith("inv_freq")]
+        held = [*load_file(folder / "model.safetensors").values(), *made]
+        looked_at, there = (sum(t.numel() for t in own if t.is_floating_point()) for own in (seen, held))
+        assert looked_at == there
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf", "gguf packed"])
+def test_a_number_that_the_dtype_asked_for_cannot_hold_is_refused(plain, tmp_path, kind):
+    file = plain
+    if kind == "safetensors":
+        folder = tmp_path / "model"
+        next(case for case in CASES if case.name.startswith("gptq")).write(plain, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+        tensors["model.norm.weight"][2] = 1e6
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        file = folder
+    else:
+        model = tiny(hidden=256)
+        model.model.norm.weight.data[2] = 1e6
+        file = write_gguf(model, tmp_path / "model.gguf", "Q4_0")
+    load(file, dtype=torch.bfloat16)
+    with pytest.raises(QzoError, match=r"model\.norm\.weight has 1 numbers of .* NaN or infinite"):
+        load(file, dtype=torch.float16, **({"dequantize": False} if kind == "gguf packed" else {}))
 
 
 @pytest.mark.parametrize("kind", [*SIMPLE, *K_QUANTS])
