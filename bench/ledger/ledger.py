@@ -27,12 +27,16 @@ DEFAULT_ROLE = "temporaries"
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """One allocation: its size as the allocator counts it, and its role (None until somebody knows it)."""
+    """One allocation: its size as the allocator counts it, and its role (None until somebody knows it).
+
+    `died` is called when its tensor dies.
+    """
 
     nbytes: int
     role: str | None = None
     region: int = 0
     weak: Any = None
+    died: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,8 @@ class Ledger(TorchDispatchMode):
     def _died(self, key: int, _: object) -> None:
         block = self._live.pop(key, None)
         if block is not None:
+            if block.died is not None:
+                block.died()
             self.release(block)
 
     def allocate(self, nbytes: int, role: str | None = None) -> Block:
@@ -161,6 +167,26 @@ class Ledger(TorchDispatchMode):
     def release(self, block: Block) -> None:
         """Record that `block` was given back."""
         self.events.append(Event(-1, block, self._phase))
+
+    def keep(self, block: Block) -> None:
+        """Let `block` live until `end`, without a tensor."""
+        self._live[-id(block)] = block
+
+    def disown(self, block: Block) -> None:
+        """`block` dies no longer with its tensor, and is kept no longer."""
+        storage = block.weak and block.weak()
+        self._live.pop(-id(block) if storage is None else storage._cdata, None)
+        block.weak = None
+
+    def end(self, block: Block) -> None:
+        """Record that `block` was given back, even if its tensor is still there."""
+        self.disown(block)
+        self.release(block)
+
+    def holds(self, block: Block) -> bool:
+        """Whether `block` is alive, with a tensor or without."""
+        storage = block.weak and block.weak()
+        return self._live.get(-id(block) if storage is None else storage._cdata) is block
 
     def empty_cache(self) -> None:
         """Record torch.cuda.empty_cache(): what is free goes back to the GPU. Nothing to who counts what is alive."""

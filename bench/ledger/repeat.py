@@ -1,4 +1,7 @@
-"""Identical layers of a forward without gradients, traced once: the others repeat the first one's events."""
+"""Identical layers of a forward without gradients, traced once: the others repeat the first one's events.
+
+A forward with gradients, and its backward, is the business of `repeat_training`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from bench.ledger.ledger import Block, Event, Ledger
+from bench.ledger.repeat_training import Group, group_of_layers, run_layer
 
 
 @contextmanager
@@ -19,12 +23,15 @@ def repeated_layers(ledger: Ledger, model: nn.Module) -> Iterator[None]:
     """Within the context, layers of the same kind called with inputs of the same kind are run once.
 
     A layer is a child of an nn.ModuleList. Its events may be repeated if all it leaves behind is its output, one new
-    tensor, and nothing older dies in it; a layer that keeps something for backward never qualifies.
+    tensor, and nothing older dies in it.
+
+    Raises (from a step within): NotAlike: layers of a training step differ; trace it again without this context.
     """
     templates: dict[Any, Template] = {}
+    groups = group_of_layers(model, _kind)
     layers = [layer for holder in model.modules() if isinstance(holder, nn.ModuleList) for layer in holder]
     for layer in layers:
-        layer.forward = _traced_once(ledger, layer, layer.forward, templates)
+        layer.forward = _traced_once(ledger, layer, layer.forward, templates, groups.get(layer))
     try:
         yield
     finally:
@@ -53,12 +60,14 @@ class Template:
         return output
 
 
-def _traced_once(ledger: Ledger, layer: nn.Module, forward: Any, templates: dict[Any, Template]) -> Any:
+def _traced_once(
+    ledger: Ledger, layer: nn.Module, forward: Any, templates: dict[Any, Template], group: Group | None
+) -> Any:
     kind = _kind(layer)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return forward(*args, **kwargs) if group is None else run_layer(ledger, group, layer, forward, args, kwargs)
         key = (kind, _signature(args), _signature(kwargs))
         if key in templates:
             return templates[key].repeat(ledger)
@@ -88,7 +97,7 @@ def _template(ledger: Ledger, events: list[Event], output: Any) -> Template | No
 
 def _kind(layer: nn.Module) -> Any:
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
-    shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)
+    shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for name, tensor in tensors)
     return type(layer), getattr(layer, "attention_type", None), shapes
 
 

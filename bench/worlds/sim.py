@@ -16,6 +16,7 @@ from bench.cases.models import ModelSource, build_empty, resolve
 from bench.cases.pretrained import PreTrainedModel
 from bench.ledger.ledger import Ledger
 from bench.ledger.repeat import repeated_layers
+from bench.ledger.repeat_training import NotAlike
 from bench.methods import METHODS
 from bench.methods.int8 import int8_rules
 from bench.records.environment import environment
@@ -68,6 +69,13 @@ class SimWorld:
 @collector_off()
 def run(case: BenchCase) -> Record:
     """Simulate one cell on `case.gpu`: the same function a measured world calls, on the meta device."""
+    try:
+        return _run(case, repeated_layers)
+    except NotAlike:
+        return _run(case, lambda ledger, model: nullcontext())
+
+
+def _run(case: BenchCase, layers: Callable[[Ledger, nn.Module], AbstractContextManager]) -> Record:
     source = resolve(case.model)
     gpu = gpus.get(case.gpu or gpus.DEFAULT_GPU)
     attention = attention_of(case, source, gpu.compute_capability)
@@ -81,7 +89,7 @@ def run(case: BenchCase) -> Record:
         table |= int8_rules()
     ledger = Ledger("meta", ROUND_BYTES, table)
     parts = register_resident(ledger, prepared)
-    with ledger, functions(), repeated_layers(ledger, prepared.model):
+    with ledger, functions(), layers(ledger, prepared.model):
         least = WATCHED_STEPS if case.first_order else 1  # a zeroth-order step leaves nothing behind for the next
         steps = steps_of(case, recipe, least)
         run_steps(ledger, prepared, (without_data([step], recipe, "meta")[0] for step in steps))

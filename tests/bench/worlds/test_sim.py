@@ -7,6 +7,7 @@ import torch
 
 from bench.cases.case import BenchCase
 from bench.cases.methods import METHODS
+from bench.ledger.repeat_training import NotAlike
 from bench.methods.adapters import BARE
 from bench.worlds import sim
 from qzo.errors import QzoError
@@ -124,6 +125,33 @@ def test_tracing_identical_layers_once_changes_no_byte(model, method, monkeypatc
     monkeypatch.setattr(sim, "repeated_layers", lambda ledger, model: contextlib.nullcontext())
     full = simulate(model, method, seq_len=64)
     assert quick == full
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing"), [("lora", False), ("lora", True), ("qlora", True), ("ft-amp", False), ("ft-amp", True)]
+)
+def test_repeating_layers_of_a_training_step_changes_no_byte(method, checkpointing, monkeypatch, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, vocab_size=1000,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    options = {"seq_len": 32, "gradient_checkpointing": checkpointing}
+    monkeypatch.setattr(sim, "NotAlike", ())  # nothing is traced in full behind the test's back
+    quick = simulate(str(tmp_path), method, **options)
+    monkeypatch.setattr(sim, "repeated_layers", lambda ledger, model: contextlib.nullcontext())
+    assert simulate(str(tmp_path), method, **options) == quick
+
+
+def test_layers_that_are_not_alike_are_traced_in_full(monkeypatch):
+    full = simulate("opt-125m", "ft-sgd", seq_len=16)
+
+    def not_alike(*_):
+        raise NotAlike
+
+    monkeypatch.setattr(sim, "repeated_layers", not_alike)
+    assert simulate("opt-125m", "ft-sgd", seq_len=16) == full
 
 
 def test_a_simulation_leaves_the_global_rng_alone():
