@@ -26,7 +26,8 @@ class Call:
     """One scaled_dot_product_attention, as far as the choice of its kernel depends on it.
 
     Attributes:
-        head_dim: width of a head of q, k and v. mask: whether there is an explicit one; causal: whether it is implied.
+        head_dim: width of a head of q and k. value_dim: of one of v; None for the same.
+        mask: whether there is an explicit one; causal: whether it is implied.
         grouped: whether several query heads share a key head (`enable_gqa`).
         queries, keys: tokens.
     """
@@ -40,6 +41,12 @@ class Call:
     grouped: bool = False
     queries: int = 128
     keys: int = 128
+    value_dim: int | None = None
+
+    @property
+    def one_width(self) -> bool:
+        """Whether a head is as wide in v as in q and k; in latent attention it is not."""
+        return self.value_dim in (None, self.head_dim)
 
 
 def _alignment(gpu: Capability, call: Call) -> int:
@@ -62,6 +69,7 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
         (lambda gpu, call: gpu < AMPERE, "a GPU of compute capability 8.0 or more"),
         (lambda gpu, call: call.dtype not in HALF, "fp16 or bf16"),
         (lambda gpu, call: call.head_dim > 256, "heads of at most 256"),
+        (lambda gpu, call: not call.one_width, "heads as wide in values as in queries"),
         (lambda gpu, call: call.mask, "a call without a mask"),
         (lambda gpu, call: call.causal and call.queries != call.keys, "as many queries as keys where it is causal"),
         (_no_flash_backward, "heads of at most 192, or above 224 without dropout, to train on this GPU"),

@@ -41,7 +41,7 @@ def attend(
         key, value = repeated(query, key, value)
     call = Call(
         query.dtype, query.shape[-1], attn_mask is not None, _needs_gradient(query, key, value), dropout_p, is_causal,
-        query.shape[1] != key.shape[1], query.shape[2], key.shape[2],
+        query.shape[1] != key.shape[1], query.shape[2], key.shape[2], value.shape[-1],
     )  # fmt: skip
     if strict:
         refuse_unable(kernel, gpu, call)

@@ -44,6 +44,8 @@ def q(heads: int = 4, dtype: torch.dtype = BF16, head_dim: int = 64, tokens: int
         (A100, Call(BF16, 60), "flash"),  # padded
         (A100, Call(BF16, 60, mask=True), "math"),
         (A100, Call(FP32, 60), "efficient"),
+        (A100, Call(BF16, 192, value_dim=128), "efficient"),  # latent attention
+        (A100, Call(BF16, 128, value_dim=128), "flash"),
         (A100, Call(BF16, 128, grouped=True), "flash"),
         (A100, Call(FP32, 128, grouped=True), "math"),
         (A100, Call(BF16, 128, causal=True, queries=1, keys=128), "efficient"),
@@ -138,6 +140,14 @@ def test_flash_takes_grouped_heads_as_they_are_and_efficient_repeats_them():
 @pytest.mark.parametrize("odd", [{"dtype": FP32}, {"head_dim": 264}])
 def test_what_flash_cannot_take_goes_to_the_efficient_kernel(odd):
     assert attend("flash", q(**odd), q(**odd), q(**odd)).shape == q(**odd).shape
+
+
+def test_values_narrower_than_queries_go_to_the_efficient_kernel_and_keep_their_width():
+    ran: set[str] = set()
+    with torch.no_grad():
+        out = attend("flash", q(head_dim=192), q(head_dim=192), q(head_dim=128), is_causal=True, ran=ran)
+    assert ran == {"efficient"}
+    assert out.shape == (2, 4, 128, 128)
 
 
 def test_a_head_that_is_no_multiple_of_eight_is_padded_for_flash():
