@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from optional import gguf
 from transformers import LlamaConfig, PreTrainedConfig
 
 from bench.cases import models as catalog
@@ -48,7 +48,7 @@ def edit(folder, **fields):
 def gguf_file(tmp_path):
     """A whole GGUF of a tiny Llama, with every kind of metadata: number, string, arrays of both."""
     path = tmp_path / "tiny.gguf"
-    writer = GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(32)
     writer.add_embedding_length(64)
@@ -58,7 +58,7 @@ def gguf_file(tmp_path):
     writer.add_array("test.words", ["a", "bc", ""])
     writer.add_array("test.numbers", [1, 2, 3])
     writer.add_tensor("first", torch.zeros(4, 32).numpy())
-    writer.add_tensor("last", torch.zeros(16, 34, dtype=torch.uint8).numpy(), raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.add_tensor("last", torch.zeros(16, 34, dtype=torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -323,7 +323,7 @@ def test_a_gguf_array_of_a_false_length_is_refused(gguf_file):
 
 def test_one_part_of_a_split_gguf_is_refused(tmp_path):
     path = tmp_path / "part.gguf"
-    writer = GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_uint16("split.count", 3)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -340,7 +340,7 @@ def test_a_missing_gguf_is_refused(tmp_path):
 
 def test_a_gguf_of_another_architecture_is_one_line(tmp_path):
     path = tmp_path / "other.gguf"
-    writer = GGUFWriter(path, "nonesuch")
+    writer = gguf.GGUFWriter(path, "nonesuch")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from cases_gptq import CASES as GPTQ
 from cases_hqq import CASES as HQQ
 from cases_torchao import CASES as TORCHAO
 from gguf_files import K_QUANTS, SIMPLE, stored_tensors, tiny, write_gguf
+from optional import gguf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import write_plain

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import gguf
 import torch
 from format_cases import FormatCase
 from gguf_files import SIMPLE, stored_tensors, write_gguf
+from optional import gguf
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 

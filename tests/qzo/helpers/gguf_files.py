@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
+from optional import gguf
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -45,7 +45,7 @@ CONFIGS = {
     "gemma3_text": Gemma3TextConfig,
     "phi3": Phi3Config,
 }
-Meta = Callable[[gguf.GGUFWriter], object]
+Meta = Callable[[Any], object]  # of a gguf.GGUFWriter
 
 
 def tiny(family: str = "llama", tied: bool = True, hidden: int = 64, seed: int = 0, **options: Any) -> PreTrainedModel:
@@ -178,7 +178,7 @@ def _read_back(model: PreTrainedModel, stored: dict[str, torch.Tensor], heads: d
         tensor.copy_(value - 1 if family.startswith("gemma") and name.endswith("norm.weight") else value)
 
 
-def add(writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> None:
+def add(writer: Any, name: str, array: np.ndarray, kind: str) -> None:
     """Add a tensor in a type; those that gguf cannot make get random blocks with small scales."""
     qtype = gguf.GGMLQuantizationType[kind]
     if kind == "F32":
@@ -197,7 +197,7 @@ def add(writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> Non
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(array), qtype), raw_dtype=qtype)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+def add_tokenizer(writer: Any, size: int) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*(f"w{number}" for number in range(size - 3)), "a", "b", "ab"])
     writer.add_token_types([gguf.TokenType.NORMAL] * size)
@@ -206,6 +206,6 @@ def add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_eos_token_id(1)
 
 
-def stored_tensors(file: Path) -> dict[str, gguf.ReaderTensor]:
+def stored_tensors(file: Path) -> dict[str, Any]:
     """Name -> tensor, as the package gguf reads a file."""
     return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}

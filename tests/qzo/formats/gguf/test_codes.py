@@ -1,9 +1,9 @@
 """Blocks of GGUF files against `gguf.dequantize`, bit for bit."""
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from optional import gguf
 
 from qzo.formats.gguf.codes import BLOCK_TYPES, half_at
 

@@ -6,11 +6,11 @@ import resource
 import signal
 import struct
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from gguf_files import tiny, write_gguf
+from optional import gguf
 
 from qzo import QzoError, load
 from qzo.commands.main import main

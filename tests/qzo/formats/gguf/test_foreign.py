@@ -1,10 +1,10 @@
 """Architectures that transformers alone reads: what its reader leaves unread is refused, where it matters."""
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from gguf_files import add_tokenizer
+from optional import gguf
 from transformers import AutoModelForCausalLM, Starcoder2Config
 
 from qzo import QzoError, load

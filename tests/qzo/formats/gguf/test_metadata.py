@@ -2,11 +2,11 @@
 
 import math
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from gguf_files import as_stored, tiny, write_gguf
+from optional import gguf
 
 from qzo import QzoError, load
 from qzo.checkpoints.inspect import inspect

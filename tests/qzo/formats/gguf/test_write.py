@@ -5,12 +5,12 @@ import json
 import os
 import sys
 
-import gguf
 import numpy as np
 import pytest
 import standin
 import torch
 from gguf_files import SIMPLE, stored_tensors, tiny, write_gguf
+from optional import gguf
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
