@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,19 @@ class MixedAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         step_size = group["lr"] / (1 - beta1 ** state["step"])
         correction = 1 / (1 - beta2 ** state["step"])
-        flat = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
-        for weight, gradient, mean, square in zip(*(item.view(-1).split(CHUNK) for item in flat), strict=True):
+        flat = [item.view(-1) for item in (parameter, grad, state["exp_avg"], state["exp_avg_sq"])]
+        for part in _parts(parameter):
+            weight, gradient, mean, square = (item[part] for item in flat)
             gradient = gradient.float()
             mean.lerp_(gradient, 1 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             torch.mul(square, correction, out=gradient).sqrt_().add_(group["eps"])
             weight.copy_(weight.float().addcdiv_(mean, gradient, value=-step_size))
+
+
+def _parts(tensor: Tensor) -> list[slice]:
+    """What is updated at a time; without data the first two and the last, as those between hold the same memory."""
+    starts: Sequence[int] = range(0, tensor.numel(), CHUNK)
+    if tensor.is_meta and len(starts) > 3:
+        starts = (*starts[:2], starts[-1])
+    return [slice(start, start + CHUNK) for start in starts]

@@ -48,11 +48,12 @@ def noise_chunks(
     z ~ N(0, 1), or ±1 with even odds for "rademacher". `direction` counts the directions of one step from 0. The same
     arguments give the same z on the same kind of device (CPU and CUDA differ). All chunks share one buffer: the caller
     may change z in place and must be done with it before the next. The generator is private; the global RNG is neither
-    read nor moved. On `meta` nothing is drawn.
+    read nor moved. On `meta` nothing is drawn, and of many chunks only the first two and the last are there: what a
+    caller holds for one of the others is what it held for the one before.
     """
     generator = _generator(seed, step, index, direction, device)
     buffer = _buffer(numel, least, device)
-    for start in range(0, numel, max(1, len(buffer))):
+    for start in _starts(numel, len(buffer), device):
         yield start, _draw(buffer[: numel - start], chunk_elements(numel), generator, distribution)
 
 
@@ -73,7 +74,7 @@ def mixed_chunks(
     generators = [_generator(seed, step, index, direction, device) for direction in range(len(factors))]
     total, chunk = _buffer(numel, least, device), chunk_elements(numel)
     buffer = torch.empty_like(total) if len(factors) > 1 else total
-    for start in range(0, numel, max(1, len(total))):
+    for start in _starts(numel, len(total), device):
         mixed = _draw(total[: numel - start], chunk, generators[0], distribution).mul_(factors[0])
         for generator, factor in zip(generators[1:], factors[1:], strict=True):
             mixed.add_(_draw(buffer[: numel - start], chunk, generator, distribution).mul_(factor))
@@ -90,6 +91,8 @@ def full_noise(
     distribution: str = "gaussian",
 ) -> Tensor:
     """All of z for one tensor, fp32 in `shape`: what `noise_chunks` yields, put together."""
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, device=device)
     drawn = noise_chunks(shape.numel(), seed, step, index, device, direction, distribution)
     chunks = [z.clone() for _, z in drawn]
     return torch.cat(chunks).view(shape) if chunks else torch.empty(shape, device=device)
@@ -105,6 +108,12 @@ def _buffer(numel: int, least: int, device: Device) -> Tensor:
     """Room for the fewest whole chunks that have `least` elements, or for all `numel`."""
     chunk = chunk_elements(numel)
     return torch.empty(min(numel, chunk * max(1, -(-least // chunk))), dtype=torch.float32, device=device)
+
+
+def _starts(numel: int, size: int, device: Device) -> Sequence[int]:
+    """Where the chunks begin that are yielded."""
+    starts = range(0, numel, max(1, size))
+    return (*starts[:2], starts[-1]) if torch.device(device).type == "meta" and len(starts) > 3 else starts
 
 
 def _draw(buffer: Tensor, chunk: int, generator: torch.Generator, distribution: str) -> Tensor:

@@ -65,3 +65,14 @@ def test_mixed_seeds_are_64_bit_and_published_splitmix_values_come_out():
     assert mix_seed(0) == 0xE220A8397B1DCDAF  # first output of splitmix64 from state 0
     assert len({mix_seed(s, t, i) for s in range(10) for t in range(10) for i in range(10)}) == 1000
     assert all(0 <= mix_seed(seed, 5) < 2**64 for seed in (-1, 2**64, 2**70))
+
+
+@pytest.mark.parametrize(
+    ("numel", "starts"), [(768, [0, 256, 512]), (1024, [0, 256, 768]), (2**26 + 5, [0, 2**22, 2**26])]
+)
+def test_without_data_chunks_between_the_second_and_the_last_are_left_out(numel, starts):
+    drawn = [(start, len(z)) for start, z in noise_chunks(numel, 1, 2, 3, "meta")]
+    mixed = [(start, len(z)) for start, z in mixed_chunks(numel, 1, 2, 3, "meta", [1.0, 2.0])]
+    assert [start for start, _ in drawn] == [start for start, _ in mixed] == starts
+    assert drawn[-1][1] == numel - starts[-1]
+    assert full_noise(torch.Size([numel]), 1, 2, 3, "meta").shape == (numel,)
