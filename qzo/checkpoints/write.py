@@ -14,6 +14,7 @@ from qzo.files.rewrite import Write, rewriting
 from qzo.files.settings import is_gguf, source_of
 from qzo.formats.gguf.codes import BLOCK_TYPES
 from qzo.formats.table import Checkpoint, find
+from qzo.models.skeleton import as_stored
 
 LIVE = (".scales", ".offsets")
 SIGNED = ("aqlm", "bitsandbytes")
@@ -102,9 +103,12 @@ def write_checkpoint(source: Path, tensors: dict[str, Tensor], out: Path) -> int
 
 def _writing(source: Path, tensors: dict[str, Tensor]) -> Write:
     """What writes the weights of a checkpoint, of whatever format or none."""
-    found = find(source_of(source))
+    about = source_of(source)
+    found = find(about)
     check_numbers(tensors, signed=found is None or may_be_negative(found))
-    return rewriting(source, tensors) if found is None else found.writing(tensors)
+    if found is not None:
+        return found.writing(tensors)
+    return rewriting(source, as_stored(source, about.config, tensors))
 
 
 def check_numbers(tensors: dict[str, Tensor], signed: bool = True) -> None:

@@ -8,45 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from qzo.errors import AGAIN, QzoError
+from qzo.errors import QzoError
 from qzo.files.folder import Header
+from qzo.files.joined import Joined
 from qzo.files.leftovers import Leftovers, layer_number
 
 TEXT_PARTS = ("language_model", "text_model", "llm")  # what wrappers of a text model call it
 STACKED = (["MergeModulelist", "Concatenate"], ["MergeModulelist"])  # operations that make stacks of experts
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Stored tensors that are one in the model, such as the weights of all experts.
-
-    Args:
-        sources: stored name -> pattern of `converter` that it fits, in the order in which they are joined.
-        converter: of transformers.
-    """
-
-    sources: dict[str, str]
-    converter: Any
-
-    def join(self, name: str, tensors: dict[str, Tensor], model: Any) -> Tensor:
-        """The tensor of this name, of those with the names of `sources`. Raises QzoError where they do not fit."""
-        converter = deepcopy(self.converter)
-        for source, pattern in self.sources.items():
-            converter.add_tensor(name, source, pattern, tensors[source])
-        try:
-            made: dict[str, Any] = converter.convert(name, model=model, config=model.config)
-        except Exception as error:  # of whatever operation
-            raise QzoError(f"the {len(tensors)} tensors that make up {name} do not fit together; {AGAIN}") from error
-        value = made.get(name, next(iter(made.values())))
-        tensor: Tensor = value[0] if isinstance(value, list) else value
-        return tensor
 
 
 @dataclass(frozen=True)
@@ -76,6 +50,17 @@ class Placed:
         """The stored name of a tensor of the model that is not joined."""
         path, _, last = name.rpartition(".")
         return f"{self.stored_paths[path]}.{last}" if path in self.stored_paths else self._stored_names.get(name, name)
+
+    def apart(self, tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """Tensors with names in the model as the files hold them: by their stored names, joined ones taken apart.
+
+        `model` is on meta. Raises QzoError for what cannot be taken apart.
+        """
+        stored: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            joined = self.joined.get(name)
+            stored |= {self.stored(name): tensor} if joined is None else joined.split(name, tensor, model)
+        return stored
 
     def targets(self) -> Iterator[str]:
         """All names in the model that something goes to, of quantized layers with a dot behind."""

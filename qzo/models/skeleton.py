@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qzo.errors import AGAIN, QzoError, advised, named
 from qzo.files.budget import at_most, check_buffers, check_counts, check_factors
-from qzo.files.folder import Header
+from qzo.files.folder import Header, headers_in, weight_files
 from qzo.files.names import Placed, check_known, place
 from qzo.models.build import build
 from qzo.quiet import quiet_libraries
@@ -123,6 +123,16 @@ def check_unquantized(folder: Path, config: dict[str, Any], headers: dict[str, H
     check_architecture(folder, config)
     model, _ = skeleton(folder, headers, dtype_of(config))
     check_known(place(model, headers), headers)
+
+
+def as_stored(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of an unquantized model by the names that its files have for them. Raises QzoError."""
+    headers = headers_in(weight_files(folder))
+    if all(name in headers for name in tensors):
+        return tensors
+    model, _ = skeleton(folder, headers, dtype_of(config))
+    with named(str(folder)):
+        return place(model, headers).apart(tensors, model)
 
 
 def _check_fits(name: str, header: Header, wanted: Tensor | None) -> None:

@@ -251,18 +251,14 @@ class Stored(ABC):
     def writing(self, tensors: dict[str, Tensor]) -> Write:
         """What writes the weights into a folder with tensors replaced, which have their names in the model.
 
-        Raises QzoError for one that has no place, or is made of several in the files.
+        One that is joined of several in the files is taken apart. Raises QzoError for one that has no place.
         """
         paths, headers = self.paths(), self.headers
         if all(name in headers or name.rpartition(".")[0] in paths for name in tensors):
             return self.write(tensors)
-        joined = next((name for name in tensors if name in self.placed.joined), None)
-        if joined is not None:
-            raise QzoError(
-                f"{joined} is {len(self.placed.joined[joined].sources)} tensors in {self.folder}, which are not "
-                "written anew; train the scales alone"
-            )
-        return self.write({self.placed.stored(name): tensor for name, tensor in tensors.items()})
+        with named(str(self.folder)):
+            stored = self.placed.apart(tensors, self.blank)
+        return self.write(stored)
 
     def _put(self, model: Any, build: Build) -> dict[str, Any]:
         """Put a layer in the place of each path, with a bias where the model or the checkpoint has one."""

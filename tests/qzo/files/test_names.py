@@ -14,16 +14,19 @@ from transformers import (
     CLIPVisionConfig,
     DeepseekV3Config,
     Gemma3Config,
+    GPT2Config,
     LlamaConfig,
     LlavaConfig,
     MixtralConfig,
     Qwen2_5_VLConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
+    core_model_loading,
 )
 
 import qzo
 from qzo.checkpoints.inspect import inspect
+from qzo.checkpoints.write import write_checkpoint
 
 TEXT = {
     **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -118,13 +121,56 @@ def test_plain_experts_beside_codes_are_stacked(tmp_path, input_ids):
     torch.testing.assert_close(model(input_ids).logits, reference(input_ids).logits, rtol=1e-4, atol=1e-5)
     assert len(qzo.scales(model)) == 8 and model.model.layers[0].mlp.experts.gate_up_proj.shape == (4, 128, 64)
     qzo.save(model, tmp_path / "saved")
-    model.model.layers[0].mlp.experts.gate_up_proj.data.zero_()
-    with pytest.raises(qzo.QzoError, match=r"gate_up_proj is 8 tensors in .*, which are not written anew; train the"):
-        qzo.save(model, tmp_path / "changed")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"] = torch.ones(32, 64).half()
     save_file(tensors, folder / "model.safetensors")
     assert "do not fit together" in str(inspect(folder).reason)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_trained_plain_experts_are_written_one_by_one(tmp_path, input_ids, kind):
+    make, own = MIXTURES[kind]
+    folder = tmp_path / "came"
+    renamed = published if kind == "mixtral" else lambda name: name
+    publish(tiny(make(**TEXT | own)), folder, lambda path: {} if "o_proj" in path else None, renamed)
+    model = qzo.load(folder, torch.float16)
+    optimizer = qzo.QZO(qzo.trainable(model, "scales+unquantized"), lr=1e-3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in range(2):
+        optimizer.step(lambda step=step: qzo.label_loss(model, input_ids[step:], input_ids[step:]))
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert "model.layers.1.mlp.experts.gate_up_proj" in moved and "model.layers.1.mlp.experts.down_proj" in moved
+    qzo.save(model, tmp_path / "saved")
+    again = qzo.load(tmp_path / "saved", torch.float16).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    old, new = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "saved"))
+    assert {name: value.shape for name, value in old.items()} == {name: value.shape for name, value in new.items()}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
+def test_a_tuned_unquantized_model_is_written_under_the_names_of_its_files(tmp_path, kind):
+    """Experts one by one, and layers without the name of the base model."""
+    own = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 64}
+    model = tiny(GPT2Config(**own) if kind == "gpt2" else MixtralConfig(**TEXT | MIXTURES[kind][1]))
+    renamed = published if kind == "mixtral" else lambda name: name.removeprefix("transformer.")
+    publish(model, tmp_path / "came", lambda path: None, renamed)
+    config = json.loads((tmp_path / "came" / "config.json").read_text())
+    (tmp_path / "came" / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    tuned = {name: value.detach().half() + 0.5 for name, value in model.named_parameters()}
+    write_checkpoint(tmp_path / "came", tuned, tmp_path / "out")
+    again = qzo.load(tmp_path / "out", torch.float16).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in tuned.items())
+
+
+def test_a_joining_that_cannot_be_undone_is_refused(tmp_path, monkeypatch):
+    make, own = MIXTURES["mixtral"]
+    publish(tiny(make(**TEXT | own)), tmp_path / "came", lambda path: {} if "o_proj" in path else None, published)
+    model = qzo.load(tmp_path / "came", torch.float16)
+    model.model.layers[0].mlp.experts.gate_up_proj.data.zero_()
+    monkeypatch.setattr(core_model_loading.Chunk, "convert", lambda self, made, **_: made)
+    with pytest.raises(qzo.QzoError, match=r"gate_up_proj is 8 tensors .* cannot be undone; train the scales alone"):
+        qzo.save(model, tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
 
 
 @pytest.mark.parametrize("double", [False, True])
