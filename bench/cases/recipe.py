@@ -10,6 +10,7 @@ from qzo.errors import QzoError
 
 LOOPS = ("trainer", "plain", "bare")
 LOSSES = ("full", "chunked", "tiled", "fused")
+FLASH = "flash_attention_2"  # of `attention`: rows are told apart by where they begin, without a mask
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}  # argument of the Trainer -> dtype of its autocast
 
 
@@ -37,7 +38,7 @@ class Recipe:
     use_cache: bool = False
     masked: bool = False  # an attention mask that is not all ones, even where all lengths are the same
     autocast_adapter_dtype: bool = True  # of get_peft_model: adapters of a 16-bit model are fp32
-    packing: bool = False  # rows one after another without padding, up to the longest of `lengths`
+    packing: bool = False  # a batch is one row without padding, each of its parts as long as the longest of `lengths`
     trained_dtype: str | None = None  # to which the script casts all that is trained, adapters or weights
     loss: str = "full"  # of all logits, `loss_chunk` tokens at a time, tiles (TRL), or fused with the head (Liger)
     loss_chunk: int = 0
@@ -62,8 +63,8 @@ class Recipe:
 
     @property
     def padded(self) -> bool:
-        """Whether a batch's mask has zeros."""
-        return self.masked or len(set(self.lengths)) > 1
+        """Whether attention gets a mask that is not all ones; between packed rows it has a block for each."""
+        return self.attention != FLASH and (self.masked or self.packing or len(set(self.lengths)) > 1)
 
 
 def parse(stated: Mapping[str, Any]) -> Recipe:

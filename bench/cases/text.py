@@ -32,7 +32,8 @@ IGNORED = -100  # a label that no loss counts
 class Batch:
     """`input_ids` and `labels` [batch_size, seq_len], int64, on the CPU; `kind`: "rotten-tomatoes", "random-tokens".
 
-    `attention_mask` is as they are, or None where no method reads it; `further` are the batches that come after this
+    `attention_mask` is as they are, or None where no method reads it; `position_ids` where several rows stand in one, each
+    from 0 on; `further` are the batches that come after this
     one in the same optimizer step (gradient accumulation).
     """
 
@@ -41,6 +42,7 @@ class Batch:
     kind: str
     attention_mask: torch.Tensor | None = None
     further: tuple[Batch, ...] = ()
+    position_ids: torch.Tensor | None = None
 
     def parts(self) -> tuple[Batch, ...]:
         """This one and those after it."""
@@ -48,7 +50,8 @@ class Batch:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By the names of a model's arguments."""
-        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": self.labels}
+        names = ("input_ids", "attention_mask", "position_ids", "labels")
+        found = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -93,6 +96,15 @@ def padded(batch: Batch, lengths: Sequence[int], masked: bool = False) -> Batch:
     rows = torch.arange(len(ends))
     labels[rows, ends - 1] = batch.input_ids[rows, ends - 1]
     return replace(batch, labels=labels, attention_mask=inside.long())
+
+
+def packed(batch: Batch) -> Batch:
+    """The batch's rows one after another in one row, each with positions of its own, without a mask."""
+    rows, length = batch.input_ids.shape
+    positions = torch.arange(length).repeat(rows)[None]
+    return replace(
+        batch, input_ids=batch.input_ids.reshape(1, -1), labels=batch.labels.reshape(1, -1), position_ids=positions
+    )
 
 
 def _check(source: ModelSource, batch_size: int, seq_len: int, labels: str) -> None:

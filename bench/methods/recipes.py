@@ -22,7 +22,10 @@ from bench.cases.recipe import Recipe
 from bench.cases.text import Batch
 from bench.methods.checkpointing import checkpoint_options, enable_checkpointing
 from bench.methods.int8 import to_int8
+from bench.methods.liger.layers import apply_liger
+from bench.methods.losses.choice import replace_loss
 from bench.methods.nf4 import BLOCK_SIZE, to_nf4
+from bench.methods.offloading import offloading_of
 from bench.methods.optimizers import name_of, optimizer_of
 from bench.methods.prepared import Enter, Prepared
 from bench.methods.targets import adapter_targets
@@ -46,6 +49,8 @@ def recipe_method(recipe: Recipe) -> Callable[[BenchCase, World], Prepared]:
         optimizer = optimizer_of(settled, model)
         autocast = partial(world.autocast, getattr(torch, settled.autocast)) if settled.autocast else None
         step = STEP_OF[settled.loop](model, optimizer, autocast, settled.arguments.get("max_grad_norm", 1.0))
+        if settled.activation_offloading:
+            step.around = offloading_of(model)
 
         def bench_step(batch: Batch, enter: Enter) -> float:
             return float(step([part.tensors() for part in batch.parts()], enter))
@@ -82,7 +87,11 @@ class RecipeStep:
         optimizer: over all that is trained.
         autocast: what the model's forward runs under.
         max_grad_norm: norm to which gradients are clipped; with 0 the Trainer takes the norm all the same.
+
+    `around` is the context of each micro-batch's forward and backward.
     """
+
+    around: AbstractContextManager = nullcontext()
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, autocast: Autocast | None, max_grad_norm: float = 1.0
@@ -98,9 +107,10 @@ class RecipeStep:
         for number, batch in enumerate(micro_batches):
             if number:
                 enter("forward")
-            loss = self._loss(batch, items, len(micro_batches))
-            enter("backward")
-            loss.backward()
+            with self.around:
+                loss = self._loss(batch, items, len(micro_batches))
+                enter("backward")
+                loss.backward()
             loss = loss.detach()
         enter("step")
         self._clip()
@@ -194,7 +204,7 @@ def loaded(recipe: Recipe, world: World) -> PreTrainedModel:
 
 
 def with_adapters(recipe: Recipe, model: PreTrainedModel, world: World) -> nn.Module:
-    """Prepared for low-bit training and with adapters, as far as the recipe says so."""
+    """Prepared for low-bit training, with adapters, kernels and a loss of its own, as far as the recipe says so."""
     with quiet_libraries():
         import peft
     by_trainer = bool(recipe.arguments.get("gradient_checkpointing"))
@@ -216,7 +226,19 @@ def with_adapters(recipe: Recipe, model: PreTrainedModel, world: World) -> nn.Mo
             )
     if by_trainer:
         enable_checkpointing(model, world, recipe.arguments.get("gradient_checkpointing_kwargs") or {})
+    if recipe.trained_dtype is not None:
+        _cast_trained(recipe, result, getattr(torch, recipe.trained_dtype))
+    apply_liger(recipe, result)
+    replace_loss(recipe, result, world)
     return result.train()
+
+
+def _cast_trained(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> None:
+    """One after another. DoRA's magnitudes are never lowered (TRL 1.16, trainer/sft_trainer.py)."""
+    for name, parameter in model.named_parameters():
+        lowered = "lora_magnitude_vector" in name and dtype is not torch.float32
+        if parameter.requires_grad and not lowered:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _peft_config(recipe: Recipe, model: PreTrainedModel) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from bench.cases import gpus
 from bench.cases.gpus import Gpu
 from bench.cases.models import ModelSource
-from bench.cases.recipe import Recipe, parse
+from bench.cases.recipe import FLASH, Recipe, parse
 from bench.ledger.ledger import Ledger
 from bench.methods.int8 import int8_rules
+from bench.methods.offloading import offloading_of
 from bench.methods.optimizers import optimizer_of
 from bench.methods.recipes import STEP_OF, MicroBatch, loaded, with_adapters
 from bench.simulator.allocator.replay import ROUND_BYTES, replay
@@ -24,11 +25,13 @@ from bench.validation.measurement import source_of
 from bench.validation.predict import see_loading
 from bench.validation.published import recipe_of
 from bench.worlds.sim import SimWorld
-from qzo.errors import QzoError
+from qzo.quiet import quiet_libraries
 
 STEPS = 3
 SEED = 42  # of the Trainer, by which rows are shuffled
 MASKS = ("input_ids", "attention_mask", "labels")
+PACKED = ("input_ids", "position_ids", "labels")
+KERNEL_OF = {"eager": "eager", FLASH: "flash"}
 
 
 def predict_row(row: Mapping[str, Any]) -> dict[str, int]:
@@ -57,10 +60,7 @@ def described(row: Mapping[str, Any]) -> dict[str, Any]:
 @collector_off()
 def predict(recipe: Recipe, source: ModelSource, gpu: Gpu) -> dict[str, Any]:
     """Bytes: `loading` (peak), `steps` (peak of each), `reserved` and `process` (of all)."""
-    for name, simulated in (("loss", "full"), ("packing", False), ("activation_offloading", False)):
-        if getattr(recipe, name) != simulated:
-            raise QzoError(f"{name}={getattr(recipe, name)!r} of a recipe is not simulated yet")
-    attention = recipe.attention if recipe.attention == "eager" else preference(gpu.compute_capability)[0]
+    attention = KERNEL_OF.get(recipe.attention) or preference(gpu.compute_capability)[0]
     functions = partial(CudaFunctions, attention, gpu.compute_capability)
     world = SimWorld(source, attention, functions)
     table = rules(gpu, number_of_experts(source.config), padded=recipe.padded)
@@ -73,6 +73,8 @@ def predict(recipe: Recipe, source: ModelSource, gpu: Gpu) -> dict[str, Any]:
         adapted = with_adapters(recipe, model, world)
     autocast = partial(world.autocast, getattr(torch, recipe.autocast)) if recipe.autocast else None
     step = STEP_OF[recipe.loop](adapted, optimizer_of(recipe, adapted), autocast)
+    if recipe.activation_offloading:
+        step.around = offloading_of(adapted, ledger.empty_cache if recipe.peft or recipe.quantization else None)
     with ledger, functions():
         for number, batches in enumerate(steps_of(recipe), 1):
             ledger.enter(f"step {number}")
@@ -94,21 +96,43 @@ def steps_of(recipe: Recipe) -> Iterator[list[MicroBatch]]:
     waiting: list[MicroBatch] = []
     for start in range(0, len(shapes), each):
         while len(waiting) < each + 1 and len(waiting) + start < len(shapes):
-            waiting.append(_batch(shapes[start + len(waiting)]))
+            waiting.append(_batch(shapes[start + len(waiting)], PACKED if recipe.packing else MASKS))
         taken, waiting = waiting[:each], waiting[each:]
         yield taken
 
 
 def shapes_of(recipe: Recipe) -> Iterator[tuple[int, int]]:
-    """[rows, longest] of each batch; the Trainer shuffles rows."""
+    """[rows, longest] of each batch in the order of `row_order`; packed rows are full and make one row together."""
     count = STEPS * recipe.batch_size * recipe.arguments.get("gradient_accumulation_steps", 1)
-    lengths = [recipe.lengths[index % len(recipe.lengths)] for index in range(count)]
-    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist()
-    order = shuffled if recipe.loop == "trainer" else range(count)
+    if recipe.packing:
+        longest = max(recipe.lengths)
+        yield from [(1, recipe.batch_size * longest)] * (count // recipe.batch_size)
+        return
+    lengths = [recipe.lengths[index % len(recipe.lengths)] for index in range(max(count, len(recipe.lengths)))]
+    order = row_order(recipe, lengths)[:count]
     for start in range(0, count, recipe.batch_size):
         rows = order[start : start + recipe.batch_size]
         yield len(rows), max(lengths[row] for row in rows)
 
 
-def _batch(shape: tuple[int, int]) -> MicroBatch:
-    return {name: torch.empty(shape, dtype=torch.long, device="meta") for name in MASKS}
+def row_order(recipe: Recipe, lengths: Sequence[int]) -> list[int]:
+    """Rows as they are drawn: by the Trainer at random, or in groups of like length, the longest batch first; by a loop
+    of one's own in their order. Of more rows than are simulated the longest come first, since a run meets them all.
+    """
+    rows = list(range(len(lengths)))
+    generator = torch.Generator().manual_seed(SEED)
+    each = recipe.batch_size * recipe.arguments.get("gradient_accumulation_steps", 1)
+    sampling = recipe.arguments.get("train_sampling_strategy", "random")
+    if recipe.loop == "trainer" and sampling == "group_by_length":
+        with quiet_libraries():
+            from transformers.trainer_pt_utils import get_length_grouped_indices
+        rows = [int(row) for row in get_length_grouped_indices(list(lengths), each, generator=generator)]
+    elif recipe.loop == "trainer" and sampling == "random":
+        rows = torch.randperm(len(lengths), generator=generator).tolist()
+    if len(lengths) > STEPS * each:
+        rows.sort(key=lambda row: -lengths[row])
+    return rows
+
+
+def _batch(shape: tuple[int, int], names: Sequence[str]) -> MicroBatch:
+    return {name: torch.empty(shape, dtype=torch.long, device="meta") for name in names}

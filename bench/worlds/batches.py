@@ -25,8 +25,8 @@ def steps_of(case: BenchCase, recipe: Recipe | None, least: int) -> list[list[Ro
     """
     each = int(recipe.arguments.get("gradient_accumulation_steps", 1)) if recipe else 1
     size = case.batch_size
-    if recipe is None or len(set(recipe.lengths)) == 1:
-        rows = (case.seq_len,) * size
+    if recipe is None or recipe.packing or len(set(recipe.lengths)) == 1:
+        rows = (case.seq_len if recipe is None or len(set(recipe.lengths)) == 1 else max(recipe.lengths),) * size
         return [[rows] * each] * least
     stated = [recipe.lengths[index % len(recipe.lengths)] for index in range(max(len(recipe.lengths), size))]
     longest = tuple(sorted(stated, reverse=True)[:size])
@@ -41,9 +41,11 @@ def without_data(steps: Sequence[Sequence[Rows]], recipe: Recipe | None, device:
     """Batches of empty tensors, one a step; those of a recipe have a mask, as every collator makes one."""
 
     def empty(rows: Rows) -> Batch:
-        tokens = torch.empty(len(rows), max(rows), dtype=torch.long, device=device)
-        mask = torch.empty_like(tokens) if recipe and recipe.collated else None
-        return Batch(tokens, tokens.clone(), "none", mask)
+        packed = recipe is not None and recipe.packing
+        tokens = torch.empty((1, sum(rows)) if packed else (len(rows), max(rows)), dtype=torch.long, device=device)
+        further = torch.empty_like(tokens) if recipe and recipe.collated else None
+        kind = {"position_ids" if packed else "attention_mask": further}
+        return Batch(tokens, tokens.clone(), "none", **kind)
 
     return [_joined([empty(rows) for rows in step]) for step in steps]
 
@@ -55,6 +57,8 @@ def with_text(
 
     def filled(rows: Rows, number: int) -> Batch:
         batch = text.batch(source, len(rows), max(rows), case.seed, number)
+        if recipe is not None and recipe.packing:
+            return text.packed(batch)
         return text.padded(batch, rows, masked=recipe.masked) if recipe and recipe.collated else batch
 
     numbers = iter(range(sum(len(step) for step in steps)))

@@ -85,10 +85,10 @@ def recipe(stated: Stated) -> tuple[Recipe, str | None, int | None, int | None]:
     if stated.flag("enable_liger_kernel"):
         arguments["use_liger_kernel"] = True
     attention = ATTENTIONS[stated.text("flash_attn", "auto", ATTENTIONS) or "auto"]
-    length, packed = _length(stated, pretraining=stage == "pt")
+    length, apart = _length(stated, pretraining=stage == "pt")
     found = Recipe(
         "LLaMA-Factory", arguments, peft=_peft(stated), quantization=_quantization(stated, arguments),
-        attention=attention, batch_size=batch_size, lengths=(length,), packing=packed,
+        attention=attention, batch_size=batch_size, lengths=(length,), masked=apart,
         trained_dtype=None if stated.flag("pure_bf16") else "float32",
     )  # fmt: skip
     stated.not_honoured.append("model_name_or_path: has the dtype of its checkpoint; predicted is bfloat16")

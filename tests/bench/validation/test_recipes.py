@@ -1,5 +1,7 @@
 """Recipes as the Trainer of transformers runs them, predicted: single facts; all measured ones in test_measurements."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -88,6 +90,40 @@ def test_rows_are_shuffled_as_the_trainer_shuffles_them_and_padded_to_the_longes
     assert [longest for _, longest in shapes_of(recipe)] == [1024, 450, 900]  # by the peaks measured on an H100
     steps = figures(peft=LORA, lengths=(16, 256, 32, 64, 48, 128))["steps"]
     assert len(set(steps)) == 3
+
+
+def test_rows_of_like_length_come_together_and_the_longest_batch_first():
+    lengths = (200, 900, 450, 1024, 70, 600)
+    grouped = Recipe("any", {"train_sampling_strategy": "group_by_length"}, lengths=lengths)
+    assert [longest for _, longest in shapes_of(grouped)] == [1024, 450, 900]  # so few rows are one group a batch
+    in_order = Recipe("any", {"train_sampling_strategy": "sequential"}, lengths=lengths)
+    assert [longest for _, longest in shapes_of(in_order)] == [900, 1024, 600]
+    histogram = Recipe("any", lengths=tuple(range(1, 1001)))  # more rows than are simulated
+    assert next(shapes_of(histogram)) == (2, 1000)
+
+
+def test_packed_rows_are_one_row_whose_attention_is_told_where_they_begin():
+    packed = Recipe("any", packing=True, batch_size=3, lengths=(128, 64))
+    assert list(shapes_of(packed)) == [(1, 3 * 128)] * 3
+    assert packed.padded and not dataclasses.replace(packed, attention="flash_attention_2").padded
+    steps, flash = (
+        max(figures(peft=LORA, packing=True, attention=attention)["steps"])
+        for attention in ("sdpa", "flash_attention_2")
+    )
+    assert flash < steps  # no mask of tokens x tokens
+    assert flash == max(figures(peft=LORA, attention="flash_attention_2", batch_size=1, lengths=(512,))["steps"])
+
+
+def test_what_is_trained_is_cast_where_the_script_does_so():
+    adapters, cast = figures(peft=LORA), figures(peft=LORA, trained_dtype="bfloat16")
+    assert max(cast["steps"]) < max(adapters["steps"])
+    assert figures(trained_dtype="float32")["steps"][0] > figures()["steps"][0]
+
+
+def test_options_of_the_loss_and_of_offloading_are_simulated():
+    peaks = [max(figures(**changes)["steps"]) for changes in ({}, {"loss": "fused"}, {"activation_offloading": True})]
+    assert peaks[1] < peaks[0] and peaks[2] < peaks[0]
+    assert max(figures(BF16 | {"use_liger_kernel": True})["steps"]) < peaks[1]
 
 
 def test_code_that_asks_whether_autocast_is_on_is_told_so_and_the_answer_is_taken_back():
