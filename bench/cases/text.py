@@ -32,9 +32,9 @@ IGNORED = -100  # a label that no loss counts
 class Batch:
     """`input_ids` and `labels` [batch_size, seq_len], int64, on the CPU; `kind`: "rotten-tomatoes", "random-tokens".
 
-    `attention_mask` is as they are, or None where no method reads it; `position_ids` where several rows stand in one, each
-    from 0 on; `further` are the batches that come after this
-    one in the same optimizer step (gradient accumulation).
+    `attention_mask` is as they are, or None where no method reads it; `position_ids` where several rows stand in one,
+    those of each from 0 on; `further` are the batches that come after this one in the same optimizer step (gradient
+    accumulation).
     """
 
     input_ids: torch.Tensor

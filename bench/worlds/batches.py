@@ -43,9 +43,8 @@ def without_data(steps: Sequence[Sequence[Rows]], recipe: Recipe | None, device:
     def empty(rows: Rows) -> Batch:
         packed = recipe is not None and recipe.packing
         tokens = torch.empty((1, sum(rows)) if packed else (len(rows), max(rows)), dtype=torch.long, device=device)
-        further = torch.empty_like(tokens) if recipe and recipe.collated else None
-        kind = {"position_ids" if packed else "attention_mask": further}
-        return Batch(tokens, tokens.clone(), "none", **kind)
+        mask = torch.empty_like(tokens) if recipe and recipe.collated and not packed else None
+        return Batch(tokens, tokens.clone(), "none", mask, position_ids=torch.empty_like(tokens) if packed else None)
 
     return [_joined([empty(rows) for rows in step]) for step in steps]
 

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from bench.cases.recipe import Recipe
+from bench.methods.checkpointing import checkpoint_options
 from bench.methods.losses.chunked import ChunkedLoss
 from bench.methods.losses.fused import FusedLoss
 from bench.methods.losses.tiled import TiledLoss
-from bench.methods.checkpointing import checkpoint_options
 from bench.methods.world import World
 
 CHUNK = 256  # tokens, TRL's _CHUNKED_LM_HEAD_CHUNK_SIZE
