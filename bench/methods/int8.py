@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.ledger.ledger import Ledger
+from bench.methods.low_bit import quantize_layers
 from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -18,27 +19,23 @@ THRESHOLD = 6.0  # of a column of activations, above which it is multiplied unqu
 
 
 def to_int8(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace all linear layers but the output head in place."""
-    bnb = _library()
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and layer is not head:
-                setattr(parent, name, _int8_linear(bnb, layer))
+    """Replace the layers that transformers would (see `low_bit`) in place."""
+    quantize_layers(model, _int8_linear)
     model.is_loaded_in_8bit = True  # type: ignore[assignment]  # what transformers sets; PEFT looks at it
     return model
 
 
-def _int8_linear(bnb: Any, layer: nn.Linear) -> nn.Module:
-    rows, columns = layer.weight.shape
+def _int8_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    bnb = _library()
+    rows, columns = weight.shape
     with torch.device("meta"):
         quantized: Any = bnb.nn.Linear8bitLt(
-            columns, rows, layer.bias is not None, has_fp16_weights=False, threshold=THRESHOLD
+            columns, rows, bias is not None, has_fp16_weights=False, threshold=THRESHOLD
         )
         codes, stats = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
     quantized.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=stats)
-    if layer.bias is not None:
-        quantized.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    if bias is not None:
+        quantized.bias = nn.Parameter(bias.data, requires_grad=False)
     return quantized
 
 

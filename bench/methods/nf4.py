@@ -5,11 +5,13 @@ bitsandbytes is imported where it is used: the other methods run on machines tha
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from bench.methods.low_bit import quantize_layers
 from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -20,23 +22,16 @@ NESTED_BLOCK_SIZE = 256  # absmax that share one of their own
 
 
 def to_nf4(model: PreTrainedModel, nested: bool = False) -> PreTrainedModel:
-    """Replace all linear layers but the output head in place; computes in the model's dtype.
+    """Replace the layers that transformers would (see `low_bit`) in place; they compute in the model's dtype.
 
     `nested` quantizes the absmax too, in 8 bits ("double quantization").
     """
-    from bench.cases.pretrained import Conv1D
-
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
-                weight = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data  # [N, K]
-                setattr(parent, name, _nf4_linear(weight, layer.bias, nested))
+    quantize_layers(model, partial(_nf4_linear, nested))
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what transformers sets; PEFT looks at it
     return model
 
 
-def _nf4_linear(weight: torch.Tensor, bias: torch.Tensor | None, nested: bool) -> nn.Module:
+def _nf4_linear(nested: bool, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     bnb = _library()
     out_features, in_features = weight.shape
     with torch.device("meta"):

@@ -6,12 +6,18 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
+import bench
+import qzo
 from bench.cases.case import BenchCase
 from bench.cases.gpus import CPU
 from bench.records.record import Record
 
+HERE = Path(bench.__file__).parent
+OURS = {HERE, Path(qzo.__file__).parent}
+SEEING = {HERE / "ledger", HERE / "simulator"}
 WORLD_OF = {"sim": "simulated", "cpu": "measured-cpu", "cuda": "measured-cuda"}
 
 
@@ -30,9 +36,30 @@ def run(case: BenchCase) -> Record:
         status, message = "unsupported", f"{case.method} needs the package {error.name}: pip install {error.name}"
     except Exception as error:
         memory = "out of memory" in str(error).lower() or isinstance(error, MemoryError)
-        status, message = "oom" if memory else "error", f"{type(error).__name__}: {error}".split("\n")[0]
-        traceback.print_exc(file=sys.stderr)
+        status, message = "oom" if memory else "error", f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        place = None if memory else _place_in_model(error)
+        if place is None:
+            traceback.print_exc(file=sys.stderr)
+        else:
+            status, message = "unsupported", f"the model's own code cannot do it ({place}): {message}"
     return failed_record(case_of(case), WORLD_OF[case.device], environment(), status=status, message=message)
+
+
+def _place_in_model(error: Exception) -> str | None:
+    """File and line of transformers' model that an error comes from; None where the bench or qzo made it themselves.
+
+    The ledger and the simulator see every operator of a model, so they are passed by.
+    """
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    for path, line in reversed(frames):
+        parts = path.parts
+        if "transformers" in parts and "models" in parts:
+            return f"{path.name}, line {line}"
+        if OURS.isdisjoint(path.parents):
+            continue
+        if not SEEING & set(path.parents):
+            return None
+    return None
 
 
 def _world(case: BenchCase) -> Any:

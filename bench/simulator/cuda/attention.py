@@ -17,6 +17,7 @@ HALF = (torch.float16, torch.bfloat16)
 AMPERE = (8, 0)
 PREFER_CUDNN = ((9, 0), (10, 0), (10, 3))  # check_prefer_cudnn_attention in sdp_utils.cpp, with cuDNN above 9.15
 CUDNN_DROPOUT_STEPS = 16
+USUAL_HEAD = 128
 # Of the backward that FlashAttention has in no build for these; sm_86 to sm_89 and sm_120 to sm_121.
 SMALL_SHARED_MEMORY = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
 
@@ -109,9 +110,16 @@ def choose_backend(gpu: Capability, call: Call, first: str | None = None) -> str
 
 
 def head_size(source: ModelSource) -> int:
-    """Width of an attention head."""
+    """Width of an attention head: the narrowest where layers differ, a usual one where the config does not tell."""
     config = source.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        told = getattr(config, "head_dim", None)
+    except RuntimeError:  # what transformers raises where layers differ (Gemma 4)
+        told = min(layer.head_dim for layer in config.per_layer_config)
+    if told:
+        return told
+    width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else USUAL_HEAD
 
 
 def attention_of(case: BenchCase, source: ModelSource, gpu: Capability | None = None) -> str:
