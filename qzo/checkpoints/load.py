@@ -47,7 +47,7 @@ def load(
         dtype: of the unquantized tensors; None takes that of a quantized checkpoint's config, and bf16 for all else.
         device: where the tensors go.
         dequantize: of a .gguf file. False keeps its blocks packed, as GgufLinear layers, and trains their scales: for
-            `qzo.scales` and `qzo.QZO`. Llama, Mistral, Mixtral, Qwen 2, 3 and 3-MoE, Gemma 1 to 3 and Phi-3 files;
+            `qzo.scales` and `qzo.QZO`. Llama, Mistral, Mixtral, Qwen 2 and 3, dense and MoE, Gemma 1 to 3 and Phi-3;
             Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have scales to train, all other types (Q4_K, IQ4_XS, ...) stay frozen.
         revision: of a hub id, a branch, tag or commit: configuration, weights and generation config are all of it.
 

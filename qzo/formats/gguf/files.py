@@ -51,6 +51,9 @@ class GgufCheckpoint:
 
     def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
         """The model with its blocks as they are, see `load_packed`; bf16 where no dtype is named. Raises QzoError."""
+        header = read_gguf_header(self.path)
+        if not is_known(header):
+            check_foreign(self.path, header)  # dequantizing is no remedy where that is refused too
         return load_packed(self.path, dtype or torch.bfloat16, device)
 
     def dequantized(self, dtype: torch.dtype | None, device: torch.device) -> Any:

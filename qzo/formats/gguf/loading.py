@@ -107,7 +107,7 @@ def _plain(planned: Plan, place: Place, tensor: Tensor, kind: BlockType | None, 
     Raises QzoError for numbers that are too large for the dtype.
     """
     if kind is None:
-        weights = (tensor.float() - place.shift).to(dtype) if place.shift else tensor.to(dtype)
+        weights = ((tensor.float() - place.shift).to(dtype) if place.shift else tensor.to(dtype)).view(place.shape)
     else:
         rows = tensor.flatten(0, -3)
         width = rows.shape[1] * kind.n_weights

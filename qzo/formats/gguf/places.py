@@ -155,7 +155,8 @@ def _stacks(source: GgufSource, path: str, module: nn.Module) -> dict[str, Place
 
 
 def _check_fits(path: Path, name: str, info: TensorInfo, place: Place) -> None:
-    if info.shape != place.shape:
+    row_alone = place.shape[:1] == (1,) and info.shape == place.shape[1:]  # llama.cpp's converter drops sizes of 1
+    if info.shape != place.shape and not row_alone:
         raise QzoError(f"{path}: {name} has shape {info.shape}, but the file's metadata implies {place.shape}")
     if place.heads is not None and (place.heads < 1 or info.shape[0] % (2 * place.heads)):
         raise QzoError(f"{path}: {name} has {info.shape[0]} rows, which {place.heads} heads do not share evenly")

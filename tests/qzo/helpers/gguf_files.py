@@ -20,6 +20,7 @@ from transformers import (
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -32,13 +33,15 @@ SCALES_AT = {  # of the fp16 numbers in a block of a type that gguf cannot make
 }
 
 
-NAMES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mistral": "llama", "mixtral": "llama"}  # in files
+NAMES = {"gemma3_text": "gemma3", "mistral": "llama", "mixtral": "llama"}  # in files
+NAMES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 CONFIGS = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "mixtral": MixtralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen2_moe": Qwen2MoeConfig,
     "qwen3_moe": Qwen3MoeConfig,
     "gemma": GemmaConfig,
     "gemma2": Gemma2Config,
@@ -101,8 +104,10 @@ def write_gguf(
         writer.add_key_length(config.head_dim)
     if family.endswith("moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if family in ("qwen3_moe", "mixtral"):
-        writer.add_expert_count(config.num_local_experts)
+    if family == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if family in ("qwen2_moe", "qwen3_moe", "mixtral"):
+        writer.add_expert_count(config.num_experts if family == "qwen2_moe" else config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
@@ -141,6 +146,7 @@ def stored_as(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         part = found.split(".")[-2]
         if part in heads:
             tensor = tensor.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).flatten(0, 2)
+        tensor = tensor[0].clone() if len(tensor) == 1 else tensor
         stored[found] = tensor + 1 if family.startswith("gemma") and name.endswith("norm.weight") else tensor
     return {name: tensor.contiguous() for name, tensor in stored.items()}
 

@@ -21,7 +21,8 @@ from qzo.quiet import quiet_libraries
 
 Factors = dict[str, list[float]]
 Options = dict[str, Any]
-ATTENTION_BIAS = tuple(f"attn_{part}.bias" for part in ("q", "k", "v", "output"))
+QKV_BIAS = tuple(f"attn_{part}.bias" for part in ("q", "k", "v"))
+ATTENTION_BIAS = (*QKV_BIAS, "attn_output.bias")
 MLP_BIAS = tuple(f"ffn_{part}.bias" for part in ("gate", "up", "down"))
 
 
@@ -158,13 +159,41 @@ def _qwen3moe(meta: Metadata, factors: Factors) -> tuple[str, Options]:
         "num_experts_per_tok": _experts_used(meta),
         "norm_topk_prob": bool(meta.get("expert_weights_norm", True)),
     }
-    if meta.get("expert_gating_func", 1) not in (0, 1):
-        raise meta.refused("expert_gating_func", "and only 1, softmax, is known here")
+    _check_gating(meta)
     options["rope_parameters"] = _turned(meta, options, factors)
     _scaled(meta, options)
     window = _one_window(meta, options)
     options |= {"use_sliding_window": window is not None, "sliding_window": window}
     return "qwen3_moe", options | _with_biases(meta, "attention_bias", ATTENTION_BIAS)
+
+
+def _qwen2moe(meta: Metadata, factors: Factors) -> tuple[str, Options]:
+    """Qwen1.5-MoE and Qwen2-MoE: an expert more that every token goes to, by a gate of its own.
+
+    Sizes that a file does not name, and router weights that are not normed, as llama.cpp takes them.
+    """
+    used, width = _experts_used(meta), meta.whole("feed_forward_length")
+    options = _sizes(meta) | {
+        "intermediate_size": width,
+        "moe_intermediate_size": meta.whole("expert_feed_forward_length", None) or width // used,
+        "shared_expert_intermediate_size": meta.whole("expert_shared_feed_forward_length", None) or width,
+        "num_experts": meta.whole("expert_count"),
+        "num_experts_per_tok": used,
+        "norm_topk_prob": False,
+    }
+    if meta.get("expert_weights_norm", False):
+        raise meta.refused("expert_weights_norm", "and only router weights as they are, are known here")
+    _check_gating(meta)
+    options["rope_parameters"] = _turned(meta, options, factors)
+    _scaled(meta, options)
+    if _one_window(meta, options) is not None:
+        raise meta.refused("attention.sliding_window", "which no file of this architecture has")
+    return "qwen2_moe", options | _with_biases(meta, "qkv_bias", QKV_BIAS)
+
+
+def _check_gating(meta: Metadata) -> None:
+    if meta.get("expert_gating_func", 1) not in (0, 1):
+        raise meta.refused("expert_gating_func", "and only 1, softmax, is known here")
 
 
 def _experts_used(meta: Metadata) -> int:
@@ -295,6 +324,7 @@ _QWEN, _GEMMA = "Qwen2Tokenizer", "GemmaTokenizer"
 FAMILIES = {
     "llama": Family(_llama, paired=True, biases=(*ATTENTION_BIAS, *MLP_BIAS)),  # Mistral and Mixtral too
     "qwen2": Family(_qwen2, tokenizer=_QWEN),
+    "qwen2moe": Family(_qwen2moe, biases=QKV_BIAS, tokenizer=_QWEN),
     "qwen3": Family(_qwen3, biases=ATTENTION_BIAS, tokenizer=_QWEN),
     "qwen3moe": Family(_qwen3moe, biases=ATTENTION_BIAS, tokenizer=_QWEN),
     "gemma": Family(_gemma, shift=1.0, biases=ATTENTION_BIAS, tokenizer=_GEMMA),

@@ -23,10 +23,14 @@ FAMILIES = {
         **{"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
         **{"moe_intermediate_size": 768, "norm_topk_prob": True},
     },
+    "qwen2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
+        **{"moe_intermediate_size": 128, "shared_expert_intermediate_size": 256},
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
-EXPERTS = ("qwen3_moe", "mixtral")
-READ_BY_TRANSFORMERS = ("gemma2", "gemma3_text", "phi3", "qwen3_moe")
+EXPERTS = ("qwen2_moe", "qwen3_moe", "mixtral")
+READ_BY_TRANSFORMERS = ("gemma2", "gemma3_text", "phi3", "qwen3_moe")  # of qwen2_moe the tokenizer
 TIED = ("gemma", "gemma2", "gemma3_text")
 
 
@@ -101,7 +105,7 @@ def test_the_vocabulary_is_read_for_the_tokenizer_alone(tmp_path, monkeypatch, f
     """By the tokenizer that transformers takes for the model; its reader of configs, which decodes it too, is not."""
     file, _ = written(tmp_path, family)
     wanted = None
-    if family in (*READ_BY_TRANSFORMERS, "mixtral"):
+    if family in (*READ_BY_TRANSFORMERS, "mixtral", "qwen2_moe"):
         wanted = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     monkeypatch.setattr(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", None)
     found = load_tokenizer(file)

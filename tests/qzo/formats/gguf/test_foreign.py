@@ -80,3 +80,23 @@ def test_what_it_leaves_unread_is_refused(tmp_path, model, options, message):
         load(file)
     assert message in inspect(file).reason
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "deepseek2", "granitemoe", "dbrx", "llama4"])
+@pytest.mark.parametrize("dequantize", [True, False])
+def test_a_mixture_that_nobody_here_reads_is_told_what_helps(tmp_path, architecture, dequantize):
+    """Dequantizing does not: transformers refuses it too."""
+    file = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.zeros((96, 64), np.float32))
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((64, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(QzoError) as caught:
+        load(file, dequantize=dequantize)
+    told = f"architecture {architecture} is not supported yet"
+    for text in (str(caught.value), inspect(file).reason):
+        assert told in text and text.endswith("take the model's safetensors files") and "\n" not in text

@@ -270,6 +270,7 @@ REFUSED = {  # family, what the file has more, what is told
     "multiplier of yarn": ("llama", scaling("YARN", 4.0, 16, yarn_log_multiplier=0.1), "yarn_log_multiplier"),
     "longrope": ("llama", scaling("LONGROPE", None, 16), "has no rope_factors_long.weight"),
     "experts": ("qwen2", u32("expert_count", 4), "qwen2.expert_count = 4"),
+    "normed routing": ("qwen2_moe", lambda w: w.add_expert_weights_norm(True), "qwen2moe.expert_weights_norm = True"),
     "window of some": ("qwen2", u32("attention.sliding_window", 8), "does not tell of which layers"),
     "heads by layer": (
         "llama",
@@ -283,7 +284,9 @@ REFUSED = {  # family, what the file has more, what is told
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_what_is_not_understood_is_refused_by_load_and_inspect_alike(tmp_path, case):
     family, meta, message = REFUSED[case]
-    file = write_gguf(tiny(family, head_dim=16), tmp_path / "m.gguf", "Q8_0", meta=meta)
+    sizes = {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    model = tiny(family, head_dim=16, **(sizes if family == "qwen2_moe" else {}))
+    file = write_gguf(model, tmp_path / "m.gguf", "Q8_0", meta=meta)
     told = set()
     for dequantize in (False, True):
         with pytest.raises(QzoError) as caught:
