@@ -195,6 +195,12 @@ def _causal(config: PreTrainedConfig, origin: str) -> PreTrainedConfig:
     expected = _model_class(config).__name__
     if config.architectures and expected not in config.architectures:
         raise QzoError(f"{origin} has architectures={config.architectures} without {expected}; {remedy}")
+    try:
+        config.get_text_config()
+    except ValueError as error:
+        raise QzoError(
+            f"{origin} has model_type={config.model_type!r}, several models of text in one; {remedy}"
+        ) from error
     return config
 
 

@@ -35,6 +35,19 @@ FEWEST_LAYERS = 2
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_blocks")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MOST_EXPERTS = 16
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+FIELDS: dict[str, dict[str, Any]] = {  # what a type's defaults leave out and its model needs
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+    "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 48},
+    "reformer": {"is_decoder": True},
+}
 log = logging.getLogger(__name__)
 
 
@@ -67,37 +80,43 @@ def model_types() -> list[str]:
 def architecture(model_type: str) -> dict[str, Any]:
     """What a type builds, and for each method its peak in bytes, or in one line why not."""
     began = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / model_type  # messages name it
         try:
             config = short_config(model_type)
-            config.save_pretrained(folder)
         except Exception as error:
             log.info("%s: %s", model_type, one_line(error))
-            return {"config": one_line(error)}
-        methods = {method: _outcome(run(BenchCase(folder, method, gpu=GPU, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)))
-                   for method in METHODS}  # fmt: skip
+            return {"config": f"the defaults make no config: {one_line(error)}"}
+        config.save_pretrained(folder)
+        methods = {}
+        for method in METHODS:
+            record = run(BenchCase(str(folder), method, gpu=GPU, batch_size=BATCH_SIZE, seq_len=SEQ_LEN))
+            methods[method] = _outcome(record, parent)
     failed = {method: outcome for method, outcome in methods.items() if "allocated" not in outcome}
     log.info("%s: %d of %d, %.1f s %s", model_type, len(methods) - len(failed), len(methods),
              time.process_time() - began, failed or "")  # fmt: skip
     return {"config": None, "layers": _layers(config), "methods": methods}
 
 
-def _outcome(record: Record) -> dict[str, Any]:
+def _outcome(record: Record, parent: str) -> dict[str, Any]:
     if record["status"] == "ok":
         return {"allocated": record["peak"]["allocated"], "parameters": record["parameters"]["total"]}
-    return {"status": record["status"], "message": record["message"]}
+    return {"status": record["status"], "message": (record["message"] or "").replace(f"{parent}/", "")}
 
 
 def short_config(model_type: str) -> PreTrainedConfig:
-    """The type's default config, with only the first layers: as many as show every kind of layer."""
+    """The type's default config, with only the first layers: as many as show every kind of layer. Where it does not
+    build, all of them: the bench will say why.
+    """
     kind = CONFIG_MAPPING[model_type]
-    fields = kind().to_dict()
-    whole = kind.from_dict(fields)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(whole, dtype=torch.bfloat16)
-    wanted = max(FEWEST_LAYERS, shown_by(model))
-    del model
-    return kind.from_dict(shortened(fields, wanted))
+    fields = kind(**FIELDS.get(model_type, {})).to_dict()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(kind.from_dict(fields), dtype=torch.bfloat16)
+        wanted = shown_by(model)
+    except Exception:
+        return kind.from_dict(fields)
+    return kind.from_dict(shortened(fields, max(FEWEST_LAYERS, wanted)))
 
 
 def shown_by(model: nn.Module) -> int:

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 from optional import gguf
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedConfig
 
 from bench.cases import models as catalog
 from bench.cases.catalog import WEIGHT_PACKAGES, entry, names
@@ -237,6 +237,15 @@ def test_what_is_no_causal_language_model_is_refused_in_one_line(folder, fields,
     edit(folder, **fields)
     with pytest.raises(QzoError, match=message) as caught:
         resolve(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_of_several_models_of_text_is_refused_in_one_line(tmp_path):
+    CONFIG_MAPPING["musicgen"]().save_pretrained(tmp_path)
+    with pytest.raises(
+        QzoError, match=r"model_type='musicgen', several models of text in one; give a causal"
+    ) as caught:
+        resolve(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
