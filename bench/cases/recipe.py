@@ -43,6 +43,7 @@ class Recipe:
     loss: str = "full"  # of all logits, `loss_chunk` tokens at a time, tiles (TRL), or fused with the head (Liger)
     loss_chunk: int = 0
     activation_offloading: bool = False  # what backward needs waits in the host's memory
+    optimizer_offload: str | None = None  # "states", or "gradients" too, wait in the host's memory
     versions: dict[str, str] = field(default_factory=dict)  # of libraries, where they differ in what they hold
 
     @property

@@ -8,16 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.cases.models import one_line
 from bench.cases.recipe import AUTOCAST, Recipe
+from bench.methods import galore
 from bench.methods.adamw import make_state_without_data
+from bench.methods.host_states import host_states_of
+from bench.methods.low_bit_states import KINDS, LowBitStates
+from qzo.errors import QzoError
 from qzo.quiet import quiet_libraries
+
+ELSEWHERE = ("torch_compile", "use_liger_kernel", "liger_kernel_config")  # arguments that no optimizer depends on
 
 
 def optimizer_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """The class that the Trainer takes for these arguments, with its options and its two groups of parameters.
 
-    On parameters without data it does what torch would choose on a GPU.
+    On parameters without data it does what torch would choose on a GPU. Raises QzoError for an optimizer that is
+    unknown or needs a package that is not there.
     """
+    if recipe.optimizer_offload is not None:
+        return host_states_of(recipe, model)
+    if recipe.arguments.get("optim") in galore.NAMES:
+        return galore.galore_of(recipe, model)
+    try:
+        return _made(recipe, model)
+    except (
+        ImportError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # of the libraries, for what was asked of them
+        name = recipe.arguments.get("optim")
+        raise QzoError(f"optim={name!r} cannot be simulated here: {one_line(error)}; adamw_torch_fused can") from error
+
+
+def _made(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     with quiet_libraries():
         from transformers import Trainer, TrainingArguments
     arguments = TrainingArguments("unused", use_cpu=True, report_to=[], **_without_devices(recipe.arguments))
@@ -33,6 +58,8 @@ def optimizer_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         return _low_bit(kind, options, groups, model)
     if without_data and "foreach" in inspect.signature(kind).parameters and not options.get("fused"):
         options["foreach"] = True
+    if without_data and kind.__name__ in KINDS and kind.__module__.startswith("torchao"):
+        return LowBitStates(groups, KINDS[kind.__name__])
     optimizer = kind(groups, **options)
     if options.get("fused"):
         optimizer.register_step_pre_hook(make_state_without_data)
@@ -42,6 +69,8 @@ def optimizer_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 def name_of(optimizer: torch.optim.Optimizer, recipe: Recipe) -> str:
     """As tables show it: torch's AdamW with the dtype of its moments, any other by the Trainer's name for it."""
     trained = next(parameter for group in optimizer.param_groups for parameter in group["params"])
+    if recipe.optimizer_offload is not None:
+        return f"adamw, {recipe.optimizer_offload} on the host"
     if isinstance(optimizer, torch.optim.AdamW):
         return "adamw-fp32" if trained.dtype is torch.float32 else "adamw-bf16"
     return str(recipe.arguments["optim"])
@@ -49,7 +78,7 @@ def name_of(optimizer: torch.optim.Optimizer, recipe: Recipe) -> str:
 
 def _without_devices(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments that TrainingArguments checks against the machine at hand are not what the optimizer depends on."""
-    return {name: value for name, value in arguments.items() if name not in AUTOCAST}
+    return {name: value for name, value in arguments.items() if name not in (*AUTOCAST, *ELSEWHERE)}
 
 
 def _low_bit(kind: Any, options: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module) -> Any:

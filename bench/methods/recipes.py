@@ -132,6 +132,8 @@ class RecipeStep:
     def _clip(self) -> None:
         """torch.nn.utils.clip_grad_norm_; on tensors without data as it runs on a GPU."""
         grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if not grads:  # each was used and dropped within backward
+            return
         if not grads[0].is_meta:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             return
