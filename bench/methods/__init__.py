@@ -7,6 +7,7 @@ from collections.abc import Callable
 from bench.cases.case import BenchCase
 from bench.methods.adapters import lora, qlora
 from bench.methods.as_released import mezo_reference, qzo_2bit_reference, qzo_reference
+from bench.methods.baselines import dora, lora_fa, prefix, qlora_lean
 from bench.methods.full import ft_amp, ft_bf16, ft_mixed, ft_sgd
 from bench.methods.peqa import peqa, peqa_lean
 from bench.methods.prepared import Prepared
@@ -19,7 +20,11 @@ METHODS: dict[str, Callable[[BenchCase, World], Prepared]] = {
     "ft-amp": ft_amp,
     "ft-sgd": ft_sgd,
     "lora": lora,
+    "lora-fa": lora_fa,
+    "dora": dora,
+    "prefix": prefix,
     "qlora": qlora,
+    "qlora-lean": qlora_lean,
     "peqa": peqa,
     "peqa-lean": peqa_lean,
     "mezo": mezo,

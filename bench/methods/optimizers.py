@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.cases.models import one_line
 from bench.cases.recipe import AUTOCAST, Recipe
@@ -94,9 +96,12 @@ def _low_bit(kind: Any, options: dict[str, Any], groups: list[dict[str, Any]], m
             paged = self.is_paged and p.numel() >= 1e5
             return torch.zeros(p.shape, dtype=dtype, device="cpu" if paged else p.device)
 
-    if not any(parameter.is_meta for group in groups for parameter in group["params"]):
-        return _with_fp32_embeddings(kind(groups, **options), options, model)
-    return _with_fp32_embeddings(LowBit(groups, **options), options, model)
+    trained = [parameter for group in groups for parameter in group["params"]]
+    if any(parameter.is_meta or isinstance(parameter.data, FakeTensor) for parameter in trained):
+        kind = LowBit
+    with _disable_current_modes():  # a table of the 256 numbers is worked out, which takes numbers
+        optimizer = kind(groups, **options)
+    return _with_fp32_embeddings(optimizer, options, model)
 
 
 def _with_fp32_embeddings(optimizer: Any, options: dict[str, Any], model: nn.Module) -> Any:

@@ -39,14 +39,19 @@ MicroBatch = dict[str, Tensor]
 Autocast = Callable[[], AbstractContextManager]
 
 
-def recipe_method(recipe: Recipe) -> Callable[[BenchCase, World], Prepared]:
-    """The method of the bench that trains by `recipe`, with the batch size, lengths and checkpointing of its case."""
+def recipe_method(
+    recipe: Recipe, make_optimizer: Callable[[Recipe, nn.Module], torch.optim.Optimizer] = optimizer_of
+) -> Callable[[BenchCase, World], Prepared]:
+    """The method of the bench that trains by `recipe`, with the batch size, lengths and checkpointing of its case.
+
+    `make_optimizer` makes one that is handed to the Trainer, where its arguments cannot name it.
+    """
 
     def prepare(case: BenchCase, world: World) -> Prepared:
         settled = of_case(recipe, case)
         base = loaded(settled, world)
         model = world.place(with_adapters(settled, base, world)).train()
-        optimizer = optimizer_of(settled, model)
+        optimizer = make_optimizer(settled, model)
         autocast = partial(world.autocast, getattr(torch, settled.autocast)) if settled.autocast else None
         step = STEP_OF[settled.loop](model, optimizer, autocast, settled.arguments.get("max_grad_norm", 1.0))
         if settled.activation_offloading:

@@ -52,7 +52,7 @@ def _unquantized(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def _part(path: str, parameter: Tensor, vocabulary: bool) -> str:
-    if "lora_" in path:
+    if "lora_" in path or path.startswith("prompt_encoder."):
         return "adapters"
     if vocabulary:
         return "embeddings"

@@ -96,6 +96,8 @@ def to_cpu(model: nn.Module) -> nn.Module:
                     if tensor not in moved:
                         moved[tensor] = _moved(tensor)
                     tensors[name] = moved[tensor]  # type: ignore[assignment]
+        numbers = getattr(module, "prompt_tokens", {})  # of PEFT's prompts: neither parameters nor buffers
+        numbers |= {name: _fake(tensor) for name, tensor in numbers.items()}
     return model
 
 
@@ -105,7 +107,9 @@ def _moved(tensor: Tensor) -> Tensor:
     parameter = nn.Parameter(_fake(tensor), requires_grad=tensor.requires_grad)
     state = getattr(tensor, "quant_state", None)
     if state is not None:  # all that bitsandbytes reads of a weight is this attribute and its data
-        state.absmax, state.code = _fake(state.absmax), _fake(state.code)
+        for part in (state, state.state2) if state.nested else (state,):
+            part.absmax, part.code = _fake(part.absmax), _fake(part.code)
+        state.offset = _fake(state.offset) if state.nested else None
         parameter.quant_state = state  # type: ignore[attr-defined]
     return parameter
 

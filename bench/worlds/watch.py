@@ -73,8 +73,9 @@ def describe(
     peak = ledger.peak(after_load)
     at_peak = {name: peak.roles.get(name, 0) for name in ROLES}
     at_peak["unattributed"] = max(0, allocated - peak.nbytes)
-    trained = sum(parameter.numel() for group in prepared.optimizer.param_groups for parameter in group["params"])
-    adapters = trained if BY_NAME[case.method].trains == "adapters" else 0
+    held = [tensor for group in prepared.optimizer.param_groups for tensor in group["params"]]
+    trained = sum(tensor.numel() for tensor in held if tensor.requires_grad or not case.first_order)
+    adapters = sum(tensor.numel() for tensor in held) if BY_NAME[case.method].trains == "adapters" else 0
     return build_record(
         case_of(case, prepared),
         world,
