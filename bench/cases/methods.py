@@ -50,7 +50,7 @@ TABLE = (
     Method("qlora", first_order=True, trains="adapters", streamable=True, smaller="qlora-lean"),
     Method("qlora-lean", first_order=True, trains="adapters", checkpointed=True, streamable=True),
     Method("peqa", first_order=True, trains="scales", by_default=False, smaller="peqa-lean"),
-    Method("peqa-lean", first_order=True, trains="scales", by_default=False, checkpointed=True),
+    Method("peqa-lean", first_order=True, trains="scales", checkpointed=True),
     Method("mezo", first_order=False, trains="weights", streamable=True, smaller="qzo"),
     Method("qzo", first_order=False, trains="scales", quantizable=True, streamable=True, smaller="qzo-full"),
     Method("qzo-full", first_order=False, trains="scales", quantizable=True, streamable=True, smaller="qzo-2bit",

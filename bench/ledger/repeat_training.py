@@ -294,11 +294,14 @@ def _trained(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    """Whether gradients set something off, such as an update."""
-    return any(
-        tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
-        for tensor in _trained(layer).values()
-    )
+    """Whether gradients set something off. A hook with a true `repeatable`, such as an update whose memory follows from
+    the tensor's shape, is traced with its layer, and what it does to a tensor without data need not be done again.
+    """
+    for tensor in _trained(layer).values():
+        hooks = (getattr(tensor, "_post_accumulate_grad_hooks", None) or {}).values()
+        if tensor._backward_hooks or not all(getattr(hook, "repeatable", False) for hook in hooks):
+            return True
+    return False
 
 
 def _watched_by_others() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +20,19 @@ class FactoredRms(torch.optim.Optimizer):
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, decay: float = 0.999) -> None:
         super().__init__(parameters, {"lr": lr, "decay": decay})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                rows, columns = parameter.shape
+                self.state[parameter] = {
+                    "rows": parameter.new_zeros(rows, 1),
+                    "columns": parameter.new_zeros(1, columns),
+                }
 
     def fuse_into_backward(self) -> None:
         """From here on backward updates a matrix as soon as its gradient is complete, and drops the gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(partial(self._update_and_drop, group))
+                parameter.register_post_accumulate_grad_hook(FusedUpdate(self, group))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -34,19 +40,11 @@ class FactoredRms(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    self.update(parameter, parameter.grad, group)
 
-    @torch.no_grad()
-    def _update_and_drop(self, group: dict, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self._update(parameter, parameter.grad, group)
-        parameter.grad = None
-
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict) -> None:
+    def update(self, parameter: Tensor, grad: Tensor, group: dict) -> None:
+        """Update one matrix by its gradient."""
         state = self.state[parameter]
-        if not state:
-            state["rows"] = grad.new_zeros(len(grad), 1)
-            state["columns"] = grad.new_zeros(1, grad.shape[1])
         square = grad.square().add_(1e-30)
         rows, columns, kept = state["rows"], state["columns"], group["decay"]
         rows.lerp_(square.mean(1, keepdim=True), 1 - kept)
@@ -54,6 +52,21 @@ class FactoredRms(torch.optim.Optimizer):
         update = torch.mul(rows / rows.mean(), columns, out=square).rsqrt_().mul_(grad)
         update.div_(_rms(update).clamp(min=1.0)).mul_(_rms(parameter).clamp(min=1e-3))
         parameter.sub_(update, alpha=group["lr"])
+
+
+class FusedUpdate:
+    """A hook that updates a matrix when its gradient is complete, and drops the gradient."""
+
+    repeatable = True  # its memory follows from the matrix's shape, see bench/ledger/repeat_training.py
+
+    def __init__(self, optimizer: FactoredRms, group: dict) -> None:
+        self.optimizer, self.group = optimizer, group
+
+    @torch.no_grad()
+    def __call__(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.optimizer.update(parameter, parameter.grad, self.group)
+        parameter.grad = None
 
 
 def _rms(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ BYTES_PER_PARAMETER = 24  # of the largest method, full fine-tuning in fp32, wit
 
 
 def parse_methods(text: str | None) -> tuple[str, ...]:
-    """Names separated by commas; None means `METHODS`, the ten of a default run."""
+    """Names separated by commas; None means `METHODS`, those of a default run."""
     if text is None:
         return METHODS
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

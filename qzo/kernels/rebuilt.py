@@ -38,7 +38,7 @@ def _product(x: Tensor, rebuild: Rebuild, shape: tuple[int, int], *tensors: Tens
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     y = x.new_empty(*x.shape[:-1], shape[0])
     columns = y.view(-1, shape[0])
-    for start, stop in chunk_bounds(*shape):
+    for start, stop in _walked(shape, x):
         weight = rebuild(start, stop, dtype, *tensors)
         if dtype == x.dtype:
             torch.mm(flat, weight.t(), out=columns[:, start:stop])
@@ -52,6 +52,12 @@ def chunk_bounds(n_rows: int, n_columns: int) -> list[tuple[int, int]]:
     """Rows start:stop of the chunks of an [n_rows, n_columns] weight."""
     step = max(1, CHUNK_ELEMENTS // n_columns)
     return [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+
+
+def _walked(shape: tuple[int, int], x: Tensor) -> list[tuple[int, int]]:
+    """The chunks that are computed: without data the first two and the last, as those between hold the same memory."""
+    bounds = chunk_bounds(*shape)
+    return [*bounds[:2], bounds[-1]] if x.is_meta and len(bounds) > 3 else bounds
 
 
 class _ChunkedLinear(torch.autograd.Function):
@@ -68,7 +74,7 @@ class _ChunkedLinear(torch.autograd.Function):
         trained = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
         grad_x = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
         grads = [torch.zeros_like(tensor) if i in trained else None for i, tensor in enumerate(tensors)]
-        for start, stop in chunk_bounds(*ctx.shape):
+        for start, stop in _walked(ctx.shape, x):
             leaves = [tensor.detach().requires_grad_(i in trained) for i, tensor in enumerate(tensors)]
             with torch.enable_grad():
                 weight = ctx.rebuild(start, stop, x.dtype, *leaves)

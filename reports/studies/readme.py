@@ -12,7 +12,7 @@ from reports.records import BASELINES, find, ratio
 from reports.tables.sizes import GIBI
 
 MODELS = ("opt-6.7b", "llama2-7b", "llama3.1-8b", "llama2-13b")
-METHODS = ("mezo", "qlora", "qzo", "qzo-full")
+METHODS = ("mezo", "qlora", "qlora-lean", "peqa-lean", "qzo", "qzo-full")
 BEGIN, END = "<!-- baselines: begin -->\n", "<!-- baselines: end -->"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reports.records import BASELINES, CPU, PAPER_BASELINE, Record, find, is_ok, needed_bytes, ratio
+from reports.records import BASELINES, CPU, FRUGAL, PAPER_BASELINE, Record, find, is_ok, needed_bytes, ratio
 from reports.tables.cards import CARDS_GIB, smallest_card, verdict
 from reports.tables.reduction import times
 from reports.tables.sizes import unit_for
@@ -13,7 +13,7 @@ QUOTED = (PAPER_BASELINE, *(name for name in BASELINES if name != PAPER_BASELINE
 
 
 def headline(records: Sequence[Record]) -> str:
-    """What `qzo` takes, how many times less than full fine-tuning, and the smallest card; "" when it was not run."""
+    """What `qzo` takes, beside full fine-tuning and frugal backpropagation, and the smallest card; "" without it."""
     record = find(records, "qzo")
     if record is None:
         return ""
@@ -27,7 +27,14 @@ def headline(records: Sequence[Record]) -> str:
     )
     ratios = {baseline: ratio(find(records, baseline), record, "allocated") for baseline in QUOTED}
     known = [f"{times(value)} less than {baseline}" for baseline, value in ratios.items() if value is not None]
-    return ", ".join([sentence, *known]) + f". {_room(record)}."
+    return ", ".join([sentence, *known]) + f". {_beside_frugal(records, record)}{_room(record)}."
+
+
+def _beside_frugal(records: Sequence[Record], record: Record) -> str:
+    """What backpropagation needs where it saves all it can, which is less than `qzo` needs in some cases."""
+    ratios = {name: ratio(find(records, name), record, "allocated") for name in FRUGAL}
+    known = [f"{times(value)} as much with {name}" for name, value in ratios.items() if value is not None]
+    return f"Frugal backpropagation allocates {' and '.join(known)}. " if known else ""
 
 
 def _room(record: Record) -> str:

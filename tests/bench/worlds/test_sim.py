@@ -11,6 +11,7 @@ from bench.ledger.repeat_training import NotAlike
 from bench.methods.adapters import BARE
 from bench.worlds import sim
 from qzo.errors import QzoError
+from qzo.kernels import rebuilt
 
 
 def simulate(model: str, method: str, **options) -> dict:
@@ -128,8 +129,9 @@ def test_tracing_identical_layers_once_changes_no_byte(model, method, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("method", "checkpointing"), [("lora", False), ("lora", True), ("qlora", True), ("ft-amp", False), ("ft-amp", True)]
-)
+    ("method", "checkpointing"), [("lora", False), ("lora", True), ("qlora", True), ("ft-amp", False), ("ft-amp", True),
+     ("qlora-lean", False), ("peqa-lean", False)],
+)  # fmt: skip
 def test_repeating_layers_of_a_training_step_changes_no_byte(method, checkpointing, monkeypatch, tmp_path):
     from transformers import LlamaConfig
 
@@ -167,3 +169,11 @@ def test_a_record_says_where_another_attention_kernel_ran():
     assert "attention ran the math kernel where flash cannot" in simulate("smollm2-135m", "qlora", **options)["notes"]
     with pytest.raises(QzoError, match=r"flash attention needs fp16 or bf16.*choose efficient, math or eager"):
         simulate("smollm2-135m", "qlora", attention="flash", **options)
+
+
+@pytest.mark.parametrize("method", ["qzo", "peqa-lean"])
+def test_walking_through_three_of_a_layers_chunks_changes_no_byte(method, monkeypatch, llama_folder):
+    monkeypatch.setattr(rebuilt, "CHUNK_ELEMENTS", 2**12)  # 4 or 8 chunks a layer
+    quick = simulate(str(llama_folder), method, seq_len=16)
+    monkeypatch.setattr(rebuilt, "_walked", lambda shape, x: rebuilt.chunk_bounds(*shape))
+    assert simulate(str(llama_folder), method, seq_len=16) == quick

@@ -64,10 +64,13 @@ def test_predicted_and_measured_peaks_agree(folders, family, method):
         ("llama", "ft-bf16", {"gradient_checkpointing": True, "seq_len": 200}),
         ("opt", "ft-amp", {"gradient_checkpointing": True}),
         ("gpt2", "lora", {"attention": "eager"}),
+        *(("llama", method, {"seq_len": 32}) for method in ("lora-fa", "dora", "prefix", "peqa")),
         ("llama", "lora", {"seq_len": 400}),  # the peak is in the forward, where kernels work
     ],
 )
-def test_peaks_agree_with_checkpointing_with_eager_attention_and_on_long_sequences(folders, family, method, options):
+def test_peaks_agree_with_checkpointing_with_eager_attention_on_long_sequences_and_of_further_methods(
+    folders, family, method, options
+):
     check(*both(folders[family], method, **options))
 
 
