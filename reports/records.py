@@ -12,8 +12,8 @@ from reports.errors import ReportError
 Record = dict[str, Any]
 
 ROLES = ("weights", "quantization", "gradients", "optimizer", "activations", "noise", "temporaries", "unattributed")
-METHODS = ("ft-bf16", "ft-mixed", "ft-amp", "ft-sgd", "lora", "lora-fa", "dora", "prefix", "qlora", "qlora-lean",
-           "peqa", "peqa-lean", "mezo", "qzo", "qzo-full", "qzo-2bit")  # fmt: skip
+METHODS = ("ft-bf16", "ft-mixed", "ft-amp", "ft-sgd", "lora", "qlora", "qlora-lean", "peqa-lean", "mezo", "qzo",
+           "qzo-full", "qzo-2bit")  # fmt: skip
 FRUGAL = ("qlora-lean", "peqa-lean")  # backpropagation with all that saves memory
 QUANTIZABLE = ("qzo", "qzo-full")  # methods whose format is a choice
 BASELINES = ("ft-bf16", "ft-mixed", "ft-amp")

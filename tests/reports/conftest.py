@@ -1,4 +1,4 @@
-"""Fixtures of the report tests: the ten methods on llama2-13b, in memory and in a folder."""
+"""Fixtures of the report tests: the methods of a default run on llama2-13b, in memory and in a folder."""
 
 from __future__ import annotations
 

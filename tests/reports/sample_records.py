@@ -35,6 +35,11 @@ ROLES: dict[str, dict[str, int]] = {
     "qlora": {"weights": EMBEDDINGS_AND_NORMS + 4 * ADAPTERS, "quantization": CODES + 204_000_000,
               "gradients": 4 * ADAPTERS, "optimizer": 8 * ADAPTERS, "activations": 1_090 << 20,
               "temporaries": 320 << 20},
+    "qlora-lean": {"weights": EMBEDDINGS_AND_NORMS + 2 * ADAPTERS, "quantization": CODES + 101_000_000,
+                   "gradients": 2 * ADAPTERS, "optimizer": 2 * ADAPTERS, "activations": 80 << 20,
+                   "temporaries": 150 << 20},
+    "peqa-lean": {"weights": EMBEDDINGS_AND_NORMS, "quantization": CODES + 4 * SCALES, "activations": 80 << 20,
+                  "temporaries": 170 << 20},
     "mezo": {"weights": BF16, "noise": 16 << 20, "temporaries": 44 << 20},
     "qzo": {"weights": EMBEDDINGS_AND_NORMS, "quantization": CODES + 4 * SCALES, "noise": 16 << 20,
             "temporaries": 141_557_760},
@@ -47,7 +52,7 @@ RANDOM_CODES = "codes drawn at random: memory, not accuracy"
 
 
 def case_of(method: str, **changes: Any) -> dict[str, Any]:
-    quantized = method in ("qlora", "qzo", "qzo-full", "qzo-2bit")
+    quantized = method in ("qlora", "qlora-lean", "peqa-lean", "qzo", "qzo-full", "qzo-2bit")
     return {
         "model": "llama2-13b", "method": method, "batch_size": 1, "seq_len": 128, "dtype": "bfloat16",
         "attention": "flash", "gradient_checkpointing": False, "optimizer": "adamw",

@@ -129,7 +129,7 @@ def test_page_holds_the_figure_and_loads_nothing(folder: Path):
     assert len(page.loads) == 1
     assert page.loads[0].startswith("data:image/png;base64,")
     assert base64.b64decode(page.loads[0].split(",")[1]) == png.read_bytes()
-    assert page.rows == 4 * (1 + 10) + (1 + 1)
+    assert page.rows == 4 * (1 + 12) + (1 + 1)
     assert not re.search(r"https?://|url\(|@import", html.read_text())
 
 

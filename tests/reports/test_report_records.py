@@ -53,7 +53,7 @@ def test_extras_of_the_bench_may_be_absent(folder: Path):
 
     for path in folder.glob("*o.json"):
         edit(path, drop)
-    assert len(reading.load(folder)) == 10
+    assert len(reading.load(folder)) == 12
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,6 @@ def test_the_global_rng_is_left_alone():
 
 
 def test_a_default_run_is_the_ten_and_extras_run_where_they_are_named():
-    assert parse_methods(None) == METHODS and len(METHODS) == 10
+    assert parse_methods(None) == METHODS and len(METHODS) == 12
     assert not set(EXTRA_METHODS) & set(METHODS)
     assert parse_methods("mezo,mezo-reference") == ("mezo", "mezo-reference")

@@ -186,6 +186,7 @@ def test_headline_is_computed(records):
     assert headline(list(records.values())) == (
         "qzo: 7.04 GiB allocated at the peak (simulated, batch 1, 128 tokens), 20.75x less than ft-mixed, "
         "13.86x less than ft-bf16, 27.71x less than ft-amp. "
+        "Frugal backpropagation allocates 0.98x as much with qlora-lean and 1.01x as much with peqa-lean. "
         "By its 7.53 GiB of process bytes, on a card of 8 GiB: fits, 0.4 GiB left."
     )
 
@@ -198,6 +199,11 @@ def test_headline_without_a_baseline_or_room_or_gpu(records):
     assert headline([cpu]).endswith(". Peak RSS 824.00 MiB.")
     assert headline([make_failed("qzo", "oom", "no\nroom")]) == "qzo: oom: no room"
     assert headline([records["lora"]]) == ""
+
+
+def test_headline_beside_frugal_backpropagation_of_another_case_says_nothing_of_it(records):
+    assert "allocates 0.98x as much with qlora-lean. " in headline([records["qzo"], records["qlora-lean"]])
+    assert "Frugal" not in headline([records["qzo"], make_record("qlora-lean", seq_len=512)])
 
 
 def test_facts_name_the_methods_that_differ_and_pass_over_the_unknown(records):
