@@ -98,7 +98,8 @@ def _template(ledger: Ledger, events: list[Event], output: Any) -> Template | No
 def _kind(layer: nn.Module) -> Any:
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for name, tensor in tensors)
-    return type(layer), getattr(layer, "attention_type", None), shapes
+    attention = getattr(layer, "attention_type", None) or getattr(layer, "layer_type", None)
+    return type(layer), attention, shapes
 
 
 def _signature(arguments: Any) -> tuple:

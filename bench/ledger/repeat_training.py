@@ -192,7 +192,9 @@ class Trace:
         return block
 
     def _named(self, events: list[Event], where: str) -> Events | None:
-        """Events with names of blocks; None where a block comes or goes that was there before."""
+        """Events with names of blocks; None where a block goes that was there before. In the first layer's backward,
+        which comes last, what all layers used may go (positions): that is left out.
+        """
         named: Events = []
         for event in events:
             if event.sign > 0:
@@ -200,6 +202,8 @@ class Trace:
                 self.names[id(event.block)] = born
                 self.alive[born] = event.block
             elif self.alive.pop(self.names.get(id(event.block), ""), None) is None:
+                if where == "backward" and self.layer is self.group.layers[0]:
+                    continue
                 return None
             name = self.names[id(event.block)]
             named.append((event.sign, event.block.nbytes, event.block.role, name))

@@ -22,8 +22,9 @@ class Layer(nn.Module):
         self.inner, self.outer = nn.Linear(width, 3 * width, device="meta"), nn.Linear(3 * width, width, device="meta")
         self.calls, self.recomputed, self.twice = 0, False, False
 
-    def forward(self, x):
+    def forward(self, x, positions=None):
         self.calls += 1
+        x = x if positions is None else x * positions
         return checkpoint(self._forward, x, use_reentrant=False) if self.recomputed else self._forward(x)
 
     def _forward(self, x):
@@ -35,10 +36,14 @@ class Model(nn.Module):
         super().__init__()
         self.begin, self.layers = nn.Linear(16, 16, device="meta"), nn.ModuleList(Layer() for _ in range(LAYERS))
 
+        self.positions = False
+
     def forward(self, x):
-        x = self.begin(x)
-        for layer in self.layers:
-            x = layer(x)
+        x = self.layers[0](self.begin(x))
+        positions = torch.empty(16, device="meta") if self.positions else None
+        for layer in self.layers[1:]:
+            x = layer(x, positions)
+        del positions
         return x.sum()
 
 
@@ -71,6 +76,13 @@ def test_the_layers_between_the_traced_ones_repeat_forward_and_backward(recomput
         layer.calls = 0
     assert events(model) == expected
     assert [layer.calls for layer in model.layers] == [2, 2, 0, 0, 2, 2]  # once a step
+
+
+def test_what_all_of_them_use_may_go_with_the_first():
+    model = Model()
+    model.positions = True
+    assert events(model) == events(model, in_full)
+    assert model.layers[2].calls == 2  # in full alone
 
 
 def test_gradients_have_the_shapes_of_what_is_trained_and_stay_where_they_are():
