@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from bench.commands.parser import Parser
+from bench.commands.parser import Parser, add_options
 from qzo.errors import QzoError
 
 OK, FAILED, ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -20,26 +20,28 @@ def parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="run | fit | list | compare | validate", parser_class=Parser
     )
     run = commands.add_parser("run", help="measure or simulate the methods on one model and print the tables")
-    run.add_argument("model", help="name from `list models`, folder with config.json, .gguf file, or hub id")
+    run.add_argument("model", nargs="?", help="name from `list models`, folder with config.json, .gguf file, or hub id")
     run.add_argument("--methods", help="comma-separated; default all (`list methods`)")
     run.add_argument("--device", default="auto", help="auto, cuda, cpu or sim")
     run.add_argument("--gpu", help="what sim stands for: a GPU (`list gpus`) or cpu")
-    run.add_argument("--batch-size", type=int, default=1)
-    run.add_argument("--seq-len", type=int, default=128)
+    run.add_argument("--batch-size", type=int, help="default 1")
+    run.add_argument("--seq-len", type=int, help="tokens of a row; default 128")
     run.add_argument("--attention", help="flash, efficient, cudnn, math or eager; default the best the device has")
     run.add_argument("--gradient-checkpointing", action="store_true")
     run.add_argument("--group-size", type=int, help="weights a scale in qzo and qzo-full; default 128 where it divides")
     run.add_argument("--quantization", help="format of qzo and qzo-full (`list quantizations`); default gptq, 4 bits")
     run.add_argument("--steps", type=int, default=5, help="optimizer steps of a measured cell, at least 3")
+    add_options(run)
     run.add_argument("--out", help="result folder; default results/MODEL")
     fit = commands.add_parser("fit", help="the largest batch and the longest sequence that a memory holds")
-    fit.add_argument("model", help="as for `run`")
+    fit.add_argument("model", nargs="?", help="as for `run`")
     fit.add_argument("--memory", help="24GiB, 24GB, 24576MiB, or a number of GiB; default the memory of --gpu")
     fit.add_argument("--methods", help="comma-separated; default all (`list methods`)")
     fit.add_argument("--gpu", help="GPU whose kernels and context count (`list gpus`)")
-    fit.add_argument("--seq-len", type=int, default=512, help="tokens for which the largest batch is wanted")
+    fit.add_argument("--seq-len", type=int, help="tokens for which the largest batch is wanted; default 512")
     fit.add_argument("--attention", help="flash, efficient, cudnn, math or eager; default the best the device has")
     fit.add_argument("--gradient-checkpointing", action="store_true")
+    add_options(fit)
     fit.add_argument("--json", help="write the answer to this file")
     show = commands.add_parser("list", help="print the known names")
     show.add_argument("what", choices=("models", "methods", "gpus", "quantizations"))

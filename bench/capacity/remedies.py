@@ -37,7 +37,7 @@ def further_questions(asked: Iterable[Question], known: Known) -> list[Question]
         if _can_checkpoint(question, known[case.method, case.recomputes]):
             variants = [replace(case, gradient_checkpointing=True)]
         else:
-            variants = [replace(case, method=method) for method in smaller_methods(case.method)]
+            variants = [replace(case, method=method, recipe=None) for method in smaller_methods(case.method)]
         for variant in variants:
             name = variant.method, variant.recomputes
             if name not in known:

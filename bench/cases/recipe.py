@@ -57,6 +57,13 @@ class Recipe:
         by_peft = self.kbit is not None and self.kbit.get("use_gradient_checkpointing", True)
         return bool(self.arguments.get("gradient_checkpointing") or by_peft)
 
+    def stated(self) -> dict[str, Any]:
+        """The fields that are not as they are where nobody says anything, for JSON."""
+        defaults = Recipe(self.name)
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        told = {name: value for name, value in values.items() if name == "name" or value != getattr(defaults, name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
+
     @property
     def collated(self) -> bool:
         """Whether batches come with a mask, as collators make one."""
@@ -66,6 +73,27 @@ class Recipe:
     def padded(self) -> bool:
         """Whether attention gets a mask that is not all ones; between packed rows it has a block for each."""
         return self.attention != FLASH and (self.masked or self.packing or len(set(self.lengths)) > 1)
+
+
+def differences(recipe: Recipe, usual: Recipe) -> str:
+    """What a recipe has otherwise than another one, as `--set` takes it: r=16, optim=adafactor."""
+    told: list[str] = []
+    for item in fields(Recipe):
+        new, old = getattr(recipe, item.name), getattr(usual, item.name)
+        if item.name == "name" or new == old:
+            continue
+        if item.name in ("arguments", "peft", "quantization", "kbit") and new is not None:
+            told += [f"{key}={_text(value)}" for key, value in new.items() if value != (old or {}).get(key)]
+            told += [f"no {key}" for key in old or {} if key not in new]
+        else:
+            told.append(f"{item.name}={_text(new)}")
+    return ", ".join(told)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
 
 
 def parse(stated: Mapping[str, Any]) -> Recipe:

@@ -14,33 +14,37 @@ from bench.capacity.capacity import Capacity, Question
 from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource
+from bench.commands.recipe_options import chosen
 from bench.worlds import plan
 from qzo.errors import QzoError
 from qzo.output import check_output, write_output
 
 GIB = 1 << 30
+SEQ_LEN = 512
 UNITS = {"gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the table; exit code 0 if a method fits, 1 if none does."""
-    methods = plan.parse_methods(options.methods)
+    asked = chosen(options)
+    methods = asked.methods
     gpu = gpus.get(options.gpu or gpus.DEFAULT_GPU)
     if options.memory is None and options.gpu is None:
         raise QzoError("fit needs a memory; give --memory 24GiB, or --gpu with a name from `bench list gpus`")
     memory = gpu.memory_bytes if options.memory is None else parse_memory(options.memory)
     case = BenchCase(
-        options.model, methods[0], "sim", gpu.name, 1, options.seq_len, options.attention,
-        options.gradient_checkpointing,
+        asked.model(options.model), methods[0], "sim", gpu.name, 1, asked.seq_len(options.seq_len, SEQ_LEN),
+        asked.attention(options.attention), options.gradient_checkpointing,
     )  # fmt: skip
     if options.json:
         check_output(options.json)  # a path that cannot be written is told before the work
     source, cases = plan.cells(case, methods)
-    questions = [Question(item, memory, _positions(source)) for item in cases]
+    cases = [asked.cell(item) for item in cases]
+    questions = [Question(item, memory, _positions(source), batch_only=_many_lengths(item)) for item in cases]
     report: dict[str, Any] = {
         "model": source.name, "memory": memory, "gpu": gpu.name, "seq_len": case.seq_len,
         "attention": case.attention, "gradient_checkpointing": case.gradient_checkpointing,
-        "notes": list(filter(None, [gpu.context_note(any(case.first_order for case in cases))])),
+        "notes": asked.notes() + list(filter(None, [gpu.context_note(any(case.first_order for case in cases))])),
         "methods": answer(questions, source),
     }  # fmt: skip
     print(table(report))
@@ -83,6 +87,11 @@ def _line(row: Capacity, seq_len: int) -> list[str]:
     checked = remedy and ("simulated" if remedy["checked"] == "simulated" else f"calculated: {remedy['checked']}")
     cells.append(f"{remedy['change']}: batch {remedy['batch']:,} ({checked})" if remedy else "none known")
     return cells
+
+
+def _many_lengths(case: BenchCase) -> bool:
+    """Whether rows have lengths of their own, which no longest sequence can be searched for."""
+    return case.recipe is not None and len(set(case.recipe.lengths)) > 1
 
 
 def _positions(source: ModelSource) -> int | None:

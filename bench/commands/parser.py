@@ -12,3 +12,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise QzoError(f"{message} (see {self.prog} --help)")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The three options, for `run` and for `fit`."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="option of the Trainer, PEFT or bitsandbytes, as often as needed: r=16, optim=adamw_bnb_8bit, ...",
+    )  # fmt: skip
+    parser.add_argument("--peft-config", metavar="FILE", help="adapter_config.json of any PEFT method, not LoRA")
+    parser.add_argument("--recipe", metavar="FILE", help="configuration of TRL, the Trainer, axolotl or LLaMA-Factory")

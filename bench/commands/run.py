@@ -14,6 +14,7 @@ from bench.cases import gpus, weights
 from bench.cases.case import BenchCase
 from bench.cases.methods import BY_NAME
 from bench.cases.models import ModelSource
+from bench.commands.recipe_options import chosen
 from bench.records.files import SUMMARY, make_folder, read_record, write_json
 from bench.records.record import Record
 from bench.records.summary import summarise
@@ -21,16 +22,22 @@ from bench.worlds import plan
 from bench.worlds.runner import Progress, run_cells
 from bench.worlds.watch import case_of
 
+SEQ_LEN = 128
+
 
 def run(options: argparse.Namespace) -> int:
     """Exit code 0 if every cell ran or does not apply to the model, 1 if one failed, ran out of memory, or none ran."""
-    methods = plan.parse_methods(options.methods)
+    asked = chosen(options)
+    methods = asked.methods
     case = BenchCase(
-        options.model, methods[0], options.device, options.gpu, options.batch_size, options.seq_len,
-        options.attention, options.gradient_checkpointing, options.group_size, options.steps,
-        quantization=options.quantization,
+        asked.model(options.model), methods[0], options.device, options.gpu, asked.batch_size(options.batch_size),
+        asked.seq_len(options.seq_len, SEQ_LEN), asked.attention(options.attention), options.gradient_checkpointing,
+        options.group_size, options.steps, quantization=options.quantization,
     )  # fmt: skip
     source, cases = plan.cells(case, methods)
+    cases = [asked.cell(case) for case in cases]
+    for note in asked.notes():
+        print(note, file=sys.stderr)
     out = Path(options.out or Path("results") / source.name)
     make_folder(out)
     if options.device == "auto" and cases[0].device == "cuda":

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.cases.case import BenchCase
+from bench.cases.recipe_table import WHOLE
 from bench.methods.adapters import lora, qlora
 from bench.methods.as_released import mezo_reference, qzo_2bit_reference, qzo_reference
 from bench.methods.baselines import dora, lora_fa, prefix, qlora_lean
 from bench.methods.full import ft_amp, ft_bf16, ft_mixed, ft_sgd
 from bench.methods.peqa import peqa, peqa_lean
 from bench.methods.prepared import Prepared
+from bench.methods.recipes import or_recipe
 from bench.methods.world import World
 from bench.methods.zeroth_order import mezo, qzo_2bit, qzo_4bit, qzo_full
 
@@ -35,5 +37,7 @@ METHODS: dict[str, Callable[[BenchCase, World], Prepared]] = {
     "qzo-reference": qzo_reference,
     "qzo-2bit-reference": qzo_2bit_reference,
 }
+
+METHODS |= {name: or_recipe(METHODS[name]) for name in WHOLE}
 
 __all__ = ["METHODS", "Prepared"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from bench.cases.case import BenchCase
-from bench.cases.recipe import Recipe
+from bench.cases.recipe_table import LORA, QLORA
 from bench.methods.checkpointing import checkpoint_options
 from bench.methods.prepared import Prepared
 from bench.methods.recipes import recipe_method
@@ -19,17 +18,6 @@ from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-PEFT = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"}  # on query and value projections, as in the paper
-# What the Trainer does on a GPU that has bf16, and with it TRL, axolotl and LLaMA-Factory: autocast, fused AdamW.
-OPTIM = "adamw_torch_fused"
-BF16 = {"bf16": True, "optim": OPTIM}
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-LORA = Recipe("lora", BF16, PEFT)
-QLORA = Recipe("qlora", BF16, PEFT, quantization=NF4, kbit={})
-
-# The same in a bare loop without autocast, which is what these methods were until records said `bfloat16-autocast`.
-BARE = {recipe.name: replace(recipe, arguments={"optim": OPTIM}, loop="bare") for recipe in (LORA, QLORA)}
 
 
 def lora(case: BenchCase, world: World) -> Prepared:

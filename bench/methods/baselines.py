@@ -8,20 +8,12 @@ import torch
 
 from bench.cases.case import BenchCase
 from bench.cases.recipe import Recipe
-from bench.methods.adapters import BF16, NF4, PEFT
+from bench.cases.recipe_table import DORA, LORA_FA, PREFIX, QLORA_LEAN
 from bench.methods.prepared import Prepared
 from bench.methods.recipes import recipe_method
 from bench.methods.world import World
 
-# As TRL's SFTTrainer has it: no turn of embeddings, head and norms to fp32, and adapters in bf16 as in QLoRA's paper.
-QLORA_LEAN = Recipe(
-    "qlora-lean", {"bf16": True, "optim": "paged_adamw_8bit", "gradient_checkpointing": True}, PEFT,
-    quantization=NF4 | {"bnb_4bit_use_double_quant": True}, trained_dtype="bfloat16",
-)  # fmt: skip
 LR = 1e-4
-DORA = Recipe("dora", BF16, PEFT | {"use_dora": True})
-LORA_FA = Recipe("lora-fa", {"bf16": True, "optim": "lora_fa"}, PEFT)
-PREFIX = Recipe("prefix", BF16, {"num_virtual_tokens": 20, "task_type": "CAUSAL_LM"}, "PrefixTuningConfig")
 
 
 def qlora_lean(case: BenchCase, world: World) -> Prepared:

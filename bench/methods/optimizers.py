@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bench.cases.models import one_line
 from bench.cases.recipe import AUTOCAST, Recipe
 from bench.methods import galore
-from bench.methods.adamw import make_state_without_data
+from bench.methods.adamw import MixedAdamW, make_state_without_data
 from bench.methods.host_states import host_states_of
 from bench.methods.low_bit_states import KINDS, LowBitStates
 from qzo.errors import QzoError
 from qzo.quiet import quiet_libraries
 
 ELSEWHERE = ("torch_compile", "use_liger_kernel", "liger_kernel_config")  # arguments that no optimizer depends on
+OWN = {"adamw_mixed": MixedAdamW}  # what the Trainer does not have
 
 
 def optimizer_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -47,6 +48,8 @@ def optimizer_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 def _made(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     with quiet_libraries():
         from transformers import Trainer, TrainingArguments
+    if recipe.arguments.get("optim") in OWN:
+        return OWN[recipe.arguments["optim"]](parameter for parameter in model.parameters() if parameter.requires_grad)
     arguments = TrainingArguments("unused", use_cpu=True, report_to=[], **_without_devices(recipe.arguments))
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
@@ -73,9 +76,11 @@ def name_of(optimizer: torch.optim.Optimizer, recipe: Recipe) -> str:
     trained = next(parameter for group in optimizer.param_groups for parameter in group["params"])
     if recipe.optimizer_offload is not None:
         return f"adamw, {recipe.optimizer_offload} on the host"
-    if isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, MixedAdamW):
+        return "adamw-fp32"
+    if type(optimizer) is torch.optim.AdamW:
         return "adamw-fp32" if trained.dtype is torch.float32 else "adamw-bf16"
-    return str(recipe.arguments["optim"])
+    return str(recipe.arguments.get("optim", type(optimizer).__name__.lower()))
 
 
 def _without_devices(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,15 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.cases.case import BenchCase
-from bench.cases.recipe import Recipe
+from bench.cases.recipe import Recipe, differences
+from bench.cases.recipe_table import RECIPES
 from bench.cases.text import Batch
 from bench.methods.checkpointing import checkpoint_options, enable_checkpointing
 from bench.methods.int8 import to_int8
@@ -36,12 +37,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MicroBatch = dict[str, Tensor]
+Method = Callable[[BenchCase, World], Prepared]
 Autocast = Callable[[], AbstractContextManager]
 
 
 def recipe_method(
     recipe: Recipe, make_optimizer: Callable[[Recipe, nn.Module], torch.optim.Optimizer] = optimizer_of
-) -> Callable[[BenchCase, World], Prepared]:
+) -> Method:
     """The method of the bench that trains by `recipe`, with the batch size, lengths and checkpointing of its case.
 
     `make_optimizer` makes one that is handed to the Trainer, where its arguments cannot name it.
@@ -63,10 +65,22 @@ def recipe_method(
         dtype = f"{settled.autocast}-autocast" if settled.autocast else settled.dtype
         name = name_of(optimizer, settled)
         prepared = Prepared(model, optimizer, bench_step, dtype, name, quantized(settled), recipe=settled)
+        if case.recipe is not None and case.method in RECIPES:
+            prepared.notes.append(f"other than in the table: {differences(case.recipe, RECIPES[case.method])}")
         if settled.quantization and any(parameter.dim() == 3 for parameter in base.parameters()):
             fp32 = ", and PEFT turns them into fp32" if settled.kbit is not None else ""
             prepared.notes.append(f"bitsandbytes leaves stacked MoE experts unquantized{fp32}")
         return prepared
+
+    return prepare
+
+
+def or_recipe(method: Method) -> Method:
+    """The method, or the recipe of a case that has one."""
+
+    @wraps(method)
+    def prepare(case: BenchCase, world: World) -> Prepared:
+        return (method if case.recipe is None else recipe_method(case.recipe))(case, world)
 
     return prepare
 
@@ -78,9 +92,8 @@ def of_case(recipe: Recipe, case: BenchCase) -> Recipe:
         changes["lengths"] = (case.seq_len,)
     if case.gradient_checkpointing:
         changes["arguments"] = recipe.arguments | {"gradient_checkpointing": True}
-    if recipe.kbit is not None and "use_gradient_checkpointing" not in recipe.kbit:
-        again = case.gradient_checkpointing or bool(recipe.arguments.get("gradient_checkpointing"))
-        changes["kbit"] = recipe.kbit | {"use_gradient_checkpointing": again}
+        if recipe.kbit is not None:
+            changes["kbit"] = recipe.kbit | {"use_gradient_checkpointing": True}
     return replace(recipe, **changes)
 
 

@@ -85,7 +85,7 @@ def _compare_cell(method: str, baseline: Record, current: Record, fail: Sequence
     if baseline["world"] != current["world"]:
         rows.append(Row(method, "world", baseline["world"], current["world"], "NOT COMPARABLE", failed=True))
     for key, old in baseline["case"].items():
-        new = current["case"][key]
+        new = current["case"].get(key)
         # A cell that failed early does not know its dtype or optimizer; that is no other case.
         unknown = (old is None and baseline["status"] != "ok") or (new is None and current["status"] != "ok")
         if old != new and not unknown:

@@ -36,6 +36,13 @@ class Maybe:
     schema: Any
 
 
+@dataclass(frozen=True)
+class Optional:
+    """A value that older records do not have, else follows `schema`."""
+
+    schema: Any
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -61,6 +68,11 @@ SIZES = Rule(
 )
 ANYTHING = Rule("anything", lambda value: True)
 
+RECIPE = Rule(
+    "an object with a name",
+    lambda value: isinstance(value, dict) and isinstance(value.get("name"), str) and bool(value["name"]),
+)
+
 SCHEMA = {
     "schema_version": _one_of(SCHEMA_VERSION),
     "status": _one_of(*STATUSES),
@@ -77,6 +89,7 @@ SCHEMA = {
         "optimizer": Maybe(TEXT),
         "quantization": Maybe({"format": TEXT, "bits": NUMBER, "group_size": Maybe(POSITIVE)}),
         "gpu": Maybe(TEXT),
+        "recipe": Optional(Maybe(RECIPE)),
     },
     "parameters": {"total": Maybe(COUNT), "trainable": Maybe(COUNT)},  # null only where the cell failed
     "peak": {"allocated": Maybe(COUNT), "reserved": Maybe(COUNT), "process": Maybe(COUNT)},
@@ -232,8 +245,13 @@ def _check(name: str, value: Any, schema: Any) -> None:
     else:
         if not isinstance(value, dict):
             raise QzoError(f"{name} is {value!r}; must be an object with the keys {', '.join(schema)}")
-        for problem, keys in (("lacks", schema.keys() - value), ("has the unknown key", value.keys() - schema.keys())):
+        needed = {key for key, inner in schema.items() if not isinstance(inner, Optional)}
+        for problem, keys in (("lacks", needed - value.keys()), ("has the unknown key", value.keys() - schema.keys())):
             if keys:
                 raise QzoError(f"{name} {problem} {min(keys)!r}; its keys are {', '.join(schema)}")
         for key, inner in schema.items():
+            if isinstance(inner, Optional):
+                if key not in value:
+                    continue
+                inner = inner.schema
             _check(key if name == "record" else f"{name}.{key}", value[key], inner)

@@ -11,7 +11,8 @@ from bench.cases.case import BenchCase
 from bench.cases.methods import QUANTIZABLE
 from bench.cases.models import resolve
 from bench.cases.quantizations import FORMATS, named
-from bench.methods.adapters import BARE
+from bench.cases.recipe import parse
+from bench.cases.recipe_table import BARE
 from bench.records.record import Record
 from bench.simulator.cuda.attention import attention_of
 from qzo.errors import QzoError
@@ -49,13 +50,14 @@ def simulated_case(record: Record) -> BenchCase:
     name = named(quantization) if case["method"] in QUANTIZABLE else None
     chosen = name is not None and FORMATS[name].any_group_size
     measured_on_gpu = record["world"] == "measured-cuda"
-    bare = case["method"] in BARE and case["dtype"] == "bfloat16"
+    stated = case.get("recipe")
+    recipe = BARE.get(case["method"]) if "recipe" not in case else stated and parse(stated)
     asked = BenchCase(
         case["model"], case["method"], device="sim", batch_size=case["batch_size"], seq_len=case["seq_len"],
         gpu=gpus.find(case["gpu"]).name if measured_on_gpu else gpus.CPU,
         gradient_checkpointing=case["gradient_checkpointing"],
         group_size=quantization["group_size"] if chosen or quantization.get("format") in SCALED else None,
-        quantization=name, recipe=BARE[case["method"]] if bare else None,
+        quantization=name, recipe=recipe,
     )  # fmt: skip
     capability = gpus.get(asked.gpu).compute_capability if measured_on_gpu and asked.gpu else None
     if case["attention"] == attention_of(asked, resolve(asked.model), capability):

@@ -105,4 +105,5 @@ def case_of(case: BenchCase, prepared: Prepared | None = None) -> dict[str, Any]
         "optimizer": prepared.optimizer_name if prepared else None,
         "quantization": prepared.quantization if prepared else None,
         "gpu": case.gpu,
+        "recipe": prepared.recipe.stated() if prepared and prepared.recipe else None,
     }

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench.cases.case import BenchCase
+from bench.cases.recipe_table import BARE
 from bench.gpu import events
-from bench.methods.adapters import BARE
 
 FILES = sorted((Path(__file__).parents[3] / "reports" / "measurements").glob("*.events.json"))
 CASES = [

@@ -7,8 +7,8 @@ import torch
 
 from bench.cases.case import BenchCase
 from bench.cases.methods import METHODS
+from bench.cases.recipe_table import BARE
 from bench.ledger.repeat_training import NotAlike
-from bench.methods.adapters import BARE
 from bench.worlds import sim
 from qzo.errors import QzoError
 from qzo.kernels import rebuilt
