@@ -92,6 +92,8 @@ def build_empty(source: ModelSource, dtype: torch.dtype, attention: str = "sdpa"
             )
     except Exception as error:
         raise QzoError(f"the config of {source.name} does not build: {one_line(error)}") from error
+    if not all(parameter.is_meta for parameter in model.parameters()):  # torch.normal asks nobody (DiffLlama)
+        model.to("meta")
     check_parameters(source, model)
     return model.train()
 

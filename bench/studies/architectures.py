@@ -38,7 +38,7 @@ MOST_EXPERTS = 16
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FIELDS: dict[str, dict[str, Any]] = {  # what a type's defaults leave out and its model needs
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 8}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
     "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4},
     "hunyuan_v1_dense": {"head_dim": 128},

@@ -249,6 +249,11 @@ def test_a_config_of_several_models_of_text_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_parameters_that_an_architecture_puts_elsewhere_are_without_data_too():
+    model = build_empty(ModelSource("diff", CONFIG_MAPPING["diffllama"](num_hidden_layers=1)), torch.bfloat16)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 def test_a_config_that_does_not_build_is_refused(folder):
     edit(folder, vocab_size=-5)
     with pytest.raises(QzoError, match="the config of tiny does not build: "):
