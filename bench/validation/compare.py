@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.cases.notices import ignore_future_warnings
-from bench.validation import published, recorded
+from bench.validation import recorded
 from bench.validation.measurement import METRICS, measured_bytes, parse
+from bench.validation.published.readers import is_published
 from qzo.errors import QzoError
 
 GIB = 1 << 30
@@ -62,7 +63,7 @@ def _predicted(row: Row) -> dict[str, int]:
         from bench.validation.recipes import predict_row
 
         return predict_row(row)
-    if published.is_published(row):
+    if is_published(row):
         from bench.validation.recipes import predict_published
 
         return predict_published(row)

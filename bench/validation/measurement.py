@@ -30,6 +30,8 @@ METRICS = {  # ours -> key of `measured_mib`
     "backward": "peak_backward",
     "step": "peak_optimizer",
 }
+OTHER_KEYS = {"process_nvidia_smi": "process"}  # of `measured_mib`, where a source says it in its own words
+PRINTED = {"princeton-nlp/MeZO": {"memory_as_printed": "process"}}  # by nvidia-smi, as its paper tells
 ARCHITECTURE = {  # key of a row's `architecture` -> config field of Llama-like models
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -56,7 +58,7 @@ FAMILIES = (  # pattern in a model's id -> model_type, for models that are not i
     (r"olmo", "olmo"),
     (r"stablelm.*alpha|pythia|neox|dolly-v2", "gpt_neox"),
     (r"stablelm", "stablelm"),
-    (r"granite", "granite"),
+    (r"granite|powerlm", "granite"),
     (r"starcoder2", "starcoder2"),
     (r"santacoder|starcoder|bigcode", "gpt_bigcode"),
     (r"falcon", "falcon"),
@@ -123,6 +125,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def measured_bytes(row: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of each metric that the row has."""
     found = {name: row["measured_mib"].get(key) for name, key in METRICS.items()}
+    printed = PRINTED.get((row.get("source") or {}).get("repo"), {})
+    others = OTHER_KEYS | printed
+    found |= {name: row["measured_mib"][key] for key, name in others.items() if key in row["measured_mib"]}
     return {name: round(value * MIB) for name, value in found.items() if value is not None}
 
 

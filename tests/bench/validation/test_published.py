@@ -3,7 +3,9 @@
 import pytest
 
 from bench.validation.compare import compare_row
-from bench.validation.published import AROUND, LONGEST, recipe_of
+from bench.validation.measurement import MIB, measured_bytes
+from bench.validation.published.peft_comparison import AROUND, LONGEST
+from bench.validation.published.readers import read
 from qzo.errors import QzoError
 
 SIZES = {
@@ -19,7 +21,7 @@ COMPARED = {
 }  # fmt: skip
 TRAINED = {
     "source": {"repo": "foundation-model-stack/fms-acceleration"}, "model_id": "mistralai/Mistral-9-tiny",
-    "gpu": "NVIDIA A100 80GB", "architecture": SIZES, "method": "qlora", "base_dtype": "bf16", "quantization": "nf4-dq",
+    "gpu": "NVIDIA A100 80GB", "architecture": SIZES, "method": "qlora", "base_dtype": "bf16", "quantization": "nf4",
     "kbit_preparation": True, "autocast": True, "batch_size": 2, "seq_len": 64, "lora_rank": 16, "lora_dropout": 0.1,
     "lora_targets": ["q_proj", "v_proj"], "gradient_checkpointing": True, "optimizer": "adamw (torch, foreach)",
     "measured_mib": {"peak_allocated": 100.0},
@@ -27,32 +29,65 @@ TRAINED = {
 
 
 def test_a_row_of_pefts_comparison_is_a_loop_of_its_own_on_the_longest_batch():
-    recipe = recipe_of(COMPARED)
+    recipe = read(COMPARED).recipe
     assert (recipe.loop, recipe.use_cache, recipe.masked, recipe.peft_class) == ("plain", True, True, "LoraConfig")
     assert recipe.lengths == (AROUND[0],) * 4 + (LONGEST[768],) * 4 + (AROUND[1],) * 4
-    assert recipe_of(COMPARED | {"peft_config": {}}).peft is None  # all weights
+    assert read(COMPARED | {"peft_config": {}}).recipe.peft is None  # all weights
 
 
 def test_a_method_that_pefts_versions_name_or_compute_otherwise_is_told_apart():
-    assert recipe_of(COMPARED | {"peft_config": {"peft_type": "BONE", "r": 8}}).peft_class == "MissConfig"
+    assert read(COMPARED | {"peft_config": {"peft_type": "BONE", "r": 8}}).recipe.peft_class == "MissConfig"
     turned = COMPARED | {"peft_config": {"peft_type": "OFT", "r": 32}}
-    assert recipe_of(turned).peft["oft_block_size"] == 0
+    assert read(turned).recipe.peft["oft_block_size"] == 0
     with pytest.raises(QzoError, match=r"another computation since PEFT 0\.16"):
-        recipe_of(turned | {"versions": {"peft": "0.15.2.dev0"}})
+        read(turned | {"versions": {"peft": "0.15.2.dev0"}})
 
 
 def test_a_row_of_the_trainer_says_autocast_preparation_and_quantization():
-    recipe = recipe_of(TRAINED)
-    assert recipe.arguments == {"optim": "adamw_torch", "bf16": True, "gradient_checkpointing": True}
+    recipe = read(TRAINED).recipe
+    assert recipe.arguments == {
+        "optim": "adamw_torch", "bf16": True, "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }  # fmt: skip
     assert recipe.quantization["bnb_4bit_use_double_quant"] and recipe.kbit is not None
     assert recipe.peft["lora_dropout"] == 0.1 and recipe.lengths == (64,)
-    assert recipe_of(TRAINED | {"method": "full-finetuning", "quantization": "none"}).peft is None
+    assert read(TRAINED | {"method": "full-finetuning", "quantization": "none"}).recipe.peft is None
 
 
-@pytest.mark.parametrize("row", [COMPARED, TRAINED], ids=["peft", "trainer"])
-def test_such_rows_are_predicted(row):
-    result = compare_row(row)
-    assert result["status"] == "ok" and result["error_percent"]
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+FUSED = TRAINED | {"fused_kernels": True, "lora_targets": QKVO, "kbit_preparation": False}
+OLD = {"versions": {"transformers": "4.48.1"}}
+ROWS = {
+    "peft": COMPARED,
+    "trainer": TRAINED | OLD,
+    "fused": FUSED | OLD | {"framework_config": "accelerated-peft-bnb-foak"},
+    "liger": FUSED | {"framework_config": "accelerated-peft-bnb-foak-liger", "liger": True},
+    "gptq": FUSED | {"quantization": "gptq-4bit", "base_dtype": "fp16", "framework_config": "autogptq-foak"},
+}
+
+
+@pytest.fixture(scope="module")
+def allocated():
+    results = {name: compare_row(row) for name, row in ROWS.items()}
+    assert all(result["status"] == "ok" and result["error_percent"] for result in results.values()), results
+    return {name: result["predicted"]["allocated"] for name, result in results.items()}
+
+
+def test_fused_kernels_hold_fewer_logits_than_transformers_did_and_a_fused_head_none(allocated):
+    logits = 2 * 64 * SIZES["vocab_size"]  # elements
+    assert allocated["trainer"] - allocated["fused"] > 3 * logits
+    assert allocated["fused"] - allocated["liger"] > 2 * logits
+
+
+def test_a_packed_row_is_as_long_as_the_models_positions_allow():
+    quotient = "train_tokens_per_second / train_samples_per_second = "
+    for counted, tokens in ((2047.9, 2048), (4093.5, 4096)):
+        row = TRAINED | {"seq_len": 4096, "seq_len_from": f"{quotient}{counted}"}
+        assert read(row).recipe.lengths == (tokens,)
+
+
+def test_what_nvidia_smi_says_is_the_process():
+    assert measured_bytes({"measured_mib": {"process_nvidia_smi": 3.0}}) == {"process": 3 * MIB}
 
 
 @pytest.mark.parametrize(
@@ -61,12 +96,11 @@ def test_such_rows_are_predicted(row):
         (COMPARED, {"optimizer": "lora-fa"}, "the optimizer lora-fa is not known"),
         (COMPARED, {"max_seq_len": 512}, "longest batch of rows cut at 512 tokens"),
         (COMPARED, {"peft_config": {"peft_type": "NEW"}}, "the PEFT method NEW is not in the installed version"),
-        (TRAINED, {"fused_kernels": True, "framework_config": "foak"}, "the kernels of foak"),
-        (TRAINED, {"quantization": "gptq-4bit"}, "training on gptq-4bit"),
+        (TRAINED, {"quantization": "gptq-3bit"}, "training on gptq-3bit"),
         (TRAINED, {"framework": "litgpt"}, "how litgpt runs a step"),
     ],
 )
 def test_what_no_recipe_says_is_told_and_not_predicted_as_something_else(row, change, reason):
     with pytest.raises(QzoError, match=reason):
-        recipe_of(row | change)
+        read(row | change)
     assert compare_row(row | change)["status"] == "error"

@@ -1,0 +1,81 @@
+"""Losses of causal language models in transformers 4, which hold more copies of the logits than today's.
+
+Until 4.45 the model turned its logits into fp32 itself and dropped the 16-bit ones; from 4.46 to 4.49 the loss did so
+while the model still held them. Both cut the last position off by a copy (4.45: modeling_mistral.py, forward; 4.46:
+loss/loss_utils.py, ForCausalLMLoss). Since 4.50 labels are padded instead of logits cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100
+Loss = Callable[..., Tensor]
+LOSS_OF_ITS_OWN, LABELS_PADDED = (4, 46), (4, 50)
+
+
+def base_of(model: Any) -> Any:
+    """The model inside of PEFT's, or itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def use_loss_of(version: str, loss: Loss | None = None) -> Callable[[nn.Module], None]:
+    """The change that makes a model compute its loss as this version of transformers did, by `loss` where given."""
+    release = tuple(int(part) for part in version.split(".")[:2])
+
+    def change(model: nn.Module) -> None:
+        inner = base_of(model)
+        if release < LOSS_OF_ITS_OWN:
+            head = inner.get_output_embeddings()
+            forward = head.forward
+            head.forward = lambda hidden: forward(hidden).float()
+        if release < LABELS_PADDED or loss is not None:
+            inner.loss_function = loss or cut_logits_loss
+
+    return change
+
+
+def keep_presents(model: nn.Module) -> None:
+    """GPTBigCode does not switch its cache off when it checkpoints: each layer's keys and values, a view of all that
+    its `c_attn` gave, live as long as the model's output (4.48: modeling_gpt_bigcode.py, `presents`).
+    """
+    inner = base_of(model)
+    forward = inner.forward
+    products = [module for name, module in inner.named_modules() if name.endswith(".c_attn")]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        presents: list[Tensor] = []
+        hooks = [module.register_forward_hook(lambda _, args, out: presents.append(out)) for module in products]
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        output["past_key_values"] = tuple(presents)
+        return output
+
+    inner.forward = run
+
+
+def cut_logits_loss(
+    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any
+) -> Tensor:
+    """Cross entropy of fp32 logits [B, T, V] whose last position is cut off by a copy."""
+    logits = logits.float()
+    shifted, targets = shift(logits, labels, vocab_size)
+    return F.cross_entropy(shifted, targets, ignore_index=IGNORED)
+
+
+def sixteen_bit_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+    """Of models that leave their logits in 16 bits; autocast turns them into fp32 for the cross entropy alone."""
+    shifted, targets = shift(logits, labels, vocab_size)
+    return F.cross_entropy(shifted, targets, ignore_index=IGNORED)
+
+
+def shift(logits: Tensor, labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Logits [(T - 1) B, V] and the labels of the positions after them."""
+    return logits[..., :-1, :].contiguous().view(-1, vocab_size), labels[..., 1:].contiguous().view(-1)

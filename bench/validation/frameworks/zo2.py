@@ -1,0 +1,108 @@
+"""ZO2 (zo2/optimizer/mezo_sgd/zo2.py, model/huggingface/opt): MeZO on a model whose layers wait in the host's memory.
+
+Each module is updated, perturbed and run for both sides before the next one; layers are uploaded in a stream of their
+own, one ahead. Vocabulary, positions and the last norm stay on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.cases.text import Batch
+from bench.ledger.ledger import Block, Ledger
+
+DEFAULT, UPLOAD, COMPUTE = "load", "upload", "compute"  # streams, as phases of the ledger
+STEPS = 2  # the first has no gradient to update by
+UNDECAYED = ("bias", "layer_norm", "ln")  # parts of names
+Pair = tuple[Tensor, Tensor]
+
+
+def streamed_step(ledger: Ledger, model: Any, batch: Batch) -> None:
+    """Two steps of an OPT model without data, whose weights the ledger has not seen."""
+    decoder = model.model.decoder
+    staying = [decoder.embed_tokens, decoder.embed_positions, decoder.final_layer_norm, model.lm_head]
+    ledger.enter(DEFAULT)
+    for module in staying:
+        for parameter in module.parameters():
+            ledger.see(parameter)
+    ledger.see(batch.input_ids)
+    for step in range(STEPS):
+        _step(ledger, model, batch, update=step > 0)
+
+
+def _step(ledger: Ledger, model: Any, batch: Batch, update: bool) -> None:
+    decoder = model.model.decoder
+    ids = batch.input_ids
+    ledger.enter(COMPUTE)
+    pair = _dual(decoder.embed_tokens, update, lambda module, _: module(ids), (ids, ids))
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    placed = _dual(decoder.embed_positions, update, lambda module, _: _positions(module, positions), (ids, ids))
+    pair = pair[0] + placed[0], pair[1] + placed[1]
+    del placed
+    uploaded: list[list[Block]] = [_upload(ledger, decoder.layers[0])]
+    for index, layer in enumerate(decoder.layers):
+        if len(uploaded) > 1:
+            _offload(ledger, uploaded.pop(0))
+        ledger.enter(COMPUTE)
+        pair = _dual(layer, update, lambda module, hidden: _first(module(hidden)), pair)
+        if index + 1 < len(decoder.layers):
+            uploaded.append(_upload(ledger, decoder.layers[index + 1]))
+    while uploaded:
+        _offload(ledger, uploaded.pop(0))
+    ledger.enter(COMPUTE)
+    pair = _dual(decoder.final_layer_norm, update, lambda module, hidden: module(hidden), pair)
+    logits = _dual(model.lm_head, update, lambda module, hidden: module(hidden), pair)
+    shifted = [item[..., :-1, :].contiguous() for item in logits]
+    targets = batch.labels[..., 1:].contiguous().view(-1)
+    for item in shifted:
+        F.cross_entropy(item.view(-1, item.shape[-1]), targets)
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _positions(module: Any, positions: Tensor) -> Tensor:
+    return F.embedding(positions + module.offset, module.weight)
+
+
+def _dual(module: nn.Module, update: bool, run: Callable[[Any, Tensor], Tensor], inputs: Pair) -> Pair:
+    """`module_dual_forward`: an update by the step before, then both sides with their perturbations."""
+    if update:
+        for name, parameter in module.named_parameters():
+            _update(name, parameter)
+    _perturb(module)
+    first = run(module, inputs[0])
+    _perturb(module)
+    second = run(module, inputs[1])
+    _perturb(module)
+    return first, second
+
+
+def _perturb(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        z = torch.empty_like(parameter).normal_()
+        parameter.data.add_(1.0 * z * 1e-3)
+
+
+def _update(name: str, parameter: Tensor) -> None:
+    z = torch.empty_like(parameter).normal_()
+    if any(part in name for part in UNDECAYED):
+        parameter.data.sub_(1e-7 * 1.0 * z)
+    else:
+        parameter.data.sub_(1e-7 * (1.0 * z + 0.1 * parameter.data))
+
+
+def _upload(ledger: Ledger, layer: nn.Module) -> list[Block]:
+    ledger.enter(UPLOAD)
+    return [ledger.allocate(parameter.nbytes) for parameter in layer.parameters()]
+
+
+def _offload(ledger: Ledger, blocks: list[Block]) -> None:
+    for block in blocks:
+        ledger.release(block)

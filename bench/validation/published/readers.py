@@ -1,0 +1,43 @@
+"""The reader of each source. A row says who ran the step by the repository that it is from, or by `framework`.
+
+What cannot be said is an error that tells what: the row counts as not predicted, and is never predicted as something
+else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.validation.published import fms, peft_comparison, zeroth_order
+from bench.validation.published.row import Published, Row
+from qzo.errors import QzoError
+
+READERS: dict[str | None, Callable[[Row], Published]] = {
+    "huggingface/peft": peft_comparison.read,
+    "foundation-model-stack/fms-acceleration": fms.read,
+}
+PREDICTORS: dict[str | None, Callable[[Row], dict[str, int]]] = {  # of rows that are no recipe
+    "princeton-nlp/MeZO": zeroth_order.predict,
+    "liangyuwang/zo2": zeroth_order.predict,
+}
+
+
+def is_published(row: Row) -> bool:
+    """Whether a row comes with what the archive of the T4 does not have."""
+    return "source" in row or "framework" in row
+
+
+def read(row: Row) -> Published:
+    """What a row states. Raises QzoError for what cannot be said."""
+    repository = (row.get("source") or {}).get("repo")
+    reader = READERS.get(row.get("framework") or repository)
+    if reader is None:
+        raise QzoError(f"how {row.get('framework') or repository or 'it'} runs a step is not known here")
+    return reader(row)
+
+
+def predictor_of(row: Row) -> Callable[[Row], dict[str, int]] | None:
+    """The function that predicts a row which no recipe says, a zeroth-order step; None for the others."""
+    if row.get("method", "").startswith("mezo"):
+        return zeroth_order.predict
+    return PREDICTORS.get((row.get("source") or {}).get("repo"))
