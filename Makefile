@@ -95,7 +95,7 @@ bench-step: $(READY) ## seconds and memory of a QZO step on this CPU, as a page
 	$(RUN) -m bench.studies.step --out reports/studies/step/step.json $(ARGS)
 	$(RUN) -m reports.studies.step.page
 
-FILES ?= $(wildcard ../shared/measurements/*.jsonl reports/measurements/*.jsonl ../shared/measurements/public/peft_l40s.jsonl)
+FILES ?= $(wildcard ../shared/measurements/*.jsonl reports/measurements/*.jsonl ../shared/measurements/public/*.jsonl)
 validation: $(READY) ## make the page on predictions again from measurement files (FILES)
 	mkdir -p results/validation
 	for file in $(FILES); do \

@@ -31,7 +31,12 @@ METRICS = {  # ours -> key of `measured_mib`
     "step": "peak_optimizer",
 }
 OTHER_KEYS = {"process_nvidia_smi": "process"}  # of `measured_mib`, where a source says it in its own words
-PRINTED = {"princeton-nlp/MeZO": {"memory_as_printed": "process"}}  # by nvidia-smi, as its paper tells
+# What a source prints without its name: (metric, what its "GB" are worth in those of 1e9 bytes that the row was turned
+# from). MeZO's are nvidia-smi's, and GiB: the weights of OPT-30B alone, 59.9e9 bytes, are more than its 58.
+PRINTED = {
+    "princeton-nlp/MeZO": ("process", (1 << 30) / 1e9),
+    "QwenLM/Qwen": ("process", 1.0),
+}
 ARCHITECTURE = {  # key of a row's `architecture` -> config field of Llama-like models
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -125,9 +130,10 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def measured_bytes(row: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of each metric that the row has."""
     found = {name: row["measured_mib"].get(key) for name, key in METRICS.items()}
-    printed = PRINTED.get((row.get("source") or {}).get("repo"), {})
-    others = OTHER_KEYS | printed
-    found |= {name: row["measured_mib"][key] for key, name in others.items() if key in row["measured_mib"]}
+    found |= {name: row["measured_mib"][key] for key, name in OTHER_KEYS.items() if key in row["measured_mib"]}
+    metric, unit = PRINTED.get(str((row.get("source") or {}).get("repo")), ("", 1.0))
+    if metric and "memory_as_printed" in row["measured_mib"]:
+        found[metric] = unit * row["measured_mib"]["memory_as_printed"]
     return {name: round(value * MIB) for name, value in found.items() if value is not None}
 
 

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.cases import gpus
 from bench.cases.gpus import Gpu
 from bench.cases.models import ModelSource
 from bench.cases.recipe import FLASH, Recipe, parse
 from bench.ledger.ledger import Ledger
+from bench.ledger.repeat import repeated_layers
+from bench.ledger.repeat_training import NotAlike
 from bench.methods.int8 import int8_rules
 from bench.methods.offloading import offloading_of
 from bench.methods.optimizers import optimizer_of
 from bench.methods.recipes import STEP_OF, MicroBatch, loaded, with_adapters
-from bench.simulator.allocator.replay import ROUND_BYTES, replay
+from bench.simulator.allocator.replay import ROUND_BYTES, OutOfMemory, Replay, replay
 from bench.simulator.cuda.attention import preference
 from bench.simulator.cuda.kernels import CudaFunctions, rules
 from bench.simulator.shared import collector_off, number_of_experts
 from bench.validation.measurement import source_of
 from bench.validation.predict import see_loading
-from bench.validation.published import recipe_of
+from bench.validation.published.readers import predictor_of, read
+from bench.validation.published.row import Published
 from bench.worlds.sim import SimWorld
 from qzo.quiet import quiet_libraries
 
 STEPS = 3
 SEED = 42  # of the Trainer, by which rows are shuffled
+Layers = Callable[[Ledger, nn.Module], AbstractContextManager]
 MASKS = ("input_ids", "attention_mask", "labels")
 PACKED = ("input_ids", "position_ids", "labels")
 KERNEL_OF = {"eager": "eager", FLASH: "flash"}
@@ -41,8 +47,11 @@ def predict_row(row: Mapping[str, Any]) -> dict[str, int]:
 
 
 def predict_published(row: Mapping[str, Any]) -> dict[str, int]:
-    """The same of a row that others published. Raises QzoError for what no recipe says."""
-    return figures(predict(recipe_of(row), source_of(row["model_id"], row["architecture"]), gpus.find(row["gpu"])))
+    """The same of a row that others published. Raises QzoError for what cannot be said."""
+    predictor = predictor_of(row)
+    if predictor is not None:
+        return predictor(row)
+    return figures(predict_said(read(row), gpus.find(row["gpu"])))
 
 
 def figures(predicted: Mapping[str, Any]) -> dict[str, int]:
@@ -57,36 +66,65 @@ def described(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_id": row["model_id"], "gpu": row["gpu"], **shown, "seq_len": max(recipe.lengths)}
 
 
-@collector_off()
 def predict(recipe: Recipe, source: ModelSource, gpu: Gpu) -> dict[str, Any]:
     """Bytes: `loading` (peak), `steps` (peak of each), `reserved` and `process` (of all)."""
+    return predict_said(Published(recipe, source), gpu)
+
+
+@collector_off()
+def predict_said(said: Published, gpu: Gpu) -> dict[str, Any]:
+    """The same of a recipe with the changes that its framework makes to the model."""
+    if said.alike and not said.recipe.activation_offloading:
+        with suppress(NotAlike):
+            return _predict(said, gpu, repeated_layers)
+    return _predict(said, gpu, lambda ledger, model: nullcontext())
+
+
+def _predict(said: Published, gpu: Gpu, layers: Layers) -> dict[str, Any]:
+    recipe, source = said.recipe, said.source
     attention = KERNEL_OF.get(recipe.attention) or preference(gpu.compute_capability)[0]
     functions = partial(CudaFunctions, attention, gpu.compute_capability)
     world = SimWorld(source, attention, functions)
+    if said.build is not None:
+        world.model = said.build  # type: ignore[assignment, method-assign]
     table = rules(gpu, number_of_experts(source.config), padded=recipe.padded)
     if (recipe.quantization or {}).get("load_in_8bit"):
         table |= int8_rules()
     ledger = Ledger("meta", ROUND_BYTES, table)
-    model = loaded(recipe, world)
+    model: Any = loaded(recipe, world)
+    for change in said.loaded:
+        change(model)
     see_loading(ledger, model, read_ahead=0)
     with ledger:
         adapted = with_adapters(recipe, model, world)
+        for change in said.changes:
+            change(adapted)
     autocast = partial(world.autocast, getattr(torch, recipe.autocast)) if recipe.autocast else None
     step = STEP_OF[recipe.loop](adapted, optimizer_of(recipe, adapted), autocast)
     if recipe.activation_offloading:
         step.around = offloading_of(adapted, ledger.empty_cache if recipe.peft or recipe.quantization else None)
-    with ledger, functions():
+    with ledger, functions(), layers(ledger, adapted):
         for number, batches in enumerate(steps_of(recipe), 1):
             ledger.enter(f"step {number}")
             if recipe.arguments.get("torch_empty_cache_steps"):
                 ledger.empty_cache()
             step(batches)
-    replayed = replay(ledger)
+    replayed = replay_on(ledger, gpu)
     peaks = [replayed.phase_peaks[f"step {number}"] for number in range(1, STEPS + 1)]
     process = replayed.peak_reserved + gpu.context_bytes(True)
     return {
         "loading": replayed.phase_peaks["load"], "steps": peaks, "reserved": replayed.peak_reserved, "process": process,
     }  # fmt: skip
+
+
+def replay_on(ledger: Ledger, gpu: Gpu) -> Replay:
+    """The events on a card of that size: when it is full, the allocator gives back what is free. What needs more than
+    the card has is replayed as if it had enough.
+    """
+    try:
+        return replay(ledger, memory_bytes=gpu.memory_bytes - gpu.context_bytes())
+    except OutOfMemory:
+        return replay(ledger)
 
 
 def steps_of(recipe: Recipe) -> Iterator[list[MicroBatch]]:

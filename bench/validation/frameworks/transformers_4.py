@@ -8,6 +8,7 @@ loss/loss_utils.py, ForCausalLMLoss). Since 4.50 labels are padded instead of lo
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -29,14 +30,24 @@ def use_loss_of(version: str, loss: Loss | None = None) -> Callable[[nn.Module],
 
     def change(model: nn.Module) -> None:
         inner = base_of(model)
-        if release < LOSS_OF_ITS_OWN:
-            head = inner.get_output_embeddings()
-            forward = head.forward
-            head.forward = lambda hidden: forward(hidden).float()
-        if release < LABELS_PADDED or loss is not None:
+        if release < LOSS_OF_ITS_OWN and loss is not sixteen_bit_loss:
+            inner.forward = partial(_forward_with_loss, inner, loss or cut_logits_loss)
+        elif release < LABELS_PADDED or loss is not None:
             inner.loss_function = loss or cut_logits_loss
 
     return change
+
+
+def _forward_with_loss(model: Any, loss: Loss, input_ids: Tensor, labels: Tensor, **options: Any) -> Any:
+    """Logits in 16 bits, scaled where the model scales them, and in fp32, each in the place of the one before."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    logits = model.lm_head(model.model(input_ids=input_ids, attention_mask=options.get("attention_mask"))[0])
+    scaling = getattr(model.config, "logits_scaling", None)
+    if scaling is not None:
+        logits = logits / scaling
+    logits = logits.float()
+    return CausalLMOutputWithPast(loss=loss(logits, labels, model.config.vocab_size), logits=logits)
 
 
 def keep_presents(model: nn.Module) -> None:

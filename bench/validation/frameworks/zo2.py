@@ -6,15 +6,16 @@ own, one ahead. Vocabulary, positions and the last norm stay on the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.cases.text import Batch
-from bench.ledger.ledger import Block, Ledger
+from bench.ledger.ledger import Ledger
 
 DEFAULT, UPLOAD, COMPUTE = "load", "upload", "compute"  # streams, as phases of the ledger
 STEPS = 2  # the first has no gradient to update by
@@ -44,16 +45,16 @@ def _step(ledger: Ledger, model: Any, batch: Batch, update: bool) -> None:
     placed = _dual(decoder.embed_positions, update, lambda module, _: _positions(module, positions), (ids, ids))
     pair = pair[0] + placed[0], pair[1] + placed[1]
     del placed
-    uploaded: list[list[Block]] = [_upload(ledger, decoder.layers[0])]
-    for index, layer in enumerate(decoder.layers):
-        if len(uploaded) > 1:
-            _offload(ledger, uploaded.pop(0))
+    layers = list(decoder.layers)
+    _upload(ledger, layers[0])
+    for index, layer in enumerate(layers):
+        if index:
+            _offload(layers[index - 1])
         ledger.enter(COMPUTE)
         pair = _dual(layer, update, lambda module, hidden: _first(module(hidden)), pair)
-        if index + 1 < len(decoder.layers):
-            uploaded.append(_upload(ledger, decoder.layers[index + 1]))
-    while uploaded:
-        _offload(ledger, uploaded.pop(0))
+        if index + 1 < len(layers):
+            _upload(ledger, layers[index + 1])
+    _offload(layers[-1])
     ledger.enter(COMPUTE)
     pair = _dual(decoder.final_layer_norm, update, lambda module, hidden: module(hidden), pair)
     logits = _dual(model.lm_head, update, lambda module, hidden: module(hidden), pair)
@@ -98,11 +99,14 @@ def _update(name: str, parameter: Tensor) -> None:
         parameter.data.sub_(1e-7 * (1.0 * z + 0.1 * parameter.data))
 
 
-def _upload(ledger: Ledger, layer: nn.Module) -> list[Block]:
+def _upload(ledger: Ledger, layer: nn.Module) -> None:
     ledger.enter(UPLOAD)
-    return [ledger.allocate(parameter.nbytes) for parameter in layer.parameters()]
+    for parameter in layer.parameters():
+        parameter.data = torch.empty_like(parameter)
 
 
-def _offload(ledger: Ledger, blocks: list[Block]) -> None:
-    for block in blocks:
-        ledger.release(block)
+def _offload(layer: nn.Module) -> None:
+    """Storages that nobody has seen take the place of those on the GPU, which end here."""
+    with _disable_current_modes():
+        for parameter in layer.parameters():
+            parameter.data = torch.empty_like(parameter)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipe import FLASH, Recipe
 from bench.validation.frameworks.foak import fast_loss, fast_loss_of_given, fuse, fuse_head_loss
 from bench.validation.frameworks.gptq import GROUP_SIZE, to_gptq
 from bench.validation.frameworks.mixtral_4 import separate_experts
 from bench.validation.frameworks.transformers_4 import keep_presents, sixteen_bit_loss, use_loss_of
 from bench.validation.frameworks.trl import adapters_cast_by_trl
-from bench.validation.published.row import DTYPES, Change, Published, Row, checkpointing, lora, model_of
+from bench.validation.published.row import DTYPES, Change, Published, Row, checkpointing, flash_model_of, lora
 from qzo.errors import QzoError
 
 QUANTIZATION = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -35,20 +35,21 @@ def read(row: Row) -> Published:
     """The recipe of a row. Raises QzoError for a base that is not quantized in a way known here."""
     if row["quantization"] not in PACKED:
         raise QzoError(f"training on {row['quantization']} by PEFT is not known")
-    source = model_of(row)
+    source = flash_model_of(row)
     arguments: dict[str, Any] = {"optim": "adamw_torch"} | checkpointing(row)
     arguments |= REENTRANT if row.get("gradient_checkpointing") else {}
     arguments |= {row["base_dtype"]: True} if row.get("autocast") else {}
     recipe = Recipe(
         row["method"], arguments, lora(row), quantization=QUANTIZATION if row["quantization"] == "nf4" else None,
         kbit=KBIT if row.get("kbit_preparation") or row["quantization"] == "gptq-4bit" else None,
-        dtype=DTYPES[row["base_dtype"]], batch_size=row["batch_size"], lengths=(tokens_of(row),),
+        dtype=DTYPES[row["base_dtype"]], attention=FLASH, batch_size=row["batch_size"], lengths=(tokens_of(row),),
         versions=dict(row.get("versions") or {}),
     )  # fmt: skip
     bits = PACKED[row["quantization"]]
     size = UNGROUPED.get(row["model_id"], GROUP_SIZE)
     loaded = (separate_experts, *([to_gptq(bits, size)] if bits else []))
-    return Published(recipe, source, loaded, tuple(_changes(row, source.config.model_type)))
+    changes = tuple(_changes(row, source.config.model_type))
+    return Published(recipe, source, loaded, changes, alike=keep_presents not in changes)
 
 
 def tokens_of(row: Row) -> int:

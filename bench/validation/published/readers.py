@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench.validation.published import fms, peft_comparison, zeroth_order
+from bench.validation.published import fms, litgpt, peft_comparison, qwen, zeroth_order
 from bench.validation.published.row import Published, Row
 from qzo.errors import QzoError
 
 READERS: dict[str | None, Callable[[Row], Published]] = {
     "huggingface/peft": peft_comparison.read,
     "foundation-model-stack/fms-acceleration": fms.read,
+    "litgpt": litgpt.read,
+    "QwenLM/Qwen": qwen.read_qwen,
+    "modelscope/ms-swift": qwen.read_swift,
 }
 PREDICTORS: dict[str | None, Callable[[Row], dict[str, int]]] = {  # of rows that are no recipe
     "princeton-nlp/MeZO": zeroth_order.predict,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from bench.cases.models import ModelSource
@@ -23,17 +24,29 @@ class Published:
     """A row in the words of a recipe, and what its framework did that the installed libraries do not.
 
     `loaded` changes the model as it is loaded, before there are adapters; `changes` the model that is trained.
+    `alike`: a layer leaves nothing behind that the model sees, so that two of them can stand for all.
+    `build` makes the framework's own model, where it is not that of transformers.
     """
 
     recipe: Recipe
     source: ModelSource
     loaded: tuple[Change, ...] = ()
     changes: tuple[Change, ...] = ()
+    alike: bool = True
+    build: Callable[[torch.dtype], nn.Module] | None = None
 
 
 def model_of(row: Row) -> ModelSource:
     """The row's model."""
     return source_of(row["model_id"], row["architecture"])
+
+
+def flash_model_of(row: Row) -> ModelSource:
+    """The row's model under FlashAttention 2, which has a sliding window in its kernel and so needs no mask for it."""
+    source = model_of(row)
+    if getattr(source.config, "sliding_window", None):
+        source.config.sliding_window = None
+    return source
 
 
 def lora(row: Row, **options: Any) -> dict[str, Any] | None:

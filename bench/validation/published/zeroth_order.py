@@ -7,7 +7,6 @@ before it, cut at the 2,048 positions of OPT. Neither number is told with the fi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -19,10 +18,10 @@ from bench.ledger.ledger import Ledger
 from bench.methods.as_released import full_loss, mezo_reference
 from bench.methods.prepared import Prepared
 from bench.simulator.allocator.replay import ROUND_BYTES, replay
-from bench.simulator.cuda.kernels import CudaFunctions, rules
+from bench.simulator.cuda.kernels import rules
 from bench.simulator.shared import collector_off
-from bench.validation.frameworks.zo2 import streamed_step
 from bench.validation.frameworks.streams import replay_streams
+from bench.validation.frameworks.zo2 import streamed_step
 from bench.validation.published.row import Row, model_of
 from bench.worlds.sim import SimWorld
 from bench.worlds.watch import register_resident, run_steps
@@ -74,8 +73,9 @@ def _zo2(row: Row) -> Figures:
     source, gpu = model_of(row), _gpu(row)
     source.config.tie_word_embeddings = False  # its OPTForCausalLM ties nothing
     world, ledger = _world(row, source), _ledger(gpu, source)
+    model = world.model(torch.float16).train()
     with ledger, world.functions(), torch.no_grad():
-        streamed_step(ledger, world.model(torch.float16).train(), _batch(row["seq_len"]))
+        streamed_step(ledger, model, _batch(row["seq_len"]))
     reserved = replay_streams(ledger)
     return {"reserved": reserved, "process": reserved + gpu.context_bytes(backward=False)}
 
@@ -87,7 +87,7 @@ def _figures(ledger: Ledger, gpu: gpus.Gpu) -> Figures:
 
 
 def _world(row: Row, source: ModelSource) -> SimWorld:
-    return SimWorld(source, EAGER if row["attention"] == EAGER else "flash")
+    return SimWorld(source, EAGER)
 
 
 def _ledger(gpu: gpus.Gpu, source: ModelSource) -> Ledger:

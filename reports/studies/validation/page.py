@@ -19,13 +19,16 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from reports.errors import ReportError
-from reports.render.png import COLOURS, INK, QUIET
+from reports.render.png import INK, QUIET
 from reports.tables.sizes import GIB
 from reports.tables.table import Table
 
 HERE = Path(__file__).parent
+SERIES = ("#1b6ca8", "#d1495b", "#3c8d53", "#e0a030", "#7a4fa3", "#2a9d8f", "#8d6e63", "#c2185b", "#546e7a", "#9e9d24")
 REPORT, FIGURE = HERE / "validation.md", HERE.parents[1] / "figures" / "validation.png"
-KINDS = {"allocated": COLOURS["weights"], "reserved": COLOURS["optimizer"]}  # what is drawn, and its colour
+CAUSES = HERE / "causes.md"  # why rows of others are off, and which variant closed a gap; written by hand
+KINDS = ("allocated", "reserved", "process")  # what is drawn, and compared group by group
+LOWEST_GIB = 0.1  # below it the scatter plot has no room
 METRICS = ("allocated", "reserved", "process", "forward", "backward", "step")
 HEAD = """# Predicted against measured
 
@@ -40,7 +43,42 @@ Row = dict[str, Any]
 def page(compared: Sequence[Row]) -> str:
     """The Markdown of one or more comparisons."""
     tables = [table for part in compared for table in (statistics_table(part), groups_table(part))]
-    return "\n\n".join([HEAD.rstrip(), *(table.to_markdown() for table in tables)]) + "\n"
+    sources = sources_table(compared).to_markdown()
+    return (
+        "\n\n".join(
+            [
+                HEAD.rstrip(),
+                sources,
+                CAUSES.read_text(encoding="utf-8").strip(),
+                *(table.to_markdown() for table in tables),
+            ]
+        )
+        + "\n"
+    )
+
+
+def sources_table(compared: Sequence[Row]) -> Table:
+    """Rows, and mean, worst and mean signed error of each kind of bytes, by source, card and method."""
+    rows = []
+    for part in compared:
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in part["rows"]:
+            case = row["case"]
+            groups.setdefault((case.get("gpu") or "CPU", str(case.get("method"))), []).append(row)
+        for (gpu, method), group in sorted(groups.items()):
+            said = [row["error_percent"] for row in group if row["status"] == "ok"]
+            cells = [_mean_worst_signed([error[kind] for error in said if kind in error]) for kind in KINDS]
+            unsaid = len(group) - len(said)
+            rows.append([_source(part), gpu, method, str(len(group)), str(unsaid) if unsaid else "", *cells])
+    headers = ["source", "card", "method", "rows", "not said", *(f"{kind}, mean / worst / signed" for kind in KINDS)]
+    total = sum(len(part["rows"]) for part in compared)
+    failed = sum(row["status"] != "ok" for part in compared for row in part["rows"])
+    notes = [f"{total} rows, {failed} of them not said ({100 * failed / max(total, 1):.1f} %); why stands below."]
+    return Table("All sources", headers, rows, notes, text_columns=3)
+
+
+def _source(part: Row) -> str:
+    return str(part.get("file", "")).removesuffix(".jsonl")
 
 
 def title_of(part: Row) -> str:
@@ -91,24 +129,39 @@ def groups_table(part: Row) -> Table:
 
 
 def picture(compared: Sequence[Row]) -> bytes:
-    """Predicted over measured bytes of every row, as PNG; the line is where they are equal."""
-    figure = Figure(figsize=(9, 4.6), dpi=150, layout="constrained")
-    for axis, (kind, colour) in zip(figure.subplots(1, len(KINDS)), KINDS.items(), strict=True):
-        points = [
-            (row["measured"][kind] / GIB, row["predicted"][kind] / GIB)
-            for part in compared
-            for row in part["rows"]
-            if row["status"] == "ok" and kind in row["error_percent"]
-        ]
-        ends = (0, 1.05 * max((max(point) for point in points), default=1))
-        axis.plot(ends, ends, color=QUIET, linewidth=0.8)
-        axis.plot(*zip(*points, strict=True) if points else ((), ()), "o", color=colour, markersize=4, alpha=0.7)
-        axis.set(xlim=ends, ylim=ends, aspect="equal", xlabel="measured, GiB", ylabel="predicted, GiB")
-        axis.set_title(f"{kind}, {len(points)} rows", loc="left", fontsize=11, color=INK)
+    """Predicted over measured bytes of every row, a colour a source, as PNG; the line is where they are equal."""
+    figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
+    colours = dict(zip(map(_source, compared), itertools.cycle(SERIES), strict=False))
+    for axis, kind in zip(figure.subplots(1, len(KINDS)), KINDS, strict=True):
+        count = 0
+        ends = [LOWEST_GIB, 2 * LOWEST_GIB]
+        for part in compared:
+            points = [
+                (row["measured"][kind] / GIB, row["predicted"][kind] / GIB)
+                for row in part["rows"]
+                if row["status"] == "ok" and kind in row["error_percent"]
+            ]
+            count += len(points)
+            ends[1] = max([ends[1], *(1.3 * value for point in points for value in point)])
+            options = {"color": colours[_source(part)], "label": _source(part), "markersize": 3.5, "alpha": 0.6}
+            axis.plot(*zip(*points, strict=True) if points else ((), ()), "o", markeredgewidth=0, **options)
+        axis.plot(ends, ends, color=QUIET, linewidth=0.8, zorder=0)
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
+        axis.set(xlabel="measured, GiB", ylabel="predicted, GiB")
+        axis.set_title(f"{kind}, {count} rows", loc="left", fontsize=11, color=INK)
         axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8, markerscale=2)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight")
     return buffer.getvalue()
+
+
+def _mean_worst_signed(errors: Sequence[float]) -> str:
+    if not errors:
+        return ""
+    sizes = [abs(error) for error in errors]
+    return f"{statistics.fmean(sizes):.1f} / {max(sizes):.1f} / {statistics.fmean(errors):+.1f} %"
 
 
 def _mean_and_worst(errors: Iterable[float]) -> str:

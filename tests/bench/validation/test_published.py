@@ -5,6 +5,7 @@ import pytest
 from bench.validation.compare import compare_row
 from bench.validation.measurement import MIB, measured_bytes
 from bench.validation.published.peft_comparison import AROUND, LONGEST
+from bench.validation.published.qwen import drawn_lengths
 from bench.validation.published.readers import read
 from qzo.errors import QzoError
 
@@ -97,10 +98,66 @@ def test_what_nvidia_smi_says_is_the_process():
         (COMPARED, {"max_seq_len": 512}, "longest batch of rows cut at 512 tokens"),
         (COMPARED, {"peft_config": {"peft_type": "NEW"}}, "the PEFT method NEW is not in the installed version"),
         (TRAINED, {"quantization": "gptq-3bit"}, "training on gptq-3bit"),
-        (TRAINED, {"framework": "litgpt"}, "how litgpt runs a step"),
+        (TRAINED, {"framework": "torchtune"}, "how torchtune runs a step"),
     ],
 )
 def test_what_no_recipe_says_is_told_and_not_predicted_as_something_else(row, change, reason):
     with pytest.raises(QzoError, match=reason):
         read(row | change)
     assert compare_row(row | change)["status"] == "error"
+
+
+LITGPT = {
+    "framework": "litgpt", "model_id": "meta-llama/Llama-9-tiny", "gpu": "NVIDIA A10G",
+    "architecture": SIZES | {"head_dim": 32}, "method": "qlora", "base_dtype": "bf16", "quantization": "nf4",
+    "batch_size": 2, "seq_len": 300, "lora_rank": 8, "lora_dropout": 0.05, "lora_targets": ["q_proj", "v_proj"],
+    "optimizer": "paged-adamw (bitsandbytes)", "measured_mib": {"peak_allocated": 20.0},
+}  # fmt: skip
+
+
+def test_litgpts_own_model_holds_its_logits_in_chunks_of_16_bits():
+    found = compare_row(LITGPT)
+    assert found["status"] == "ok", found["message"]
+    logits = 2 * 300 * SIZES["vocab_size"]  # elements
+    assert 2 * logits < found["predicted"]["allocated"] < 20 * logits
+    assert compare_row(LITGPT | {"method": "adapter"})["message"] == "LitGPT's adapter is not written down here"
+
+
+QWEN = TRAINED | {"source": {"repo": "QwenLM/Qwen"}, "model_id": "Qwen/Qwen-9-tiny", "quantization": "none"}
+
+
+def test_the_first_qwens_names_are_those_of_qwen2():
+    recipe = read(QWEN | {"lora_targets": ["c_attn", "c_proj"], "modules_to_save": ["wte"]}).recipe
+    assert recipe.peft["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+    assert recipe.peft["modules_to_save"] == ["embed_tokens"]
+    with pytest.raises(QzoError, match="which stage of DeepSpeed"):
+        read(QWEN | {"method": "full"})
+
+
+def test_drawn_lengths_rise_to_the_longest_that_is_allowed():
+    lengths = drawn_lengths(2048, 2)
+    assert lengths == tuple(sorted(lengths)) and lengths[-2:] == (2048, 2048) and len(lengths) == 18
+    assert 250 < lengths[0] < lengths[-3] < 2048
+
+
+OPT = {
+    "source": {"repo": "liangyuwang/zo2"}, "model_id": "facebook/opt-tiny", "gpu": "NVIDIA GeForce RTX 3090",
+    "architecture": SIZES | {"num_layers": 6, "num_kv_heads": 4, "tie_word_embeddings": False},
+    "method": "mezo, layers streamed from CPU memory (ZO2)", "attention": "sdpa-flash", "batch_size": 1, "seq_len": 64,
+    "measured_mib": {"process": 500.0},
+}  # fmt: skip
+
+
+def test_streamed_layers_take_two_layers_room_however_many_there_are():
+    few, many = (
+        compare_row(OPT | {"architecture": OPT["architecture"] | {"num_layers": layers}})["predicted"]
+        for layers in (3, 9)
+    )
+    assert few["reserved"] == many["reserved"]
+
+
+def test_mezos_figure_counts_in_gib_and_what_ran_on_several_gpus_is_not_said():
+    row = OPT | {"source": {"repo": "princeton-nlp/MeZO"}, "method": "zero-shot", "attention": "eager", "seq_len": None}
+    found = compare_row(row | {"measured_mib": {"memory_as_printed": 1e9 / MIB}})
+    assert found["status"] == "ok" and found["measured"] == {"process": 1 << 30}
+    assert "the sum over 4 GPUs" in compare_row(row | {"gpus": 4})["message"]

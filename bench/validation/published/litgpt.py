@@ -1,0 +1,69 @@
+"""Lightning-AI/litgpt: the resource tables (finetune/lora.py, adapter.py, adapter_v2.py) and config_hub.
+
+Everything is in bf16, adapters and states too; there is no autocast and no checkpointing, and the first batch is the
+longest. A row without a count of micro-batches is of config_hub, whose batches are cut at 512 tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bench.cases.recipe import Recipe
+from bench.validation.frameworks.litgpt import Shape, built, keep_inputs, only_adapters
+from bench.validation.published.row import WHOLE, Published, Row, model_of
+from qzo.errors import QzoError
+
+PARTS = {
+    "q_proj": "query", "k_proj": "key", "v_proj": "value", "query": "query", "value": "value", "o_proj": "projection",
+    "dense": "projection", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp", "fc1": "mlp", "fc2": "mlp",
+    "lm_head": "head",
+}  # fmt: skip
+KINDS: tuple[tuple[str, dict[str, Any]], ...] = (  # part of a model's id -> what its Config in lit_gpt says
+    ("phi-", {"gated": False, "rms": False, "parallel": True, "shared_norm": True, "bias": True, "head_bias": True}),
+    ("stablelm-base", {"gated": False, "rms": False, "parallel": True, "bias": True, "rotated": 0.25}),
+    ("llama", {}),
+)
+ROTATED = {"phi-1_5": 0.5, "phi-2": 0.4}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+QUANTIZED: dict[str, dict[str, Any] | None] = {
+    "none": None, "nf4": NF4, "nf4-dq": NF4 | {"bnb_4bit_use_double_quant": True},
+}  # fmt: skip
+OPTIMIZERS = {"adamw": "adamw_torch", "paged-adamw": "paged_adamw_32bit"}
+
+
+def read(row: Row) -> Published:
+    """The recipe of a row. Raises QzoError for methods and models that are not written down here."""
+    if row["method"].startswith("adapter"):
+        raise QzoError(f"LitGPT's {row['method']} is not written down here")
+    if row["measured_mib"].get("out_of_memory"):
+        raise QzoError("out of memory is no number of bytes")
+    shape = _shape(row)
+    whole = row["method"] in WHOLE
+    optimizer = OPTIMIZERS[row["optimizer"].split(" (")[0]]
+    accumulated = 2 if whole else 1  # gradients are there when the second micro-batch begins
+    recipe = Recipe(
+        row["method"], {"optim": optimizer, "gradient_accumulation_steps": accumulated, "max_grad_norm": 0.0},
+        quantization=QUANTIZED[row["quantization"]], batch_size=row["batch_size"], lengths=(row["seq_len"],),
+        loop="plain",
+    )  # fmt: skip
+    changes = () if whole else (only_adapters, keep_inputs)
+    return Published(recipe, model_of(row), changes=changes, build=built(shape))
+
+
+def _shape(row: Row) -> Shape:
+    name = row["model_id"].lower()
+    kind = next((options for part, options in KINDS if part in name), None)
+    if kind is None:
+        raise QzoError(f"LitGPT's model of {row['model_id']} is not written down here")
+    sizes = row["architecture"]
+    rotated = next((share for part, share in ROTATED.items() if part in name), 1.0)
+    return Shape(
+        sizes["num_layers"], sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_kv_heads"],
+        sizes["head_dim"], sizes["intermediate_size"], sizes["vocab_size"],
+        norm_dtype=torch.float32 if "config" in row else None, rank=row["lora_rank"] or 0,
+        dropout=row["lora_dropout"] or 0.0,
+        lora=tuple(dict.fromkeys(PARTS[target] for target in row["lora_targets"] or ())),
+        **{"rotated": rotated} | kind,
+    )  # fmt: skip
