@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.cases.case import BenchCase
-from bench.cases.methods import METHODS
+from bench.cases.methods import BY_NAME, METHODS
 from bench.cases.recipe_table import BARE
 from bench.ledger.repeat_training import NotAlike
 from bench.worlds import sim
@@ -84,7 +84,7 @@ def test_every_method_runs_and_its_roles_add_up(model, method):
     assert record["peak"]["allocated"] <= record["peak"]["reserved"] < record["peak"]["process"]
     names = [phase["name"] for phase in record["phases"]]
     first = ["load", "forward", "backward", "step"]
-    assert names == (first if record["case"]["optimizer"] in ("sgd", "adamw-bf16", "adamw-fp32") else
+    assert names == (first if BY_NAME[method].first_order else
                      ["load", "perturb", "forward-plus", "forward-minus", "update"])  # fmt: skip
 
 
