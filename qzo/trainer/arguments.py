@@ -115,6 +115,16 @@ def check_optimizer(given: dict[str, Any], qzo_options: dict[str, Any]) -> None:
         )
 
 
+def check_reference(given: dict[str, Any]) -> None:
+    """Raise QzoError where TRL would make the reference of a preference loss itself: not from the codes qzo reads."""
+    precomputed = getattr(given.get("args"), "precompute_ref_log_probs", False)
+    if given.get("ref_model") is None and not precomputed:
+        raise QzoError(
+            "ref_model=None: TRL would load the reference by transformers, which does not read the model as it is here; "
+            "give ref_model=qzo.load(...) of the same model, or precompute_ref_log_probs=True"
+        )
+
+
 def _asks(arguments: Any, name: str, base: dict[str, Any], declared: dict[str, Any]) -> bool:
     """Whether a value is neither "off" nor what its class makes of a field that nobody set."""
     value = _plain(getattr(arguments, name))

@@ -23,7 +23,7 @@ from qzo.live.trainable import scale_group
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
 from qzo.quiet import quiet_libraries
-from qzo.trainer.arguments import SHARDED, check_arguments, check_optimizer
+from qzo.trainer.arguments import SHARDED, check_arguments, check_optimizer, check_reference
 from qzo.trainer.collate import padding
 from qzo.trainer.resumable import ResumableTrainer
 from qzo.trainer.roles import TakenStep, said_to_train
@@ -83,10 +83,13 @@ class QZOTrainer(ResumableTrainer):
         self._clipped: list[bool] = []
         self._checked = False
         self._base: dict[str, str] | None = None
-        given = inspect.signature(Trainer.__init__).bind_partial(self, *arguments, **named).arguments
+        signature = inspect.signature(_mixed_in(type(self)).__init__)
+        given = signature.bind_partial(self, *arguments, **named).arguments
         if given.get("args") is not None:
             check_arguments(given["args"])
         check_optimizer(given, self.qzo_options)
+        if "ref_model" in signature.parameters:
+            check_reference(given)
         super().__init__(*arguments, **named)
         if self.args.world_size > 1:
             raise QzoError(f"world_size={self.args.world_size}: {SHARDED}")
@@ -274,3 +277,9 @@ class QZOTrainer(ResumableTrainer):
             own[name].copy_(value)
         for _, _, _, tensor in self.zeroth_order._tensors():
             self.zeroth_order.state[tensor]["master"].copy_(tensor)
+
+
+def _mixed_in(kind: type) -> Any:
+    """The class whose arguments those of QZOTrainer are: a trainer of TRL that is mixed in, else Trainer."""
+    after = kind.__mro__[kind.__mro__.index(ResumableTrainer) + 1 :]
+    return next(parent for parent in after if "__init__" in vars(parent))

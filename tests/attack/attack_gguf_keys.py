@@ -27,6 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {},
     "gemma3_text": {"num_hidden_layers": 6},
     "phi3": {},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {"num_local_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }

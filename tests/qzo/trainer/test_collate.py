@@ -1,4 +1,4 @@
-"""Rows of different lengths, with QZOTrainer as it is and mixed with a trainer of TRL."""
+"""Rows of different lengths with QZOTrainer."""
 
 import random
 
@@ -55,29 +55,3 @@ def test_the_trainer_takes_rows_of_different_lengths(model, tmp_path):
     assert trainer.zeroth_order.steps == 2 and trainer.zeroth_order.skipped_steps == 0
     mine = QZOTrainer(model, TrainingArguments(str(tmp_path / "out"), **OPTIONS), default_data_collator)
     assert mine.data_collator is default_data_collator
-
-
-def test_a_mixture_with_trl_trains_the_same_twice_and_names_its_metrics_as_of_training(make_model, tmp_path):
-    trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
-    datasets = pytest.importorskip("datasets", reason="TRL needs datasets, which is not installed")
-
-    class QZOSFT(QZOTrainer, trl.SFTTrainer):
-        """Supervised fine-tuning by TRL, with the steps of QZO."""
-
-    folder = standin.write_model(make_model(dtype=torch.bfloat16), tmp_path / "model", True)
-    data = datasets.Dataset.from_list([{"input_ids": row, "labels": row} for row in ROWS])
-    made = []
-    for life in ("first", "second"):
-        arguments = trl.SFTConfig(str(tmp_path / life), bf16=False, max_length=None, **OPTIONS)
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.pad_token = tokenizer.eos_token = "w4"
-        trainer = QZOSFT(load(folder), arguments, train_dataset=data, processing_class=tokenizer)
-        trainer.train()
-        made.append(trainer)
-    first, second = (trainer.zeroth_order.truth() for trainer in made)
-    assert all(torch.equal(first[name], second[name]) for name in first) and made[0].zeroth_order.steps == 2
-    logs = [entry for entry in made[0].state.log_history if "loss" in entry]
-    assert len(logs) == 2 and not [name for name in logs[0] if name.startswith("eval_")]
-    assert "mean_token_accuracy" in logs[0]
