@@ -36,7 +36,7 @@ def printable(text: object) -> str:
 
 
 class NotFinite(QzoError):
-    """A model gives NaN or infinity where numbers are needed."""
+    """NaN or infinity where numbers are needed: in what a model gives, or in the files of one."""
 
 
 @contextmanager
@@ -45,7 +45,8 @@ def named(layer: str) -> Iterator[None]:
     try:
         yield
     except QzoError as error:
-        raise QzoError(f"{layer}: {error}") from error
+        kind = NotFinite if isinstance(error, NotFinite) else QzoError
+        raise kind(f"{layer}: {error}") from error
 
 
 # Remedies that refusals of a checkpoint have in common; a remedy stands behind the last semicolon of a message.

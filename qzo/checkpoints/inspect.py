@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qzo.checkpoints.generation import read_generation
 from qzo.errors import OTHER, QzoError
 from qzo.files.finite import check_stored
 from qzo.files.folder import headers_in, weight_files
-from qzo.files.settings import Source, is_gguf, source_of
+from qzo.files.settings import Source, check_no_adapters, is_gguf, source_of
 from qzo.formats.packed import parts_of
 from qzo.formats.table import find
 from qzo.models.inspection import Inspection, obstacle
@@ -29,6 +30,9 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
     if not is_gguf(path) and not path.is_dir():
         raise QzoError(f"{source} is not a folder; give a folder with config.json, or a .gguf file")
     about = source_of(path)
+    if path.is_dir():
+        read_generation(path)
+        check_no_adapters(about)
     settings, method = about.settings, str(about.method)
     try:
         found = find(about)
@@ -52,6 +56,6 @@ def _unquantized(name: str, source: Source) -> Inspection:
         check_unquantized(source.path, source.config, headers)
         check_stored(headers, ())  # which loading does once its tensors are in memory
 
-    obstructed = obstacle(source.path, check)
+    obstructed, finite = obstacle(source.path, check)
     reason = obstructed or f"it is not quantized; first run: qzo quantize {name} OUT"
-    return Inspection(name, "unquantized", counts=counts, sizes=sizes, reason=reason)
+    return Inspection(name, "unquantized", counts=counts, sizes=sizes, reason=reason, finite=finite)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qzo.checkpoints.save import GENERATION, writes_itself
+from qzo.checkpoints.generation import read_generation
+from qzo.checkpoints.save import writes_itself
 from qzo.checkpoints.tokenizer import load_tokenizer as load_tokenizer
 from qzo.errors import AGAIN, QzoError
 from qzo.files.finite import check_made, check_model
 from qzo.files.folder import download, headers_in, one_line, weight_files
-from qzo.files.settings import Source, is_gguf, source_of
+from qzo.files.settings import Source, check_no_adapters, is_gguf, source_of
 from qzo.formats.gguf.files import GgufCheckpoint
 from qzo.formats.table import find
 from qzo.models.build import auto_class, config_of
@@ -84,6 +85,8 @@ def _load(
             "qzo inspect take it as it is"
         )
     about = source_of(folder)
+    read_generation(folder)  # before the weights
+    check_no_adapters(about)
     found = find(about)
     if found is not None:
         return _packed(found.load(dtype, torch.device(device)), about)
@@ -118,14 +121,9 @@ def _from_file(path: Path, dtype: torch.dtype | None, device: torch.device, dequ
 def _packed(model: Any, about: Source) -> Any:
     """A model on the codes of its files: it remembers them, reads its generation config, and saves itself."""
     note_origin(model, Origin(about.path.resolve(), packed=True, settings=about.settings))
-    if (about.path / GENERATION).is_file():
-        from transformers import GenerationConfig
-
-        try:
-            with quiet_libraries():
-                model.generation_config = GenerationConfig.from_pretrained(about.path)
-        except Exception as error:  # as in _from_pretrained
-            raise QzoError(f"{about.path / GENERATION}: {one_line(error)}; mend it, or remove it") from error
+    generation = read_generation(about.path)
+    if generation is not None:
+        model.generation_config = generation
     writes_itself(model)
     return model
 

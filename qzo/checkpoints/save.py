@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qzo.checkpoints.generation import GENERATION
 from qzo.checkpoints.layout import new_layout
 from qzo.checkpoints.tokenizer import load_tokenizer
 from qzo.checkpoints.write import check_link, copy_rest
@@ -27,7 +28,6 @@ from qzo.models.stored import Stored
 from qzo.quiet import quiet_libraries
 
 BESIDE_WEIGHTS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
-GENERATION = "generation_config.json"
 LIVE = (".scales", ".offsets")
 Fill = Callable[[Path], object]
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qzo.errors import printable
+from qzo.errors import NotFinite, printable
 from qzo.output import check_output, write_output
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Inspect, print the table, write the JSON file."""
+    """Inspect, print the table, write the JSON file. Raises NotFinite, after that, for numbers that are none."""
     from qzo.checkpoints.inspect import inspect
     from qzo.training.tuned import is_tuned, read_tuned
 
@@ -41,6 +41,8 @@ def run(options: argparse.Namespace) -> None:
     print(table(found))
     if options.json:
         write_output(options.json, json.dumps({**found.to_json(), **about}, indent=2) + "\n")
+    if not found.finite:
+        raise NotFinite(f"{found.model}: {found.reason}")
 
 
 def table(found: Inspection) -> str:

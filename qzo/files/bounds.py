@@ -6,6 +6,7 @@ gigabytes of objects. The limits below are a few times what the largest public c
 
 from __future__ import annotations
 
+import codecs
 import math
 import stat
 import struct
@@ -53,6 +54,19 @@ def check_folder(folder: Path) -> None:
         for file in sorted(place.iterdir()) if place.is_dir() else ():
             if any(fnmatch(file.name, pattern) for pattern in READ) and file.exists() and not file.is_dir():
                 check_file(file)
+                if file.suffix == ".json":
+                    _check_encoding(file)
+
+
+def _check_encoding(file: Path) -> None:
+    """Raise QzoError for JSON that begins with a byte order mark: of it, some readers take no notice and some fail."""
+    with file.open("rb") as opened:
+        start = opened.read(3)
+    if start.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise QzoError(
+            f"{file} begins with a byte order mark, which JSON may not have and transformers does not read; save it "
+            "as UTF-8 without one"
+        )
 
 
 def check_json(file: Path, text: str) -> None:

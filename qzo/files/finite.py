@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qzo.errors import QzoError
+from qzo.errors import NotFinite
 from qzo.files.folder import Header, opened
 
 SMALL = 2**20  # numbers: what an inspection reads of tensors that are no part of a quantized layer
@@ -31,7 +31,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_stored(headers: dict[str, Header], layers: Iterable[str]) -> None:
-    """Raise QzoError, with the tensor's name, for numbers in safetensors files that are not finite.
+    """Raise NotFinite, with the tensor's name, for numbers in safetensors files that are not finite.
 
     Read are all floating-point tensors of the quantized layers named, which are about a hundredth of their bytes
     (scales, offsets, codebooks, biases), and of the others those of up to 2^20 numbers (norms, biases; not the
@@ -54,17 +54,17 @@ def check_stored(headers: dict[str, Header], layers: Iterable[str]) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise QzoError for a tensor with NaN or infinity in it."""
+    """Raise NotFinite for a tensor with NaN or infinity in it."""
     if not is_finite(tensor):
         bad = int(tensor.numel() - torch.isfinite(tensor.float()).sum())
-        raise QzoError(
+        raise NotFinite(
             f"{name} has {bad:,} numbers of {tensor.numel():,} that are NaN or infinite: the model was damaged, or "
             "overflowed when it was made; download or quantize it again"
         )
 
 
 def check_model(source: object, model: torch.nn.Module) -> None:
-    """Raise QzoError for a loaded model with NaN or infinity in a parameter, or in a buffer that checkpoints hold."""
+    """Raise NotFinite for a loaded model with NaN or infinity in a parameter, or in a buffer that checkpoints hold."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         check_tensor(f"{source}: {name}", tensor)
 

@@ -14,6 +14,7 @@ from qzo.files.folder import read_json
 FORMATS = ("gptq", "gptq_v2")
 QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ and gptqmodel look first
 AWQ_CONFIG = "quant_config.json"  # the same of AutoAWQ
+ADAPTER_CONFIG, ADAPTERS = "adapter_config.json", "adapter_model."  # of peft
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ def source_of(path: Path) -> Source:
     if is_gguf(path):
         return Source(path, {}, None)
     check_folder(path)
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
+        raise QzoError(
+            f"{path} holds adapters without their model; load the model they are for, and put them on it with peft "
+            "(PeftModel.from_pretrained)"
+        )
     config = read_json(path / "config.json")
     return Source(path, config, settings_of(path, config))
 
@@ -65,6 +71,19 @@ def settings_of(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     if settings is not None and not isinstance(settings, dict):
         raise QzoError(f"{folder}: quantization_config in config.json is not a JSON object; mend config.json")
     return settings
+
+
+def check_no_adapters(source: Source) -> None:
+    """Raise QzoError for adapters beside a model, which one way of loading would add to it and another leave out.
+
+    What is left of them beside a quantized model, settings without weights, is nobody's to read.
+    """
+    weights = sorted(file.name for file in source.path.glob(f"{ADAPTERS}*") if file.is_file())
+    if (source.path / ADAPTER_CONFIG).is_file() and (weights or source.settings is None):
+        raise QzoError(
+            f"{source.path} has {ADAPTER_CONFIG} beside a model, and adapters are not read; merge them with peft "
+            f"(merge_and_unload), or move {' and '.join([ADAPTER_CONFIG, *weights])} away to have the model without"
+        )
 
 
 def method_of(settings: dict[str, Any]) -> str:

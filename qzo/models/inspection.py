@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qzo.errors import QzoError
+from qzo.errors import NotFinite, QzoError
 
 WHOLE_ZEROS = "zero points are whole numbers and move with their scales"
 
@@ -28,6 +28,7 @@ class Inspection:
             packed words are counted.
         trainable: set of `qzo.trainable` -> how many numbers it trains; empty for foreign formats.
         reason: why QZO cannot train it here; None where it can.
+        finite: False where the reason is a number in the files that is NaN or infinite; not in the record.
         moving: what the set "scales+offsets" moves beside scales, in words for people; not in the record.
     """
 
@@ -43,19 +44,23 @@ class Inspection:
     trainable: dict[str, int] = field(default_factory=dict)
     reason: str | None = None
     moving: str = ""
+    finite: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """The record that `qzo inspect --json` writes."""
         record = asdict(self)
         record["bytes"] = record.pop("sizes")
-        del record["moving"]
+        del record["moving"], record["finite"]
         return {**record, "trains_here": self.reason is None}
 
 
-def obstacle(path: Path, build: Callable[[], object]) -> str | None:
-    """Why a model cannot be built, by the QzoError of `build`; None where nothing but the data could be at fault."""
+def obstacle(path: Path, build: Callable[[], object]) -> tuple[str | None, bool]:
+    """Why a model cannot be built, by the QzoError of `build`; None where nothing but the data could be at fault.
+
+    And whether it is something else than a number that is not finite.
+    """
     try:
         build()
     except QzoError as error:
-        return str(error).removeprefix(f"{path}: ")
-    return None
+        return str(error).removeprefix(f"{path}: "), not isinstance(error, NotFinite)
+    return None, True

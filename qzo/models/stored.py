@@ -136,7 +136,7 @@ class Stored(ABC):
 
     def inspect(self, name: str) -> Inspection:
         """What headers and settings tell; `reason` is None just where loading needs no more than sound data."""
-        reason = obstacle(self.folder, self._check)
+        reason, finite = obstacle(self.folder, self._check)
         left = self.placed.left if reason is None else set()
         counts, sizes = self.counted(left)
         scales = counts["scales"]
@@ -155,6 +155,7 @@ class Stored(ABC):
             sizes=sizes,
             trainable=trained,
             reason=reason,
+            finite=finite,
             moving=self.moving,
         )
 

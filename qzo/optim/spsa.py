@@ -179,8 +179,10 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
             if what == "the loss" and self.steps == self.skipped_steps:
                 remedy = (
                     "no loss was finite yet and the weights are untouched; a float16 model may overflow (load it with "
-                    "dtype=torch.bfloat16), or eps is too large, or the data hold no labels"
+                    "dtype=torch.bfloat16, --dtype bfloat16), or eps is too large, or the data hold no labels"
                 )
+            elif any(tensor.dtype == torch.float16 for _, _, _, tensor in self._tensors()):
+                remedy += "; a float16 model may overflow (load it with dtype=torch.bfloat16, --dtype bfloat16)"
             raise QzoError(
                 f"{what} was not finite for {self.max_skipped} steps in a row, up to step {self.steps} "
                 f"({losses[0][0]} and {losses[0][1]}); {remedy}"

@@ -132,7 +132,7 @@ class FirstOrder:
         elif self.in_a_row + 1 == MAX_SKIPPED:
             raise QzoError(
                 f"the loss was not finite for {MAX_SKIPPED} steps in a row, up to step {self.steps}; "
-                "lower lr, or look at the data"
+                "lower lr, look at the data, or take another --dtype where it is float16"
             )
         self.steps += 1
         self.skipped += outcome.skipped

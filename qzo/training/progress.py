@@ -14,6 +14,7 @@ from qzo.errors import printable
 from qzo.training.learners import Outcome
 
 WINDOW = 100  # steps that the share of clipped ones is taken over
+TENSORBOARD = "tensorboard"  # folder in that of a run
 SILENCE = 30.0  # seconds after which a line tells how far the run is, where there is no terminal
 
 
@@ -152,4 +153,4 @@ def _summary_writer(folder: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    return SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)

@@ -19,7 +19,9 @@ import json
 import math
 import os
 import platform
+import shutil
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from qzo.checkpoints.identity import BASE, MODEL
 from qzo.durable import read_tensors, remove_leftovers, replace_file, write_tensors
 from qzo.errors import QzoError
 from qzo.journal.header import carrier, differences
+from qzo.training.learners import JOURNAL
 from qzo.training.metrics import Metrics, finite
+from qzo.training.progress import TENSORBOARD
 from qzo.training.settings import DTYPES, METHODS, ZEROTH_ORDER, TrainSettings
 
 RUN, METRICS, BEST = "run.json", "metrics.jsonl", "best.safetensors"
@@ -139,6 +143,16 @@ class Run:
     def _score(self, result: Result) -> tuple[float, float]:
         loss = -_number(result.get("loss"))
         return (loss, loss) if self.metric == "loss" else (_number(result[self.metric], -1), loss)
+
+    def discard_unless_begun(self) -> None:
+        """Remove a run that failed before its first validation, so that it may be begun anew in the same place."""
+        if self.resumed or self.validations:
+            return
+        shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
+        with suppress(OSError):  # something of others' making is in the folder
+            for name in (METRICS, BEST, JOURNAL, RUN):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def close(self) -> None:
         """Release the metrics file and the folder."""

@@ -15,6 +15,7 @@ from torch import nn
 from qzo.checkpoints.identity import base_identity, place_of
 from qzo.checkpoints.load import load, load_tokenizer
 from qzo.durable import replace_file
+from qzo.errors import QzoError
 from qzo.live.check import check_live
 from qzo.models.positions import row_length
 from qzo.models.prefix import SharedPrefix
@@ -51,7 +52,7 @@ def train_task(
         resume: go on where the run ended.
 
     Raises QzoError for wrong input, a model whose logits are not finite, losses that are not, and a full disk; what is
-    on disk can be resumed.
+    on disk can be resumed. Nothing is, where a run fails before its first validation is done.
     """
     tasks: Any = import_module("qzo.tasks")
     out = Path(out)
@@ -150,6 +151,10 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
         finally:
             progress.close()
             learner.close()
+    except QzoError as error:
+        if not isinstance(error, Stopped):
+            run.discard_unless_begun()
+        raise
     finally:
         run.close()
 

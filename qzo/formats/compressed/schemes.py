@@ -6,15 +6,16 @@ class of modules. Where several match, paths go before expressions and both befo
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from qzo.errors import OTHER, QzoError, advised, named
+from qzo.files.patterns import Pattern
 from qzo.formats.compressed.scheme import Scheme, scheme_of
 
 CLASSES = ("Linear", "Module")  # of the modules that may have codes here
 EXPRESSION = "re:"
+MOST_NAMES = 10_000  # each of them may be tried on each layer
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,27 @@ class Schemes:
     Args:
         targets: name -> scheme, None for layers that are left as they are; in the order in which they are asked.
         ignore: names of layers that have no codes.
+        patterns: of the names that are expressions.
     """
 
     targets: dict[str, Scheme | None]
     ignore: tuple[str, ...]
+    patterns: dict[str, Pattern]
 
     def of(self, path: str) -> Scheme:
         """That of a layer with codes. Raises QzoError where the settings say that it has none."""
-        ignored = next((name for name in self.ignore if _matches(name, path) or name in CLASSES), None)
+        ignored = next((name for name in self.ignore if self._matches(name, path) or name in CLASSES), None)
         if ignored is not None:
             raise QzoError(f'it has codes, but "ignore" in quantization_config has {ignored}')
-        names = [name for name in self.targets if _matches(name, path)]
+        names = [name for name in self.targets if self._matches(name, path)]
         names += [name for name in self.targets if name in CLASSES]
         scheme = self.targets[names[0]] if names else None
         if scheme is None:
             raise QzoError("it has codes, but no config group quantizes the weights of such a linear layer")
         return scheme
+
+    def _matches(self, name: str, path: str) -> bool:
+        return self.patterns[name].matches(path) if name in self.patterns else name == path
 
 
 @advised(OTHER)
@@ -63,25 +69,14 @@ def schemes_of(settings: dict[str, Any]) -> Schemes:
             targets |= dict.fromkeys(own, scheme_of(group, settings.get("format")))
     ordered = sorted(targets, key=lambda name: (EXPRESSION in name, name))
     ignore = tuple(_names(settings.get("ignore") or [], "ignore"))
-    return Schemes({name: targets[name] for name in ordered}, ignore)
+    patterns = {name: Pattern(name, EXPRESSION) for name in (*ordered, *ignore) if name.startswith(EXPRESSION)}
+    return Schemes({name: targets[name] for name in ordered}, ignore, patterns)
 
 
 def _names(value: Any, what: str) -> list[str]:
-    """A list of names, whose expressions can be compiled. Raises QzoError."""
+    """A list of names. Raises QzoError."""
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise QzoError(f"{what} is not a list of names")
-    for name in value:
-        try:
-            _compiled(name)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise QzoError(f"{what}: {name!r} is no regular expression") from error
+    if len(value) > MOST_NAMES:
+        raise QzoError(f"{what} has {len(value):,} names; no more than {MOST_NAMES:,} are read")
     return value
-
-
-def _matches(name: str, path: str) -> bool:
-    expression = _compiled(name)
-    return name == path if expression is None else expression.match(path) is not None
-
-
-def _compiled(name: str) -> re.Pattern[str] | None:
-    return re.compile(name.removeprefix(EXPRESSION)) if name.startswith(EXPRESSION) else None

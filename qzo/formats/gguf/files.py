@@ -22,7 +22,7 @@ from qzo.formats.gguf.loading import load_dense, load_packed
 from qzo.formats.gguf.metadata.families import FAMILIES
 from qzo.formats.gguf.places import Plan, plan
 from qzo.formats.gguf.source import is_known, read_tensor, to_pairs, type_name
-from qzo.models.inspection import Inspection
+from qzo.models.inspection import Inspection, obstacle
 
 
 def find(source: Source) -> GgufCheckpoint | None:
@@ -89,6 +89,7 @@ class GgufCheckpoint:
                     sizes[quantity] += numbers // kind.n_weights * torch.float16.itemsize
                     sizes["codes"] -= numbers // kind.n_weights * torch.float16.itemsize
         own = {part: counts[part] - vocabulary[part] for part in vocabulary}
+        reason, finite = obstacle(self.path, lambda: _check(self.path, header, own["scales"]))
         return Inspection(
             name,
             "gguf",
@@ -106,7 +107,8 @@ class GgufCheckpoint:
                 **({"scales+vocabulary": counts["scales"]} if vocabulary["scales"] else {}),
                 "scales+unquantized": own["scales"] + counts["unquantized"],
             },
-            reason=_obstacle(self.path, header, own["scales"]),
+            reason=reason,
+            finite=finite,
             moving="minima move with their scales",
         )
 
@@ -115,18 +117,14 @@ class GgufCheckpoint:
         return lambda folder: write_gguf(self.path, tensors, folder / self.path.name)
 
 
-def _obstacle(path: Path, header: GgufHeader, scales: int) -> str | None:
-    """Why a .gguf file cannot be trained packed: what its header, its scales or its plain numbers have against it."""
-    try:
-        if not is_known(header):
-            check_foreign(path, header)  # what speaks against a dequantized one too is told first
-        plan(path)
-        check_file(path, header)
-    except QzoError as error:
-        return str(error).removeprefix(f"{path}: ")
+def _check(path: Path, header: GgufHeader, scales: int) -> None:
+    """Raise QzoError for a .gguf file that cannot be trained packed, by its header, its scales or its plain numbers."""
+    if not is_known(header):
+        check_foreign(path, header)  # what speaks against a dequantized one too is told first
+    plan(path)
+    check_file(path, header)
     if not scales:
-        return "no layer has scales that are not quantized themselves; take a Q4_0, Q4_1 or Q8_0 file"
-    return None
+        raise QzoError("no layer has scales that are not quantized themselves; take a Q4_0, Q4_1 or Q8_0 file")
 
 
 VOCABULARY = "token_embd.weight"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qzo.errors import QzoError
+from qzo.errors import NotFinite, QzoError
 from qzo.files.finite import check_tensor, is_finite
 from qzo.formats.gguf.codes import PLAIN_TYPES
 from qzo.formats.gguf.header import GgufHeader, TensorInfo
@@ -36,7 +36,7 @@ def check_blocks(path: Path, name: str, tensor: Tensor, info: TensorInfo) -> Non
     for numbers in _numbers(tensor, halves_of(info.kind)):
         if not is_finite(numbers):
             bad = int((~torch.isfinite(numbers)).sum())
-            raise QzoError(
+            raise NotFinite(
                 f"{path}: {name} has {bad:,} scales of {numbers.numel():,} that are NaN or infinite; download or "
                 "convert the file again"
             )

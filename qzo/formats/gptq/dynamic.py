@@ -8,13 +8,14 @@ and after "-:" for a layer that is not quantized. The first that matches counts.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, named
+from qzo.files.patterns import Pattern
 
 SKIP, OTHER = "-:", "+:"
+MOST_RULES = 10_000  # each of them may be tried on each layer
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,16 @@ class Dynamic:
     """Settings of all layers and those of single ones, by expression, in their order; None for those not quantized."""
 
     usual: LayerSettings
-    rules: tuple[tuple[re.Pattern[str], LayerSettings | None], ...] = ()
+    rules: tuple[tuple[Pattern, LayerSettings | None], ...] = ()
 
     def of(self, path: str) -> LayerSettings:
         """Those of a layer with codes. Raises QzoError where there is a rule that it has none."""
         for pattern, settings in self.rules:
-            if pattern.match(path):
+            if pattern.matches(path):
                 if settings is None:
                     raise QzoError(
-                        f'it has codes, but "dynamic" in quantization_config says that it has none ("{SKIP}'
-                        f'{pattern.pattern}"); take config.json and weights from one checkpoint'
+                        f'it has codes, but "dynamic" in quantization_config says that it has none ("'
+                        f'{pattern.text}"); take config.json and weights from one checkpoint'
                     )
                 return settings
         return self.usual
@@ -59,12 +60,14 @@ def dynamic_of(n_bits: int, group_size: int, rules: Any) -> Dynamic:
         return Dynamic(usual)
     if not isinstance(rules, dict):
         raise QzoError('"dynamic" in quantization_config is not an object of rules; mend config.json')
-    found: list[tuple[re.Pattern[str], LayerSettings | None]] = []
+    if len(rules) > MOST_RULES:
+        raise QzoError(
+            f'"dynamic" in quantization_config has {len(rules):,} rules; join them to {MOST_RULES:,} or fewer'
+        )
+    found: list[tuple[Pattern, LayerSettings | None]] = []
     for name, settings in rules.items():
-        try:
-            pattern = re.compile(name[2:] if name.startswith((SKIP, OTHER)) else name)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise QzoError(f'"dynamic" in quantization_config: {name!r} is no regular expression; mend it') from error
+        with named('"dynamic" in quantization_config'):
+            pattern = Pattern(name, SKIP, OTHER)
         if name.startswith(SKIP):
             found.append((pattern, None))
             continue

@@ -135,6 +135,28 @@ def test_tensors_that_are_missing_or_strange_are_the_reason(make_folder, no_data
     )
 
 
+@pytest.mark.parametrize("kind", ["gptq", "plain", "gguf"])
+def test_a_number_that_is_none_is_an_error_after_the_table(make_folder, tmp_path, capsys, kind):
+    if kind == "gguf":
+        model = write_gguf(tiny(), tmp_path / "tiny.gguf", "Q4_0")
+        data = bytearray(model.read_bytes())
+        data[-4:] = b"\0\0\xc0\x7f"  # of the last norm
+        model.write_bytes(data)
+    else:
+        model = make_folder(kind)
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.norm.weight"][0] = float("inf")
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert main(["inspect", str(model), "--json", str(tmp_path / "found.json")]) == 2
+    shown = capsys.readouterr()
+    assert (
+        "trains with QZO       no: " in shown.out
+        and not json.loads((tmp_path / "found.json").read_text())["trains_here"]
+    )
+    (error,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert "norm" in error and "NaN or infinite" in error and str(model) in error
+
+
 @pytest.mark.parametrize("method", ["quanto"])
 def test_foreign_formats_show_what_their_configuration_says(make_folder, no_data, capsys, method, tmp_path):
     folder = make_folder("plain")

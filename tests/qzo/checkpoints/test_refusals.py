@@ -14,7 +14,8 @@ from qzo.checkpoints.inspect import inspect
 from qzo.errors import AGAIN, OTHER
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-HELPS = re.compile(r"[;:] (take|download|copy|mend|give|convert|add|remove|save|quantize|check|choose|leave|load) ")
+VERBS = "take|download|copy|mend|give|convert|add|remove|save|quantize|check|choose|leave|load|merge|write|shorten|join"
+HELPS = re.compile(rf"[;:] ({VERBS}) ")
 ONE = "one checkpoint"
 
 
@@ -58,6 +59,22 @@ def renamed(name):
 
 def text(name, content):
     return lambda folder: (folder / name).write_text(content)
+
+
+def encoded(name, encoding):
+    """A file in another encoding, its mark in front."""
+
+    def change(folder):
+        content = (folder / name).read_text() if (folder / name).exists() else "{}"
+        (folder / name).write_text(content, encoding=encoding)
+
+    return change
+
+
+def adapters(folder):
+    """As peft saves them, beside a model."""
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}')
+    save_file({"lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
 
 
 def two_unnamed(folder):
@@ -138,6 +155,28 @@ GPTQ = [
     ),
     (text("config.json", "{"), "config.json cannot be read", "copy or download it again"),
     (text("config.json", "[]"), "does not hold a JSON object", "copy or download it again"),
+    (encoded("config.json", "utf-8-sig"), "config.json begins with a byte order mark", "save it as UTF-8 without one"),
+    (encoded("generation_config.json", "utf-16"), "begins with a byte order mark", "save it as UTF-8 without one"),
+    (text("generation_config.json", "{"), "generation_config.json cannot be read", "copy or download it again"),
+    (text("generation_config.json", '{"max_new_tokens": -1}'), "generation_config.json: ", "mend it, or remove it"),
+    (text("generation_config.json", '{"temperature": NaN}'), "temperature is nan", "copy or download it again"),
+    (adapters, "has adapter_config.json beside a model", "away to have the model without"),
+    (
+        lambda folder: [adapters(folder), (folder / "config.json").unlink()],
+        "holds adapters without their model",
+        "load the model they are for",
+    ),
+    (
+        config(quantization={"dynamic": {"-:((.|..)+)+(?<!j)$": {}}}),
+        r"the expression '-:.*' takes more than 0.5 s over the name .*_proj: its repeats nest",
+        "write it without",
+    ),
+    (config(quantization={"dynamic": {"+:" + "a" * 2000: {}}}), "an expression of 2,002 characters", "shorten it"),
+    (
+        config(quantization={"dynamic": {f"+:{number}": {} for number in range(10_001)}}),
+        '"dynamic" in quantization_config has 10,001 rules',
+        "join them to 10,000 or fewer",
+    ),
 ]
 OTHERS = [
     (settings(quant_method="quanto"), "quanto", "take a checkpoint of a kind that|give a checkpoint of a format that"),

@@ -251,6 +251,19 @@ def test_a_run_of_a_version_without_a_setting_goes_on_with_its_default(task, mod
 # wrong input
 
 
+@pytest.mark.parametrize("where", ["new", "empty"])
+def test_a_run_that_fails_before_its_first_validation_leaves_its_place_free(task, models, tmp_path, capsys, where):
+    command = ["train", models["quantized"], *SMALL, "--out", str(tmp_path / "run")]
+    if where == "empty":
+        (tmp_path / "run").mkdir()
+    evaluate = task.evaluate
+    task.evaluate = lambda *given, **named: evaluate(*given, **named) | {"loss": float("nan")}
+    assert main(command) == 2 and "before the first step" in errors(capsys)[0]
+    assert not (tmp_path / "run").exists()
+    task.evaluate = evaluate
+    assert main([*command, "--dtype", "float32"]) == 0  # what the message says would help
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [

@@ -133,6 +133,17 @@ def test_a_loss_that_is_not_finite_is_skipped_and_nothing_changes(bad, when):
     assert not optimizer.last.skipped and not torch.equal(optimizer.direction()["b"], first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_losses_that_are_never_finite_again_name_another_dtype_where_one_helps(dtype):
+    live = {"a": torch.full((4,), 0.01, dtype=dtype)}
+    losses = iter([1.0, 1.5] + [math.nan] * 20)
+    optimizer = QZO(live)
+    with pytest.raises(QzoError, match="those of the last good step; lower lr or eps, or look at the data") as caught:
+        for _ in range(11):
+            optimizer.step(lambda: next(losses))
+    assert ("--dtype bfloat16" in str(caught.value)) == (dtype == torch.float16)
+
+
 @pytest.mark.parametrize("when", [0, 1])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_travels_on_and_leaves_the_scales_as_they_were(when, error):
