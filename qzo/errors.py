@@ -49,6 +49,11 @@ def named(layer: str) -> Iterator[None]:
         raise kind(f"{layer}: {error}") from error
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether an exception tells of a failure, not of a wish to stop: panics of a library in Rust are no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 # Remedies that refusals of a checkpoint have in common; a remedy stands behind the last semicolon of a message.
 AGAIN = "copy or download all of its files again, or take config.json and weights from one checkpoint"
 OTHER = "take a checkpoint of a kind that the README names, or quantize the original with qzo quantize"

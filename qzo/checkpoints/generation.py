@@ -22,9 +22,12 @@ def read_generation(folder: Path) -> Any:
         return None
     from transformers import GenerationConfig
 
-    content = read_json(file)
     try:
+        content = read_json(file)
         with quiet_libraries():
             return GenerationConfig.from_dict(content)
     except Exception as error:  # of many kinds; all of them mean that it cannot be used
-        raise QzoError(f"{file}: {one_line(error)}; mend it, or remove it") from error
+        cause = one_line(error)
+        if isinstance(error, QzoError):  # another remedy is to do without it
+            cause = cause.removeprefix(str(file)).strip(": ").rpartition("; ")[0]
+        raise QzoError(f"{file}: {cause}; mend it, or remove it") from error

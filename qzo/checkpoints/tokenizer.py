@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, is_failure
 from qzo.files.bounds import check_folder
 from qzo.files.folder import one_line
 from qzo.files.settings import is_gguf
@@ -29,8 +29,15 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
         with quiet_libraries():
             if kind is not None:
                 return kind.from_pretrained(str(place), **options)
-            return AutoTokenizer.from_pretrained(str(place), revision=revision, trust_remote_code=False, **options)
-    except Exception as error:  # as in _from_pretrained
+            loaded: Any = AutoTokenizer.from_pretrained(
+                str(place), revision=revision, trust_remote_code=False, **options
+            )
+            if not isinstance(loaded.model_max_length, int | float):  # which it compares lengths with, later on
+                raise ValueError(f"model_max_length in tokenizer_config.json is {loaded.model_max_length!r}, no number")
+            return loaded
+    except BaseException as error:  # as in _from_pretrained, and panics
+        if not is_failure(error):
+            raise
         raise QzoError(
             f"{source} has no tokenizer that loads: {one_line(error)}; copy the files of one beside the model"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ def _calibration(options: argparse.Namespace) -> list[Tensor] | None:
         return None
     from qzo.checkpoints.load import load_tokenizer
     from qzo.quantizers.calibration import calibration_text, token_batches
+    from qzo.tasks.encoding import tokens_of
     from qzo.tasks.reviews import REVIEWS
 
     logging.basicConfig(format="%(message)s")
@@ -82,6 +84,4 @@ def _calibration(options: argparse.Namespace) -> list[Tensor] | None:
     text = calibration_text(options.calibration or REVIEWS)
     tokenizer = load_tokenizer(options.model)
     tokenizer.model_max_length = sys.maxsize  # the text is cut afterwards, so its length is no news
-    return token_batches(
-        lambda string: tokenizer.encode(string, add_special_tokens=False), text, options.samples, options.seq_len
-    )
+    return token_batches(partial(tokens_of, tokenizer), text, options.samples, options.seq_len)

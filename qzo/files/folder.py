@@ -162,7 +162,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The first line of an exception's message, its kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, is_failure
+from qzo.files.folder import one_line
 from qzo.models.loss import IGNORED
 from qzo.tasks.catalog import Task
 from qzo.tasks.example import Example
@@ -73,7 +74,7 @@ class Encoder:
 
     Raises:
         QzoError: when an example is encoded: label words that share their first token, or a `max_length` that is too
-            short for question and answer alone.
+            short for question and answer alone; a damaged tokenizer.
     """
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
@@ -156,12 +157,12 @@ class Encoder:
                 f"example alone take {needed} tokens; choose more, or a model with more positions"
             )
 
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    def _tokens(self, text: str, special: bool = False) -> list[int]:
+        return tokens_of(self.tokenizer, text, special)
 
     def _start_tokens(self) -> list[int]:
         """The special tokens that the tokenizer puts in front of a text."""
-        plain, special = self._tokens("a"), self.tokenizer.encode("a")
+        plain, special = self._tokens("a"), self._tokens("a", special=True)
         for count in range(len(special) - len(plain) + 1):
             if special[count : count + len(plain)] == plain:
                 return special[:count]
@@ -172,6 +173,19 @@ class Encoder:
         ids = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids), torch.tensor(mask)
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """The tokens of a text, `special` ones around it too.
+
+    Raises QzoError for a tokenizer whose settings, rules and vocabulary do not fit together.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=special, verbose=False)
+    except BaseException as error:  # the libraries raise many kinds
+        if not is_failure(error):
+            raise
+        raise QzoError(f"the tokenizer cannot encode {text[:40]!r}: {one_line(error)}; copy its files again") from error
 
 
 def _shared(prompt: Sequence[int], whole: Iterable[Sequence[int]]) -> int:

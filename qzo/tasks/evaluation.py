@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from qzo.errors import NotFinite, QzoError
 from qzo.models.positions import check_columns, position_options
-from qzo.tasks.encoding import MAX_ANSWER, Batch, Encoder
+from qzo.tasks.encoding import MAX_ANSWER, Batch, Encoder, tokens_of
 from qzo.tasks.example import Example
 from qzo.tasks.metrics import answers_f1_and_exact_match
-from qzo.tasks.scoring import candidate_scores, loss
+from qzo.tasks.scoring import candidate_scores, known_tokens, loss
 
 Watch = Callable[[int, int], None]  # examples done, and how many there are
 WIDER = {torch.float16: "--dtype bfloat16, in Python dtype=torch.bfloat16", torch.bfloat16: "--dtype float32"}
@@ -174,9 +174,7 @@ def write_answers(model: nn.Module, encoder: Encoder, examples: Sequence[Example
     `generate` is not used: it would take over penalties and other settings that a model brings along.
     """
     tokenizer = encoder.tokenizer
-    stops = [
-        token for token in tokenizer.encode("\n", add_special_tokens=False)[-1:] if token != tokenizer.unk_token_id
-    ]
+    stops = [token for token in tokens_of(tokenizer, "\n")[-1:] if token != tokenizer.unk_token_id]
     if tokenizer.eos_token_id is not None:
         stops.append(tokenizer.eos_token_id)
     batch = encoder.prompts(examples).to(next(model.parameters()).device)
@@ -189,7 +187,7 @@ def write_answers(model: nn.Module, encoder: Encoder, examples: Sequence[Example
 @torch.no_grad()
 def _greedy(model: nn.Module, batch: Batch, stops: Tensor) -> Tensor:
     """At most 32 tokens after each prompt, [R, N]; what follows a stop has no meaning."""
-    ids, mask, cache = batch.input_ids, batch.attention_mask, None
+    ids, mask, cache = known_tokens(model, batch), batch.attention_mask, None
     written: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     while len(written) < MAX_ANSWER and not done.all():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
@@ -29,7 +31,7 @@ def loss(model: nn.Module, batch: Batch, centering: float = 0.0) -> Tensor:
         Scalar fp32 tensor.
 
     Raises:
-        QzoError: rows that are longer than the model has positions.
+        QzoError: rows that are longer than the model has positions, and tokens that it does not have.
     """
     if batch.choices is None and batch.targets is not None and batch.targets.shape[0] == batch.labels.shape[0]:
         losses = _token_losses(model, batch, batch.targets)
@@ -53,18 +55,38 @@ def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
 def forward(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     """Logits of the last `keep` columns, [R, keep, V]; positions count from the first token that is no padding.
 
-    Raises QzoError for rows that are longer than the model has positions.
+    Raises QzoError for rows that are longer than the model has positions, and for tokens that it does not have.
     """
     check_columns(model, batch.input_ids.shape[1])
+    input_ids = known_tokens(model, batch)
     with last_columns_only(model, keep):
         output = model(
-            input_ids=batch.input_ids,
+            input_ids=input_ids,
             attention_mask=batch.attention_mask,
             logits_to_keep=keep,
             use_cache=False,
             **position_options(model, batch.attention_mask, batch.input_ids.shape[1]),
         )
     return output.logits
+
+
+def known_tokens(model: Any, batch: Batch) -> Tensor:
+    """The tokens of a batch; padding that a tokenizer got later than its model, and that is masked, becomes token 0.
+
+    Raises QzoError where a token of a text, or a candidate, is one that the model has no row for.
+    """
+    count = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    parts = [batch.input_ids] if batch.choices is None else [batch.input_ids, batch.choices]
+    if count is None or max(int(part.max()) for part in parts) < count:
+        return batch.input_ids
+    input_ids = batch.input_ids.masked_fill(batch.attention_mask == 0, 0)
+    largest = max(int(part.max()) for part in (input_ids, *parts[1:]))
+    if largest >= count:
+        raise QzoError(
+            f"the tokenizer has a token {largest}, and this {type(model).__name__} has {count:,} tokens; take the "
+            "tokenizer that came with the model"
+        )
+    return input_ids
 
 
 def _token_losses(model: nn.Module, batch: Batch, targets: Tensor) -> Tensor:

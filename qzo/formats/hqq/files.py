@@ -22,7 +22,7 @@ from qzo.files.rewrite import Write, rewriting
 from qzo.files.settings import Source
 from qzo.formats.hqq.layer import HqqLinear, HqqOrigin
 from qzo.formats.hqq.library import from_meta, parts
-from qzo.formats.hqq.pickles import check_archive
+from qzo.formats.hqq.pickles import check_archive, check_sums
 from qzo.models.stored import DTYPES, StoredModel, on_meta
 
 QMODEL = "qmodel.pt"
@@ -73,6 +73,15 @@ def _write_qmodel(source: Source, tensors: dict[str, Tensor], target: Path) -> N
     torch.save(state, target / QMODEL)
 
 
+class _Pickled(StoredModel):
+    """One whose archive has checksums."""
+
+    def load(self, dtype: torch.dtype | None, device: torch.device) -> Any:
+        """As of other checkpoints, and every byte is compared with its checksum first, at the speed of the disk."""
+        check_sums(self.folder / QMODEL)
+        return super().load(dtype, device)
+
+
 def _from_pickle(source: Source) -> tuple[StoredModel, State]:
     """What a qmodel.pt holds, and its content."""
     file = source.path / QMODEL
@@ -91,7 +100,7 @@ def _from_pickle(source: Source) -> tuple[StoredModel, State]:
             with named(f"{file}: {path}"):
                 layers[path] = _layer(about, about.get("meta", about))
     writing = partial(partial, _write_qmodel, source)
-    return StoredModel("hqq", source, headers, layers, partial(_mapped, state, layers), writing, MOVING), state
+    return _Pickled("hqq", source, headers, layers, partial(_mapped, state, layers), writing, MOVING), state
 
 
 def _mapped(state: State, layers: dict[str, HqqLinear]) -> Iterator[dict[str, Tensor]]:

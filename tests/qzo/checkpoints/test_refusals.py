@@ -157,9 +157,9 @@ GPTQ = [
     (text("config.json", "[]"), "does not hold a JSON object", "copy or download it again"),
     (encoded("config.json", "utf-8-sig"), "config.json begins with a byte order mark", "save it as UTF-8 without one"),
     (encoded("generation_config.json", "utf-16"), "begins with a byte order mark", "save it as UTF-8 without one"),
-    (text("generation_config.json", "{"), "generation_config.json cannot be read", "copy or download it again"),
+    (text("generation_config.json", "{"), "generation_config.json: cannot be read", "mend it, or remove it"),
     (text("generation_config.json", '{"max_new_tokens": -1}'), "generation_config.json: ", "mend it, or remove it"),
-    (text("generation_config.json", '{"temperature": NaN}'), "temperature is nan", "copy or download it again"),
+    (text("generation_config.json", '{"temperature": NaN}'), "temperature is nan", "mend it, or remove it"),
     (adapters, "has adapter_config.json beside a model", "away to have the model without"),
     (
         lambda folder: [adapters(folder), (folder / "config.json").unlink()],

@@ -393,3 +393,45 @@ def test_rotten_tomatoes_in_the_tokens_of_smollm2():
     batch = encoder.batch(task.splits()["train"][:16])
     assert batch.choices is not None and set(map(tuple, batch.choices.tolist())) == {(13321, 1109)}
     assert all(tokenizer.decode(row).endswith(" It was") for row in batch.input_ids)
+
+
+# tokenizers that do not fit
+
+
+class Broken:
+    """Fails as the libraries do, with one of many kinds of exception."""
+
+    pad_token_id = eos_token_id = 0
+
+    def __init__(self, error):
+        self.error = error
+
+    def encode(self, text, **_):
+        raise self.error
+
+
+class PanicException(BaseException):
+    """What a library in Rust raises."""
+
+
+@pytest.mark.parametrize("error", [TypeError("'>' not supported"), Exception("Unk token `x`"), PanicException("Onig")])
+def test_a_tokenizer_that_cannot_encode_is_told_in_one_line(error):
+    with pytest.raises(QzoError, match=r"the tokenizer cannot encode 'a': .*; copy its files again"):
+        tasks.Encoder(tasks.get("rotten-tomatoes"), Broken(error))
+    with pytest.raises(KeyboardInterrupt):
+        tasks.Encoder(tasks.get("rotten-tomatoes"), Broken(KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize("name", ["sst2", "copa", "squad"])
+def test_padding_that_a_model_has_no_row_for_changes_nothing_and_other_tokens_are_refused(
+    tmp_path, tokenizer, model, name
+):
+    encoder, splits = prepare(name, tmp_path, tokenizer)
+    examples = splits["train"][:3]
+    expected = tasks.loss(model, encoder.batch(examples)), tasks.evaluate(model, encoder, examples)
+    encoder.pad_token_id = len(tokenizer)  # as of a tokenizer that got one later
+    assert (encoder.batch(examples).input_ids == len(tokenizer)).any()
+    assert torch.equal(tasks.loss(model, encoder.batch(examples)), expected[0])
+    assert tasks.evaluate(model, encoder, examples) == expected[1]
+    with pytest.raises(QzoError, match=r"the tokenizer has a token \d+, and this LlamaForCausalLM has 20 tokens"):
+        tasks.evaluate(make_model(20), encoder, examples)
