@@ -5,6 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether there is something to compute with: neither on meta nor what stands for a tensor of the CPU."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def numbers(tensor: Tensor) -> np.ndarray:

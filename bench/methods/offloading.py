@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from bench.methods.in_place import has_data
+
 LEAST = 1024  # bytes of a tensor that goes (min_offload_size)
 IN_FLIGHT = 5  # saved tensors after which a copy is taken to be done (max_fwd_stash_size)
 
@@ -147,7 +149,7 @@ def _references(tensor: Tensor) -> int:
 def _away(tensor: Tensor, broadcast: bool) -> Away:
     size = tensor.untyped_storage().size() // tensor.element_size() if broadcast else tensor.nelement()
     data = None
-    if not tensor.is_meta:
+    if has_data(tensor):
         whole = torch.as_strided(tensor.detach(), (size,), (1,), 0 if broadcast else tensor.storage_offset())
         data = whole.view(torch.uint8).cpu().numpy().copy()
     offset = int(tensor.storage_offset()) if broadcast else 0

@@ -22,6 +22,7 @@ from bench.cases.recipe import Recipe, differences
 from bench.cases.recipe_table import RECIPES
 from bench.cases.text import Batch
 from bench.methods.checkpointing import checkpoint_options, enable_checkpointing
+from bench.methods.compiled import MOST
 from bench.methods.int8 import to_int8
 from bench.methods.liger.layers import apply_liger
 from bench.methods.losses.choice import replace_loss
@@ -70,6 +71,7 @@ def recipe_method(
         if settled.quantization and any(parameter.dim() == 3 for parameter in base.parameters()):
             fp32 = ", and PEFT turns them into fp32" if settled.kbit is not None else ""
             prepared.notes.append(f"bitsandbytes leaves stacked MoE experts unquantized{fp32}")
+        prepared.notes += [MOST] if settled.arguments.get("torch_compile") else []
         return prepared
 
     return prepare

@@ -18,6 +18,7 @@ from bench.ledger.ledger import Ledger
 from bench.ledger.repeat import repeated_layers
 from bench.ledger.repeat_training import NotAlike
 from bench.methods import METHODS
+from bench.methods.compiled import least_note, least_of
 from bench.methods.int8 import int8_rules
 from bench.records.environment import environment
 from bench.records.record import Record
@@ -68,7 +69,17 @@ class SimWorld:
 
 @collector_off()
 def run(case: BenchCase) -> Record:
-    """Simulate one cell on `case.gpu`: the same function a measured world calls, on the meta device."""
+    """Simulate one cell on `case.gpu`: the same function a measured world calls, on the meta device. Of what is compiled
+    the record is the most, and a note tells the least.
+    """
+    record = _traced(case)
+    if case.recipe is not None and case.recipe.arguments.get("torch_compile"):
+        least = _traced(replace(case, recipe=least_of(case.recipe)))
+        record["notes"].append(least_note(least["peak"]["allocated"]))
+    return record
+
+
+def _traced(case: BenchCase) -> Record:
     try:
         return _run(case, repeated_layers)
     except NotAlike:

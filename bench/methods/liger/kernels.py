@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.methods.in_place import numbers, write
+from bench.methods.in_place import has_data, numbers, write
 
 MULTIPROCESSORS = 132  # rows of the weight's partial gradients; of an H100, and another card's are as good as nothing
 GELU = np.sqrt(2 / np.pi), 0.044715
@@ -30,7 +30,7 @@ class RmsNorm(torch.autograd.Function):
         rows = x.contiguous().view(-1, x.shape[-1])
         out = torch.empty_like(rows)
         scale = rows.new_empty(len(rows), dtype=torch.float32)
-        if not rows.is_meta:
+        if has_data(rows):
             values = numbers(rows)
             scale.numpy()[:] = 1 / np.sqrt((values**2).mean(-1) + eps)
             write(out, values * scale.numpy()[:, None] * (numbers(weight) + offset))
@@ -44,7 +44,7 @@ class RmsNorm(torch.autograd.Function):
         of_out = grad.contiguous().view(rows.shape)
         partial = torch.empty((MULTIPROCESSORS, rows.shape[1]), dtype=torch.float32, device=rows.device)
         of_rows = of_out if ctx.in_place else torch.zeros_like(of_out)
-        if not rows.is_meta:
+        if has_data(rows):
             x, incoming, each = numbers(rows), numbers(of_out), scale.numpy()[:, None]
             partial.numpy()[:] = 0
             partial.numpy()[0] = (incoming * x * each).sum(0)
@@ -61,7 +61,7 @@ class GatedProduct(torch.autograd.Function):
         shape = gate.shape
         gate, up = (item.contiguous().view(-1, item.shape[-1]) for item in (gate, up))
         out = torch.empty_like(gate)
-        if not out.is_meta:
+        if has_data(out):
             write(out, _activation(numbers(gate), gelu)[0] * numbers(up))
         ctx.gelu = gelu
         ctx.save_for_backward(gate, up)
@@ -71,7 +71,7 @@ class GatedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         shape, grad = grad.shape, grad.contiguous().view(gate.shape)
-        if not gate.is_meta:
+        if has_data(gate):
             value, slope = _activation(numbers(gate), ctx.gelu)
             incoming, other = numbers(grad), numbers(up)
             write(gate, incoming * slope * other)
@@ -109,7 +109,7 @@ class Rotary(torch.autograd.Function):
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     rows = heads.transpose(1, 2).contiguous()  # [B, T, heads, D]
-    if not rows.is_meta:
+    if has_data(rows):
         x, half = numbers(rows), rows.shape[-1] // 2
         c, s = (numbers(item)[:, :, None, :half] for item in (cos, sin))
         s = -s if back else s

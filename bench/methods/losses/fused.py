@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.methods.in_place import numbers, write
+from bench.methods.in_place import has_data, numbers, write
 from bench.methods.losses.logits import IGNORED, bent
 from bench.methods.losses.tiled import add_product
 
@@ -60,7 +60,7 @@ class _Fused(torch.autograd.Function):
         losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
         mask = targets != IGNORED
         counted = mask.sum()
-        mean = 1.0 if items is not None or mask.is_meta else 1.0 / max(int(counted), 1)
+        mean = 1.0 if items is not None or not has_data(mask) else 1.0 / max(int(counted), 1)
         for start in range(0, len(hidden), size):
             span = slice(start, start + size)
             rows = hidden[span]
@@ -84,14 +84,14 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         for gradient in (of_hidden, of_weight, of_bias):
-            if gradient is not None and not gradient.is_meta:
+            if gradient is not None and has_data(gradient):
                 write(gradient, numbers(gradient) * float(grad))
         return of_hidden, of_weight, None, of_bias, None, None
 
 
 def _loss_and_gradient(logits: Tensor, losses: Tensor, targets: Tensor, mean: float, softcap: float | None) -> None:
     """Losses of a chunk; its logits become their gradient."""
-    if logits.is_meta:
+    if not has_data(logits):
         return
     z = bent(numbers(logits), 1.0, softcap)
     slope = 1.0 if softcap is None else 1 - (z / softcap) ** 2

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.methods.in_place import numbers, write
+from bench.methods.in_place import has_data, numbers, write
 from bench.methods.losses.logits import IGNORED, bent
 
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -122,7 +122,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _fold(tile: Tensor, state: list[Tensor], targets: Tensor, start: int, scale: float, softcap: float | None) -> None:
     """One tile into the running statistics of its tokens."""
-    if tile.is_meta:
+    if not has_data(tile):
         return
     z = bent(numbers(tile), scale, softcap)
     maximum, total, weighted, target = (state[index].numpy() for index in (0, 1, 2, 6))
@@ -140,7 +140,7 @@ def _gradient(
     tile: Tensor, targets: Tensor, log_z: Tensor, grad: Tensor, start: int, scale: float, softcap: float | None
 ) -> None:
     """Logits become grad x (one at the target - softmax), in the tile."""
-    if tile.is_meta:
+    if not has_data(tile):
         return
     raw = numbers(tile)
     z = bent(raw, scale, softcap)
