@@ -69,8 +69,8 @@ class SimWorld:
 
 @collector_off()
 def run(case: BenchCase) -> Record:
-    """Simulate one cell on `case.gpu`: the same function a measured world calls, on the meta device. Of what is compiled
-    the record is the most, and a note tells the least.
+    """Simulate one cell on `case.gpu`: the same function a measured world calls, on the meta device. Of what is
+    compiled the record is the most, and a note tells the least.
     """
     record = _traced(case)
     if case.recipe is not None and case.recipe.arguments.get("torch_compile"):
