@@ -120,7 +120,7 @@ def check_reference(given: dict[str, Any]) -> None:
     precomputed = getattr(given.get("args"), "precompute_ref_log_probs", False)
     if given.get("ref_model") is None and not precomputed:
         raise QzoError(
-            "ref_model=None: TRL would load the reference by transformers, which does not read the model as it is here; "
+            "ref_model=None: TRL would load the reference by transformers, which does not read the model as qzo does; "
             "give ref_model=qzo.load(...) of the same model, or precompute_ref_log_probs=True"
         )
 

@@ -31,7 +31,6 @@ from qzo.training.checkpoints import OPTIMIZER, TRAINED, check, read_trained
 
 with quiet_libraries():
     from accelerate.utils.memory import clear_device_cache
-    from transformers import Trainer
 
 DEFAULT_COLLATORS = "transformers.data.data_collator"  # the module of those that Trainer takes by itself
 
