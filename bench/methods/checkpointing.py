@@ -21,8 +21,21 @@ def checkpoint_options(world: World) -> dict[str, Any]:
     return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), world.recomputing())}
 
 
+def check_checkpointing(model: PreTrainedModel) -> None:
+    """Raise QzoError unless transformers can recompute this architecture's layers."""
+    if not model.supports_gradient_checkpointing:
+        raise QzoError(
+            f"{type(model).__name__} has no gradient checkpointing in transformers; leave it out, or choose a method "
+            "that does without"
+        )
+
+
 def enable_checkpointing(model: PreTrainedModel, world: World, options: Mapping[str, Any]) -> None:
-    """`gradient_checkpointing_enable(options)`. Raises QzoError for an option other than `use_reentrant`."""
+    """`gradient_checkpointing_enable(options)`.
+
+    Raises QzoError for an option other than `use_reentrant`, and for a model that has no checkpointing.
+    """
+    check_checkpointing(model)
     unknown = sorted(set(options) - {"use_reentrant"})
     if unknown:
         raise QzoError(f"{unknown[0]} of gradient_checkpointing_kwargs is not simulated; leave it out")

@@ -8,7 +8,7 @@ import torch
 
 from bench.cases.case import BenchCase
 from bench.methods.adamw import MixedAdamW, fused_adamw
-from bench.methods.checkpointing import checkpoint_options
+from bench.methods.checkpointing import enable_checkpointing
 from bench.methods.prepared import Prepared, first_order_step
 from bench.methods.world import World
 
@@ -50,6 +50,6 @@ def ft_sgd(case: BenchCase, world: World) -> Prepared:
 def _model(case: BenchCase, world: World, dtype: torch.dtype) -> PreTrainedModel:
     model = world.model(dtype)
     if case.gradient_checkpointing:
-        model.gradient_checkpointing_enable(checkpoint_options(world))
+        enable_checkpointing(model, world, {})
     world.place(model)
     return model.train()

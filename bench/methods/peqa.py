@@ -16,7 +16,7 @@ from bench.cases.case import BenchCase
 from bench.cases.group_sizes import default_group_size
 from bench.cases.text import Batch
 from bench.methods.adamw import fused_adamw
-from bench.methods.checkpointing import checkpoint_options
+from bench.methods.checkpointing import enable_checkpointing
 from bench.methods.factored import FactoredRms
 from bench.methods.prepared import Enter, Prepared, first_order_step
 from bench.methods.world import World
@@ -36,7 +36,7 @@ def peqa(case: BenchCase, world: World) -> Prepared:
     model = _quantized(case, world)
     _with_whole_weights(model)
     if case.gradient_checkpointing:
-        model.gradient_checkpointing_enable(checkpoint_options(world))
+        enable_checkpointing(model, world, {})
     placed, scales = _placed(model, world)
     optimizer = fused_adamw(scales, lr=LR)
     return _prepared(placed, optimizer, first_order_step(placed, optimizer), "adamw-fp32")
@@ -45,7 +45,7 @@ def peqa(case: BenchCase, world: World) -> Prepared:
 def peqa_lean(case: BenchCase, world: World) -> Prepared:
     """The same scales with all that saves memory: layers and weights made again in backward, updates fused into it."""
     model = _quantized(case, world)
-    model.gradient_checkpointing_enable(checkpoint_options(world))
+    enable_checkpointing(model, world, {})
     placed, scales = _placed(model, world)
     optimizer = FactoredRms(scales, lr=RELATIVE_LR)
     optimizer.fuse_into_backward()

@@ -21,7 +21,7 @@ from bench.cases.case import BenchCase
 from bench.cases.recipe import Recipe, differences
 from bench.cases.recipe_table import RECIPES
 from bench.cases.text import Batch
-from bench.methods.checkpointing import checkpoint_options, enable_checkpointing
+from bench.methods.checkpointing import check_checkpointing, checkpoint_options, enable_checkpointing
 from bench.methods.compiled import MOST
 from bench.methods.int8 import to_int8
 from bench.methods.liger.layers import apply_liger
@@ -233,6 +233,8 @@ def with_adapters(recipe: Recipe, model: PreTrainedModel, world: World) -> nn.Mo
     result: Any = model
     if recipe.kbit is not None:
         again: dict[str, Any] = {"use_gradient_checkpointing": True, "gradient_checkpointing_kwargs": {}} | recipe.kbit
+        if again["use_gradient_checkpointing"]:
+            check_checkpointing(model)
         options = again | {"gradient_checkpointing_kwargs": checkpoint_options(world)}
         result = peft.prepare_model_for_kbit_training(model, **options)
         if again["use_gradient_checkpointing"]:  # by PEFT's own default reentrant, as is torch's

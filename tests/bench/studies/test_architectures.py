@@ -36,6 +36,14 @@ def test_what_a_models_own_code_cannot_do_is_said_in_one_line_without_a_tracebac
     assert "\n" not in record["message"] and "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["ft-sgd", "lora"])
+def test_an_architecture_without_checkpointing_is_refused_where_it_is_asked_for(method, tmp_path):
+    short_config("openai-gpt").save_pretrained(tmp_path)
+    record = run(BenchCase(str(tmp_path), method, gpu="rtx-4090", seq_len=16, gradient_checkpointing=True))
+    assert record["status"] == "unsupported"
+    assert "OpenAIGPTLMHeadModel has no gradient checkpointing in transformers; leave it out" in record["message"]
+
+
 def test_a_short_config_shows_every_kind_of_layer():
     jamba = short_config("jamba")
     assert jamba.num_hidden_layers == 5  # the first of its attention layers is the fifth
