@@ -2,6 +2,7 @@
 
     names = operations(folder, work)          # what `work()` does to files under `folder`, by name, in order
     kill_at(folder, 7, work)                  # the same, killed just before the operation names[7]
+    code, text = signal_at(folder, 7, SIGTERM, work)   # sent a signal there, which the work may answer
     code, text = alive(work)                  # not killed: exit code and what it printed
 
 A moment lies before each operation that the interpreter sees: open for writing, mkdir, rename, link, unlink, rmdir,
@@ -32,10 +33,10 @@ Work = Callable[[], Any]
 
 
 class _Moments:
-    """Counts moments, and dies at one of them."""
+    """Counts moments, and dies at one of them; with a `number`, is sent that signal there, and goes on."""
 
-    def __init__(self, folder: Path, last: int | None, record: Path | None) -> None:
-        self.folder, self.last, self.count = str(folder.resolve()), last, 0
+    def __init__(self, folder: Path, last: int | None, record: Path | None, number: int | None = None) -> None:
+        self.folder, self.last, self.count, self.number = str(folder.resolve()), last, 0, number
         self.record = None if record is None else os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.inside = False
 
@@ -48,7 +49,14 @@ class _Moments:
 
     def before(self, name: str) -> None:
         if self.at(name):
+            self.end()
+
+    def end(self) -> None:
+        """What happens in the moment."""
+        if self.number is None:
             die()
+        else:
+            os.kill(os.getpid(), self.number)
 
     def path_of(self, place: Any) -> str | None:
         """The path of a file, or of an open one by its number, below the folder and relative to it; else None."""
@@ -77,7 +85,7 @@ class _Moments:
             if path is None or self.inside:
                 return function(*arguments, **named)
             self.before(f"{name} {path}")
-            if self.at(f"{name} {path}, half of it"):
+            if self.at(f"{name} {path}, half of it") and self.number is None:
                 self.inside = True
                 half(function, *arguments, **named)
                 die()
@@ -178,6 +186,14 @@ def kill_at(folder: Path, number: int, work: Work) -> bool:
     """Do the work, killed at operation `number`, from 0; returns whether it came so far."""
     status = _fork(work, lambda: _Moments(folder, number, None).watch())
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def signal_at(folder: Path, number: int, signal_number: int, work: Work) -> tuple[int, str]:
+    """Do the work, sent a signal at operation `number`; returns as `alive`. Half of a write is no such moment."""
+    with tempfile.TemporaryDirectory() as place:
+        moments = _Moments(folder, number, None, signal_number)
+        status = _fork(work, moments.watch, Path(place, "output"))
+        return os.waitstatus_to_exitcode(status), Path(place, "output").read_text(errors="replace")
 
 
 def alive(work: Work) -> tuple[int, str]:
