@@ -12,6 +12,7 @@ import torch
 
 from bench.cases.recipe import Recipe
 from bench.validation.frameworks.litgpt import Shape, built, keep_inputs, only_adapters
+from bench.validation.measurement import MIB
 from bench.validation.published.row import WHOLE, Published, Row, model_of
 from qzo.errors import QzoError
 
@@ -30,6 +31,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 QUANTIZED: dict[str, dict[str, Any] | None] = {
     "none": None, "nf4": NF4, "nf4-dq": NF4 | {"bnb_4bit_use_double_quant": True},
 }  # fmt: skip
+STATES = 8  # bytes a parameter: weight, gradient and two moments in bf16
 OPTIMIZERS = {"adamw": "adamw_torch", "paged-adamw": "paged_adamw_32bit"}
 
 
@@ -41,6 +43,8 @@ def read(row: Row) -> Published:
         raise QzoError("out of memory is no number of bytes")
     shape = _shape(row)
     whole = row["method"] in WHOLE
+    if whole and row["measured_mib"]["peak_allocated"] * MIB < STATES * _parameters(shape):
+        raise QzoError("the row has fewer bytes than its weights, gradients and AdamW's moments")
     optimizer = OPTIMIZERS[row["optimizer"].split(" (")[0]]
     accumulated = 2 if whole else 1  # gradients are there when the second micro-batch begins
     recipe = Recipe(
@@ -50,6 +54,10 @@ def read(row: Row) -> Published:
     )  # fmt: skip
     changes = () if whole else (only_adapters, keep_inputs)
     return Published(recipe, model_of(row), changes=changes, build=built(shape))
+
+
+def _parameters(shape: Shape) -> int:
+    return sum(parameter.numel() for parameter in built(shape)(torch.bfloat16).parameters())
 
 
 def _shape(row: Row) -> Shape:

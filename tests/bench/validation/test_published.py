@@ -121,6 +121,8 @@ def test_litgpts_own_model_holds_its_logits_in_chunks_of_16_bits():
     logits = 2 * 300 * SIZES["vocab_size"]  # elements
     assert 2 * logits < found["predicted"]["allocated"] < 20 * logits
     assert compare_row(LITGPT | {"method": "adapter"})["message"] == "LitGPT's adapter is not written down here"
+    whole = LITGPT | {"method": "ft-bf16", "lora_targets": None, "measured_mib": {"peak_allocated": 1.0}}
+    assert compare_row(whole)["message"] == "the row has fewer bytes than its weights, gradients and AdamW's moments"
 
 
 QWEN = TRAINED | {"source": {"repo": "QwenLM/Qwen"}, "model_id": "Qwen/Qwen-9-tiny", "quantization": "none"}
