@@ -70,6 +70,9 @@ baselines: $(READY) ## make the committed baselines again (look at the differenc
 		$(RUN) -m bench run $$model --device sim --gpu rtx-4090 --out results/$$model && \
 		cp results/$$model/summary.json reports/baselines/$$model.json || exit 1; \
 	done
+	$(RUN) -m bench run llama2-7b --device sim --gpu rtx-4090 --methods qlora,qlora-lean,peqa-lean,qzo --batch-size 8 \
+		--seq-len 512 --out results/llama2-7b-8x512
+	cp results/llama2-7b-8x512/summary.json reports/baselines/llama2-7b-8x512.json
 	cp results/llama2-13b/memory.png reports/figures/llama2-13b.png
 	$(RUN) -m reports.studies.readme
 

@@ -1,4 +1,4 @@
-"""The README's table, made from the committed baselines: `python -m reports.studies.readme` writes it again."""
+"""The README's tables, made from the committed baselines: `python -m reports.studies.readme` writes it again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from reports.tables.sizes import GIBI
 
 MODELS = ("opt-6.7b", "llama2-7b", "llama3.1-8b", "llama2-13b")
 METHODS = ("mezo", "qlora", "qlora-lean", "peqa-lean", "qzo", "qzo-full")
-BEGIN, END = "<!-- baselines: begin -->\n", "<!-- baselines: end -->"
+LEAD = ("llama2-7b", "llama2-7b-8x512")  # records of the same model at batch 1 and, of some methods, at batch 8
+LEAD_METHODS = ("qlora", "qlora-lean", "peqa-lean", "qzo")
 
 
 def table(folder: Path) -> str:
@@ -33,11 +34,32 @@ def table(folder: Path) -> str:
     return tabulate(rows, headers, tablefmt="pipe", stralign="right", disable_numparse=True)
 
 
+def lead(folder: Path) -> str:
+    """Markdown: a row a method, allocated and process GiB at two sizes of a step, and both beside those of `qzo`."""
+    sizes = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8-sig"))["records"] for name in LEAD]
+    headers, rows = ["method"], [[method] for method in LEAD_METHODS]
+    for records in sizes:
+        qzo = find(records, "qzo")
+        assert qzo is not None
+        shape = f"batch {qzo['case']['batch_size']}, {qzo['case']['seq_len']} tokens"
+        headers += [f"{shape}: allocated", "beside qzo", "process", "beside qzo"]
+        for row, method in zip(rows, LEAD_METHODS, strict=True):
+            record = find(records, method)
+            assert record is not None
+            for kind in ("allocated", "process"):
+                share = ratio(record, qzo, kind)
+                row += [GIBI.show(record["peak"][kind]), f"{share:.2f}x" if share else "n/a"]
+    return tabulate(rows, headers, tablefmt="pipe", stralign="right", disable_numparse=True)
+
+
 def renewed(readme: str, folder: Path) -> str:
-    """The README with its table made again."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(folder)}\n\n{END}{after}"
+    """The README with its tables made again."""
+    for name, made in (("baselines", table(folder)), ("lead", lead(folder))):
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        before, rest = readme.split(begin)
+        _, after = rest.split(end)
+        readme = f"{before}{begin}\n{made}\n\n{end}{after}"
+    return readme
 
 
 def main() -> int:
