@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 from bench.ledger.ledger import Block, Event, Ledger
 from bench.ledger.repeat_training import Group, group_of_layers, run_layer
 
+PLAIN = (int, float, str, bool, type(None))
+NUMBER = ("layer_idx", "layer_id", "layer_number", "block_idx")  # of a layer, among its likes
+
 
 @contextmanager
 def repeated_layers(ledger: Ledger, model: nn.Module) -> Iterator[None]:
@@ -96,10 +99,16 @@ def _template(ledger: Ledger, events: list[Event], output: Any) -> Template | No
 
 
 def _kind(layer: nn.Module) -> Any:
+    """All that tells layers apart: shapes, and what their modules are told in numbers and words but which one they are
+    (Gemma 3n has layers that keep keys and values for later ones).
+    """
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for name, tensor in tensors)
-    attention = getattr(layer, "attention_type", None) or getattr(layer, "layer_type", None)
-    return type(layer), attention, shapes
+    told = tuple(
+        (type(module), tuple(item for item in vars(module).items() if type(item[1]) in PLAIN and item[0] not in NUMBER))
+        for module in layer.modules()
+    )
+    return told, shapes
 
 
 def _signature(arguments: Any) -> tuple:

@@ -156,7 +156,10 @@ def shortened(fields: dict[str, Any], wanted: int) -> dict[str, Any]:
 
 
 def _layers(config: PreTrainedConfig) -> int | None:
-    text = config.get_text_config()
+    try:
+        text = config.get_text_config()
+    except ValueError:  # several
+        return None
     return next((getattr(text, name) for name in COUNTS if isinstance(getattr(text, name, None), int)), None)
 
 

@@ -20,7 +20,7 @@ class Layer(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.inner, self.outer = nn.Linear(width, 3 * width, device="meta"), nn.Linear(3 * width, width, device="meta")
-        self.calls, self.recomputed, self.twice = 0, False, False
+        self.calls, self.recomputed, self.twice = 0, False, []
 
     def forward(self, x, positions=None):
         self.calls += 1
@@ -99,9 +99,17 @@ def test_gradients_have_the_shapes_of_what_is_trained_and_stay_where_they_are():
 
 def test_layers_that_only_look_alike_are_found_out():
     model = Model()
-    model.layers[4].twice = True  # the second of the traced ones keeps one tensor more
+    model.layers[4].twice = [True]  # no plain word; the second of the traced ones keeps one tensor more
     with pytest.raises(NotAlike):
         events(model)
+
+
+def test_layers_that_are_told_different_things_are_of_different_kinds():
+    model = Model()
+    for number, layer in enumerate(model.layers):
+        layer.layer_idx, layer.keeps_values = number, number == 3
+    assert events(model) == events(model, in_full)
+    assert [layer.calls for layer in model.layers] == [4] * LAYERS  # none has two neighbours like the others' any more
 
 
 def test_gradients_that_set_something_off_are_not_repeated():

@@ -1,0 +1,1 @@
+"""Every architecture of transformers under every method."""
