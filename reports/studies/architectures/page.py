@@ -72,7 +72,8 @@ def _reasons(about: Mapping[str, Any]) -> str:
             stopped.setdefault(outcome["message"], []).append(method)
     every = len(about["methods"])
     return "; ".join(
-        f"{'all' if len(methods) == every else ', '.join(methods)}: {reason}" for reason, methods in stopped.items()
+        f"{'all' if len(methods) == every else ', '.join(methods)}: {_cut(reason)}"
+        for reason, methods in stopped.items()
     )
 
 
