@@ -71,10 +71,8 @@ def _reasons(about: Mapping[str, Any]) -> str:
         if "allocated" not in outcome:
             stopped.setdefault(outcome["message"], []).append(method)
     every = len(about["methods"])
-    return "; ".join(
-        f"{'all' if len(methods) == every else ', '.join(methods)}: {_cut(reason)}"
-        for reason, methods in stopped.items()
-    )
+    named = {reason: "all" if len(methods) == every else ", ".join(methods) for reason, methods in stopped.items()}
+    return "; ".join(f"{methods}: {_cut(reason)}" for reason, methods in named.items())
 
 
 def _cut(reason: str) -> str:
