@@ -42,12 +42,33 @@ def _forward_with_loss(model: Any, loss: Loss, input_ids: Tensor, labels: Tensor
     """Logits in 16 bits, scaled where the model scales them, and in fp32, each in the place of the one before."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    logits = model.lm_head(model.model(input_ids=input_ids, attention_mask=options.get("attention_mask"))[0])
+    hidden = model.model(input_ids=input_ids, attention_mask=options.get("attention_mask"))[0]
+    logits = model.lm_head(hidden)
     scaling = getattr(model.config, "logits_scaling", None)
     if scaling is not None:
         logits = logits / scaling
     logits = logits.float()
     return CausalLMOutputWithPast(loss=loss(logits, labels, model.config.vocab_size), logits=logits)
+
+
+def repeat_keys(model: nn.Module) -> None:
+    """Keys and values as often as query heads share them, before FlashAttention: so Mistral's attention did until 4.47
+    (modeling_mistral.py, MistralFlashAttention2), and Llama's did not.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention"):
+            module.forward = partial(_repeating, module.forward)
+
+
+def _repeating(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from transformers.integrations import sdpa_attention
+
+    original = sdpa_attention.use_gqa_in_sdpa
+    sdpa_attention.use_gqa_in_sdpa = lambda *_: False
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        sdpa_attention.use_gqa_in_sdpa = original
 
 
 def keep_presents(model: nn.Module) -> None:

@@ -16,7 +16,12 @@ from bench.cases.recipe import FLASH, Recipe
 from bench.validation.frameworks.foak import fast_loss, fast_loss_of_given, fuse, fuse_head_loss
 from bench.validation.frameworks.gptq import GROUP_SIZE, to_gptq
 from bench.validation.frameworks.mixtral_4 import separate_experts
-from bench.validation.frameworks.transformers_4 import keep_presents, sixteen_bit_loss, use_loss_of
+from bench.validation.frameworks.transformers_4 import (
+    keep_presents,
+    repeat_keys,
+    sixteen_bit_loss,
+    use_loss_of,
+)
 from bench.validation.frameworks.trl import adapters_cast_by_trl
 from bench.validation.published.row import DTYPES, Change, Published, Row, checkpointing, flash_model_of, lora
 from qzo.errors import QzoError
@@ -25,6 +30,7 @@ QUANTIZATION = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_us
 KBIT = {"use_gradient_checkpointing": True}
 PACKED = {"none": None, "nf4": None, "gptq-4bit": 4}
 REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+REPEATED_UNTIL = (4, 48)
 UNGROUPED = {"TheBloke/Mixtral-8x7B-Instruct-v0.1-GPTQ": None}  # the main branch, by its model card
 BIGCODE = "gpt_bigcode"  # its forward makes the cross entropy of 16-bit logits itself, until 4.49
 TOKENS = re.compile(r"= ([\d.]+)$")
@@ -49,7 +55,14 @@ def read(row: Row) -> Published:
     size = UNGROUPED.get(row["model_id"], GROUP_SIZE)
     loaded = (separate_experts, *([to_gptq(bits, size)] if bits else []))
     changes = tuple(_changes(row, source.config.model_type))
+    if source.config.model_type == "mistral" and version_of(row) < REPEATED_UNTIL:
+        changes += (repeat_keys,)
     return Published(recipe, source, loaded, changes, alike=keep_presents not in changes)
+
+
+def version_of(row: Row) -> tuple[int, ...]:
+    """Of transformers: (major, minor)."""
+    return tuple(int(part) for part in (row.get("versions") or {}).get("transformers", "5.0").split(".")[:2])
 
 
 def tokens_of(row: Row) -> int:

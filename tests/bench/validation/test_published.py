@@ -1,8 +1,10 @@
 """Rows of others, read as recipes."""
 
 import pytest
+import torch
 
 from bench.validation.compare import compare_row
+from bench.validation.frameworks.transformers_4 import repeat_keys
 from bench.validation.measurement import MIB, measured_bytes
 from bench.validation.published.peft_comparison import AROUND, LONGEST
 from bench.validation.published.qwen import drawn_lengths
@@ -163,3 +165,15 @@ def test_mezos_figure_counts_in_gib_and_what_ran_on_several_gpus_is_not_said():
     found = compare_row(row | {"measured_mib": {"memory_as_printed": 1e9 / MIB}})
     assert found["status"] == "ok" and found["measured"] == {"process": 1 << 30}
     assert "the sum over 4 GPUs" in compare_row(row | {"gpus": 4})["message"]
+
+
+def test_keys_are_repeated_within_an_attention_alone():
+    from transformers.integrations import sdpa_attention
+
+    class SomeAttention(torch.nn.Module):
+        def forward(self) -> bool:
+            return sdpa_attention.use_gqa_in_sdpa(None, None, None)
+
+    model, before = torch.nn.Sequential(SomeAttention()), sdpa_attention.use_gqa_in_sdpa
+    repeat_keys(model)
+    assert model[0].forward() is False and sdpa_attention.use_gqa_in_sdpa is before
