@@ -5,7 +5,7 @@ bitsandbytes is imported where it is used: the other methods run on machines tha
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +74,7 @@ def _second_state(blocks: int) -> Any:
     return _library().functional.QuantState(absmax=absmax, code=code, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
 
 
+@cache
 def _library() -> Any:
     with quiet_libraries():
         import bitsandbytes
