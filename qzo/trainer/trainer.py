@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from qzo.trainer.collate import padding
 from qzo.trainer.resumable import ResumableTrainer
 from qzo.trainer.roles import TakenStep, said_to_train
 from qzo.training.checkpoints import OPTIMIZER, TRAINED, check, read_trained
+from qzo.training.prospect import FIRST, Prospect
 
 with quiet_libraries():
     from accelerate.utils.memory import clear_device_cache
@@ -81,6 +84,7 @@ class QZOTrainer(ResumableTrainer):
         self._closures: list[Closure] = []
         self._clipped: list[bool] = []
         self._checked = False
+        self._prospect: Prospect | None = None
         self._base: dict[str, str] | None = None
         signature = inspect.signature(_mixed_in(type(self)).__init__)
         given = signature.bind_partial(self, *arguments, **named).arguments
@@ -155,10 +159,23 @@ class QZOTrainer(ResumableTrainer):
             self.journal.record()
         last = self.zeroth_order.last
         self._clipped.append(last is not None and last.clipped)
+        self._foresee(loss, self.zeroth_order)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return torch.tensor(loss, device=self.args.device)
+
+    def _foresee(self, loss: float, optimizer: SpsaOptimizer) -> None:
+        """Warn once where the lr, which is Trainer's 5e-5 unless one is named, will not do."""
+        group, last = optimizer.param_groups[0], optimizer.last
+        if self._prospect is None:
+            self._prospect = Prospect(self.state.max_steps, group.get("clip_threshold") or math.inf)
+        is_plain = not group.get("momentum") and group.get("betas") is None and not optimizer.estimator.normalize
+        if last is None or optimizer.steps > FIRST or last.skipped or not is_plain:
+            return
+        notice = self._prospect.after(loss, last.directional_derivative, group["lr"])
+        if notice is not None:
+            warnings.warn(notice, stacklevel=2)
 
     def _loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """A micro-batch's share of the step's loss, as Trainer's own training_step has it."""

@@ -16,6 +16,7 @@ from qzo.errors import NotFinite
 from qzo.signals import held
 from qzo.training.learners import Learner, ZerothOrder
 from qzo.training.progress import Progress
+from qzo.training.prospect import Prospect
 from qzo.training.run import Result, Run
 
 
@@ -58,6 +59,9 @@ def train(
     settings = run.settings
     run.begin(learner.steps)
     started = time.monotonic()
+    plain = isinstance(learner, ZerothOrder) and settings.update == "sgd"
+    clip = math.inf if settings.clip_threshold is None else settings.clip_threshold
+    prospect = Prospect(settings.steps, clip) if plain and not learner.steps else None
     while True:
         if _due(learner.steps, settings.steps, settings.eval_every) and not run.validated(learner.steps):
             _validate(learner, run, evaluate, progress)
@@ -77,6 +81,9 @@ def train(
             learner.record(_due(learner.steps, settings.steps, settings.eval_every))
         if progress is not None:
             progress.step(learner.steps, outcome, lr)
+            notice = None if prospect is None else prospect.after(outcome.loss, outcome.slope, lr)
+            if notice is not None:
+                progress.notice(notice)
     assert run.best is not None
     return Trained(learner.steps, learner.skipped, *run.best, stopped_early=learner.steps < settings.steps)
 
