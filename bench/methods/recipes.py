@@ -248,6 +248,8 @@ def with_adapters(recipe: Recipe, model: PreTrainedModel, world: World) -> nn.Mo
             result = peft.get_peft_model(
                 result, _peft_config(recipe, model), autocast_adapter_dtype=recipe.autocast_adapter_dtype
             )
+        if not recipe.autocast_adapter_dtype:
+            _cast_without_data(result)
     if by_trainer:
         enable_checkpointing(model, world, recipe.arguments.get("gradient_checkpointing_kwargs") or {})
     if recipe.trained_dtype is not None:
@@ -255,6 +257,20 @@ def with_adapters(recipe: Recipe, model: PreTrainedModel, world: World) -> nn.Mo
     apply_liger(recipe, result)
     replace_loss(recipe, result, world)
     return result.train()
+
+
+def _cast_without_data(model: nn.Module) -> None:
+    """Adapters in the dtype of the weight that they are beside, which PEFT leaves out where there is no data
+    (peft/tuners/tuners_utils.py, `_move_adapter_to_device_of_base_layer`).
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        weight = getattr(layer.get_base_layer(), "weight", None) if isinstance(layer, BaseTunerLayer) else None
+        if isinstance(weight, Tensor) and weight.is_meta and weight.is_floating_point():
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(weight.dtype)
 
 
 def _cast_trained(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> None:

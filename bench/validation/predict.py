@@ -19,6 +19,7 @@ from bench.methods.adapters import add_adapters, frozen_base, prepared_nf4
 from bench.methods.nf4 import to_nf4
 from bench.methods.prepared import Enter, Prepared
 from bench.simulator.allocator.replay import ROUND_BYTES, replay
+from bench.simulator.cuda.attention import KERNELS, Call, head_size, refuse_unable
 from bench.simulator.cuda.kernels import CudaFunctions, rules
 from bench.simulator.shared import collector_off, number_of_experts
 from bench.validation.measurement import Measurement
@@ -37,6 +38,7 @@ READ_AHEAD_BYTES = 256 << 20
 @collector_off()
 def predict(measurement: Measurement) -> dict[str, int]:
     """Bytes for each of `bench.validation.measurement.METRICS`."""
+    refuse_attention(measurement)
     world = SimWorld(measurement.source, measurement.attention)
     ledger = Ledger("meta", ROUND_BYTES, rules(measurement.gpu, number_of_experts(measurement.source.config)))
     prepared = prepare(measurement, world, ledger)
@@ -52,6 +54,14 @@ def predict(measurement: Measurement) -> dict[str, int]:
     phases = {name: replayed.phase_peaks[name] for name in ("forward", "backward", "step")}
     process = replayed.peak_reserved + measurement.gpu.context_bytes()
     return {"allocated": max(phases.values()), "reserved": replayed.peak_reserved, "process": process, **phases}
+
+
+def refuse_attention(measurement: Measurement) -> None:
+    """Raise QzoError for an attention kernel that the GPU cannot run with these heads, as `bench run` does."""
+    if measurement.attention in KERNELS:
+        heads = head_size(measurement.source)
+        call = Call(TORCH[measurement.dtype], heads, requires_grad=True, causal=True)
+        refuse_unable(measurement.attention, measurement.gpu.compute_capability, call)
 
 
 def prepare(measurement: Measurement, world: SimWorld, ledger: Ledger) -> Prepared:

@@ -89,6 +89,7 @@ def test_a_known_model_has_the_catalogs_architecture_and_an_unknown_one_its_fami
     [
         ({"method": "dora"}, "method 'dora'"),
         ({"attention": "ring"}, "attention 'ring'"),
+        ({"attention": "sdpa-flash"}, "flash attention needs a GPU of compute capability 8.0 or more"),
         ({"base_dtype": "fp8"}, "base_dtype 'fp8'"),
         ({"optimizer": "lion"}, "optimizer 'lion'"),
         ({"gpu": "Abacus 9"}, "GPU 'Abacus 9'"),
