@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.cases.methods import EXTRA_METHODS, METHODS
+from bench.cases.methods import EXTRA_METHODS, TABLE
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("transformers", "peft", "bitsandbytes", "torchao", "accelerate", "hqq")  # seconds each, and notices
@@ -31,7 +31,7 @@ def test_lists(what, name, capsys):
     assert any(line.startswith(name) for line in lines)
     if what == "methods":
         names = [line.split()[0] for line in lines]
-        assert names == [*METHODS, *EXTRA_METHODS]
+        assert names == [method.name for method in TABLE]
         assert [name for name, line in zip(names, lines, strict=True) if "only where asked for" in line] == list(
             EXTRA_METHODS
         )
