@@ -358,8 +358,11 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(task, models, tmp_path, cap
     monkeypatch.setitem(sys.modules, "qzo.tasks", task)
     lines = errors(capsys)
     assert len(lines) == 1 and "No space left on device" in lines[0]
-    assert all(line.endswith(b"\n") for line in (tmp_path / "cut/metrics.jsonl").read_bytes().splitlines(True))
-    assert main([*command, str(tmp_path / "cut"), "--resume"]) == 0
+    cut = tmp_path / "cut"
+    assert cut.exists() == (room > 60)  # of a run whose first validation found no room nothing is left
+    if cut.exists():
+        assert all(line.endswith(b"\n") for line in (cut / "metrics.jsonl").read_bytes().splitlines(True))
+    assert main([*command, str(cut), *(["--resume"] if cut.exists() else [])]) == 0
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     for name in ("run.journal", "best.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
