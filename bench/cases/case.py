@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.cases.methods import BY_NAME
 from bench.cases.quantizations import FORMATS, check_group_size
-from bench.cases.recipe import Recipe, parse
+from bench.cases.recipes.recipe import Recipe, parse
 from qzo.errors import QzoError
 
 DEVICES = ("auto", "cuda", "cpu", "sim")

@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import constants
 
 from bench.cases import catalog
+from bench.cases.messages import one_line
 from bench.cases.pretrained import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -212,9 +213,3 @@ def _model_class(config: PreTrainedConfig) -> Any:
 
 def _folder_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "--", text, flags=re.ASCII).strip(".-") or "model"
-
-
-def one_line(error: Exception, limit: int = 300) -> str:
-    """The error's message on one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

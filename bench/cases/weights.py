@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from bench.cases.models import ModelSource, check_attention, check_parameters, one_line, resolve
+from bench.cases.messages import one_line
+from bench.cases.models import ModelSource, check_attention, check_parameters, resolve
 from bench.cases.pretrained import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -6,11 +6,11 @@ import argparse
 from dataclasses import dataclass, replace
 
 from bench.cases.case import BenchCase
-from bench.cases.peft_config import read_peft_config
-from bench.cases.recipe import Recipe
-from bench.cases.recipe_files import ReadRecipe, read_recipe
-from bench.cases.recipe_table import LORA_FA, RECIPES
-from bench.cases.settings import apply, parse_settings
+from bench.cases.recipes.files import ReadRecipe, read_recipe
+from bench.cases.recipes.peft_config import read_peft_config
+from bench.cases.recipes.recipe import Recipe
+from bench.cases.recipes.settings import apply, parse_settings
+from bench.cases.recipes.table import LORA_FA, RECIPES
 from bench.worlds import plan
 from qzo.errors import QzoError
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.cases.models import resolve
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.records import nvml
 from qzo.durable import replace_file
 

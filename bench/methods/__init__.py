@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.cases.case import BenchCase
-from bench.cases.recipe_table import WHOLE
+from bench.cases.recipes.table import WHOLE
 from bench.methods.adapters import lora, qlora
 from bench.methods.as_released import mezo_reference, qzo_2bit_reference, qzo_reference
 from bench.methods.baselines import dora, lora_fa, prefix, qlora_lean

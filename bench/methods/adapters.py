@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.cases.case import BenchCase
-from bench.cases.recipe_table import LORA, QLORA
+from bench.cases.recipes.table import LORA, QLORA
 from bench.methods.checkpointing import checkpoint_options
 from bench.methods.prepared import Prepared
 from bench.methods.recipes import recipe_method

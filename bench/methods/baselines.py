@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from bench.cases.case import BenchCase
-from bench.cases.recipe import Recipe
-from bench.cases.recipe_table import DORA, LORA_FA, PREFIX, QLORA_LEAN
+from bench.cases.recipes.recipe import Recipe
+from bench.cases.recipes.table import DORA, LORA_FA, PREFIX, QLORA_LEAN
 from bench.methods.prepared import Prepared
 from bench.methods.recipes import recipe_method
 from bench.methods.world import World

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 
 MOST = "torch_compile fuses operations and keeps less for backward; these are the bytes of the eager step, the most"
 

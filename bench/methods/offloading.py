@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bench.methods.in_place import has_data
+from bench.methods.optimizers.in_place import has_data
 
 LEAST = 1024  # bytes of a tensor that goes (min_offload_size)
 IN_FLIGHT = 5  # saved tensors after which a copy is taken to be done (max_fwd_stash_size)

@@ -15,9 +15,9 @@ import qzo
 from bench.cases.case import BenchCase
 from bench.cases.group_sizes import default_group_size
 from bench.cases.text import Batch
-from bench.methods.adamw import fused_adamw
 from bench.methods.checkpointing import enable_checkpointing
-from bench.methods.factored import FactoredRms
+from bench.methods.optimizers.adamw import fused_adamw
+from bench.methods.optimizers.factored import FactoredRms
 from bench.methods.prepared import Enter, Prepared, first_order_step
 from bench.methods.world import World
 from qzo.formats.gptq.codes import unpack

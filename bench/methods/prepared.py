@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.cases.text import Batch
 
 Enter = Callable[[str], None]  # tells the ledger which phase begins

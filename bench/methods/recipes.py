@@ -1,7 +1,7 @@
 """A recipe as a model, an optimizer and steps: what the Trainer of transformers does, on tensors with data or without.
 
-PEFT adds its own adapters, and `bench.methods.optimizers` makes the Trainer's optimizer. What stands here is the order
-of things in a step: transformers/trainer.py, `training_step`, and accelerate, which puts the model's forward under
+PEFT adds its own adapters, and `bench.methods.optimizers.made` makes the optimizer. What stands here is the order of
+things in a step: transformers/trainer.py, `training_step`, and accelerate, which puts the forward of the model under
 autocast and turns its outputs into fp32 (`convert_outputs_to_fp32`).
 """
 
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases.case import BenchCase
-from bench.cases.recipe import Recipe, differences
-from bench.cases.recipe_table import RECIPES
+from bench.cases.recipes.recipe import Recipe, differences
+from bench.cases.recipes.table import RECIPES
 from bench.cases.text import Batch
 from bench.methods.checkpointing import check_checkpointing, checkpoint_options, enable_checkpointing
 from bench.methods.compiled import MOST
-from bench.methods.int8 import to_int8
 from bench.methods.liger.layers import apply_liger
 from bench.methods.losses.choice import replace_loss
-from bench.methods.nf4 import BLOCK_SIZE, to_nf4
 from bench.methods.offloading import offloading_of
-from bench.methods.optimizers import name_of, optimizer_of
+from bench.methods.optimizers.made import name_of, optimizer_of
 from bench.methods.prepared import Enter, Prepared
+from bench.methods.quantized.int8 import to_int8
+from bench.methods.quantized.nf4 import BLOCK_SIZE, to_nf4
 from bench.methods.targets import adapter_targets
 from bench.methods.world import World
 from qzo.quiet import quiet_libraries

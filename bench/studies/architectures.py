@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from bench.cases.case import BenchCase
+from bench.cases.messages import one_line
 from bench.cases.methods import METHODS
-from bench.cases.models import one_line
 from bench.cases.pretrained import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from bench.commands.parser import Parser
 from bench.records.environment import environment

@@ -21,7 +21,7 @@ from bench.cases import gpus
 from bench.cases.case import BenchCase, choose
 from bench.cases.models import resolve
 from bench.ledger.ledger import Block, Ledger
-from bench.methods.adamw import MixedAdamW, fused_adamw
+from bench.methods.optimizers.adamw import MixedAdamW, fused_adamw
 from bench.simulator.allocator.replay import ROUND_BYTES, replay
 from bench.simulator.cuda.attention import attention_of
 from bench.simulator.cuda.kernels import CudaFunctions, rules

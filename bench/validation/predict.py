@@ -16,8 +16,8 @@ from bench.cases.pretrained import PreTrainedModel
 from bench.cases.text import Batch
 from bench.ledger.ledger import Block, Ledger
 from bench.methods.adapters import add_adapters, frozen_base, prepared_nf4
-from bench.methods.nf4 import to_nf4
 from bench.methods.prepared import Enter, Prepared
+from bench.methods.quantized.nf4 import to_nf4
 from bench.simulator.allocator.replay import ROUND_BYTES, replay
 from bench.simulator.cuda.attention import KERNELS, Call, head_size, refuse_unable
 from bench.simulator.cuda.kernels import CudaFunctions, rules

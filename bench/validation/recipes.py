@@ -13,13 +13,13 @@ from torch import nn
 from bench.cases import gpus
 from bench.cases.gpus import Gpu
 from bench.cases.models import ModelSource
-from bench.cases.recipe import FLASH, Recipe, parse
+from bench.cases.recipes.recipe import FLASH, Recipe, parse
 from bench.ledger.ledger import Ledger
 from bench.ledger.repeat import repeated_layers
 from bench.ledger.repeat_training import NotAlike
-from bench.methods.int8 import int8_rules
 from bench.methods.offloading import offloading_of
-from bench.methods.optimizers import optimizer_of
+from bench.methods.optimizers.made import optimizer_of
+from bench.methods.quantized.int8 import int8_rules
 from bench.methods.recipes import STEP_OF, MicroBatch, loaded, with_adapters
 from bench.simulator.allocator.replay import ROUND_BYTES, OutOfMemory, Replay, replay
 from bench.simulator.cuda.attention import preference

@@ -11,8 +11,8 @@ from bench.cases.case import BenchCase
 from bench.cases.methods import QUANTIZABLE
 from bench.cases.models import resolve
 from bench.cases.quantizations import FORMATS, named
-from bench.cases.recipe import parse
-from bench.cases.recipe_table import BARE
+from bench.cases.recipes.recipe import parse
+from bench.cases.recipes.table import BARE
 from bench.records.record import Record
 from bench.simulator.cuda.attention import attention_of
 from qzo.errors import QzoError

@@ -10,7 +10,7 @@ import torch
 from bench.cases import text
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.cases.text import Batch
 
 Rows = tuple[int, ...]  # tokens of each row of a batch

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from bench.methods.nf4 import nf4_tensors
+from bench.methods.quantized.nf4 import nf4_tensors
 from qzo.live.scales import quantized_tensors
 
 FLOOR = ("codes", "codebooks", "scales", "quant_map", "offsets", "embeddings", "norms", "biases", "adapters", "linears",

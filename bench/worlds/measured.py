@@ -14,7 +14,7 @@ from bench.cases import text, weights
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource, resolve
 from bench.cases.pretrained import PreTrainedModel
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.worlds.batches import steps_of, with_text
 from qzo.live.scales import quantized_layers
 

@@ -38,7 +38,7 @@ ALONE = (  # no meaning without a factor, or without experts
     *("rope.scaling.yarn_ext_factor", "expert_used_count"),
 )
 VALUES: tuple[Any, ...] = (3, 0.37, True, "yarn", [1, 2], 2**40)
-OF_NO_LAYER = {"qwen3_moe": ("feed_forward_length",)}  # whose layers all have experts, of a length of their own
+OF_NO_LAYER = dict.fromkeys(("qwen2_moe", "qwen3_moe"), ("feed_forward_length",))  # all of experts, of other lengths
 IDENTICAL = ("attention.value_length", "vocab_size", "block_count", "expert_weights_norm", "expert_gating_func")
 
 

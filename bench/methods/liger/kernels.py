@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.methods.in_place import has_data, numbers, write
+from bench.methods.optimizers.in_place import has_data, numbers, write
 
 MULTIPROCESSORS = 132  # rows of the weight's partial gradients; of an H100, and another card's are as good as nothing
 GELU = np.sqrt(2 / np.pi), 0.044715

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.methods.liger.kernels import GatedProduct, RmsNorm, Rotary
 from qzo.errors import QzoError
 

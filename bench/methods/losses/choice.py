@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.methods.checkpointing import checkpoint_options
 from bench.methods.losses.chunked import ChunkedLoss
 from bench.methods.losses.fused import FusedLoss

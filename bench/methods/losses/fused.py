@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.methods.in_place import has_data, numbers, write
 from bench.methods.losses.logits import IGNORED, bent
 from bench.methods.losses.tiled import add_product
+from bench.methods.optimizers.in_place import has_data, numbers, write
 
 
 class FusedLoss:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.methods.in_place import has_data, numbers, write
 from bench.methods.losses.logits import IGNORED, bent
+from bench.methods.optimizers.in_place import has_data, numbers, write
 
 TILE_TOKENS, TILE_WORDS = 4096, 32768  # TOKEN_CHUNK_SIZE and _CHUNKED_LOGPROB_CHUNK_SIZE
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.cases.recipe import FLASH, Recipe
+from bench.cases.recipes.recipe import FLASH, Recipe
 from bench.validation.frameworks.foak import fast_loss, fast_loss_of_given, fuse, fuse_head_loss
 from bench.validation.frameworks.gptq import GROUP_SIZE, to_gptq
 from bench.validation.frameworks.mixtral_4 import separate_experts

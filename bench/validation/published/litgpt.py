@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.validation.frameworks.litgpt import Shape, built, keep_inputs, only_adapters
 from bench.validation.measurement import MIB
 from bench.validation.published.row import WHOLE, Published, Row, model_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.validation.published.row import DTYPES, Published, Row, checkpointing, model_of
 from qzo.errors import QzoError
 from qzo.quiet import quiet_libraries

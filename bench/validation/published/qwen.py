@@ -10,7 +10,7 @@ import math
 from statistics import NormalDist
 from typing import Any
 
-from bench.cases.recipe import FLASH, Recipe
+from bench.cases.recipes.recipe import FLASH, Recipe
 from bench.validation.frameworks.gptq import to_gptq
 from bench.validation.frameworks.transformers_4 import sixteen_bit_loss, use_loss_of
 from bench.validation.published.row import (

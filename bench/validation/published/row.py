@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bench.cases.models import ModelSource
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.validation.measurement import source_of
 
 Row = Mapping[str, Any]

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 IMPORTS = (
     "import bench.cases.models",
-    "from bench.methods.nf4 import _library; _library()",
+    "from bench.methods.quantized.nf4 import _library; _library()",
     "from qzo.quiet import quiet_libraries\nwith quiet_libraries():\n    import peft",
     "from bench.simulator.cuda.products import Products; Products((8, 0)).rules()",
 )

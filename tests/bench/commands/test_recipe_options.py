@@ -8,7 +8,7 @@ import pytest
 
 from bench.__main__ import parser
 from bench.cases.case import BenchCase
-from bench.cases.recipe_table import RECIPES
+from bench.cases.recipes.table import RECIPES
 from bench.commands.recipe_options import chosen
 from qzo.errors import QzoError
 

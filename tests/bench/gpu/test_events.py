@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.cases.case import BenchCase
-from bench.cases.recipe_table import BARE
+from bench.cases.recipes.table import BARE
 from bench.gpu import events
 
 FILES = sorted((Path(__file__).parents[3] / "reports" / "measurements").glob("*.events.json"))

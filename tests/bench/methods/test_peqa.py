@@ -9,7 +9,7 @@ from bench.cases.case import BenchCase
 from bench.cases.models import resolve
 from bench.cases.text import batch
 from bench.methods import METHODS
-from bench.methods.factored import FactoredRms
+from bench.methods.optimizers.factored import FactoredRms
 from bench.methods.peqa import WholeWeight
 from bench.worlds import cpu, sim, sim_cpu
 from bench.worlds.measured import MeasuredWorld

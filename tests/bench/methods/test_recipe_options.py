@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.ledger.ledger import Ledger
-from bench.methods.in_place import numbers, write
 from bench.methods.liger.layers import FAMILIES, apply_liger
 from bench.methods.losses import tiled
 from bench.methods.losses.choice import loss_of, replace_loss
 from bench.methods.losses.fused import fused_chunk
 from bench.methods.offloading import offloading_of
+from bench.methods.optimizers.in_place import numbers, write
 from bench.methods.recipes import RecipeStep
 from bench.simulator.cuda.kernels import read_scalar
 from qzo.errors import QzoError

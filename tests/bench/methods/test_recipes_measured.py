@@ -15,11 +15,11 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from bench.cases.case import BenchCase
-from bench.cases.recipe_table import RECIPES
-from bench.cases.settings import apply, parse_settings
+from bench.cases.recipes.settings import apply, parse_settings
+from bench.cases.recipes.table import RECIPES
 from bench.ledger.events import highest_rise
 from bench.ledger.ledger import Ledger
-from bench.methods.nf4 import nf4_tensors, to_nf4
+from bench.methods.quantized.nf4 import nf4_tensors, to_nf4
 from bench.simulator.cpu.gemm import fast_bf16
 from bench.worlds import sim_cpu
 

@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 
 from bench.cases import gpus
 from bench.cases.models import ModelSource
-from bench.cases.recipe import Recipe, parse
-from bench.methods.optimizers import optimizer_of
+from bench.cases.recipes.recipe import Recipe, parse
+from bench.methods.optimizers.made import optimizer_of
 from bench.simulator.cuda.autocast import MetaAutocast
 from bench.validation.recipes import described, predict, predict_row, shapes_of
 from qzo.errors import QzoError

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from bench.cases.case import BenchCase
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.worlds import cpu, sim, sim_cpu
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -7,7 +7,7 @@ import torch
 
 from bench.cases.case import BenchCase
 from bench.cases.methods import BY_NAME, METHODS
-from bench.cases.recipe_table import BARE
+from bench.cases.recipes.table import BARE
 from bench.ledger.repeat_training import NotAlike
 from bench.worlds import sim
 from qzo.errors import QzoError

@@ -90,7 +90,7 @@ def test_another_architecture_and_tensors_without_a_place_are_told(tmp_path):
     file = write_gguf(tiny("qwen2"), tmp_path / "qwen2.gguf")
     data = file.read_bytes().replace(b"qwen2", b"bloom")
     file.write_bytes(data)
-    with pytest.raises(QzoError, match="architecture 'bloom' cannot be trained packed, only llama, qwen2, qwen3"):
+    with pytest.raises(QzoError, match=r"bloom\.attention.head_count_kv = 2, is not known here; .* take the model's"):
         packed(file)
     experts = {"blk.0.ffn_gate_exps.weight": np.zeros((2, 8, 32), np.float32)}
     with pytest.raises(QzoError, match=r"has blk\.0.ffn_gate_exps\.weight, for which LlamaForCausalLM has no place"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from qzo.errors import QzoError
 
 LEAST = 4096  # numbers of a parameter whose states go

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.cases.recipe import Recipe
-from bench.cases.recipe_files import axolotl, llama_factory, read_recipe, trl
-from bench.cases.recipe_files.stated import Stated
+from bench.cases.recipes.files import axolotl, llama_factory, read_recipe, trl
+from bench.cases.recipes.files.stated import Stated
+from bench.cases.recipes.recipe import Recipe
 from bench.commands.recipe_options import chosen
 from qzo.errors import QzoError
 

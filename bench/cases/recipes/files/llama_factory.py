@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.cases.recipe import Recipe
-from bench.cases.recipe_files import trainer
-from bench.cases.recipe_files.stated import Stated
+from bench.cases.recipes.files import trainer
+from bench.cases.recipes.files.stated import Stated
+from bench.cases.recipes.recipe import Recipe
 
 VERSION = "LLaMA-Factory 0.9.6"
 MULTIPLE = 8  # tokens, to which rows are padded

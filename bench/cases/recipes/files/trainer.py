@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.cases.recipe_files.stated import Stated
+from bench.cases.recipes.files.stated import Stated
 
 BATCH_SIZE = 8
 SIGNS = (

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cases.recipe import Recipe
-from bench.cases.recipe_files import axolotl, llama_factory, trl
-from bench.cases.recipe_files.stated import Stated
+from bench.cases.recipes.files import axolotl, llama_factory, trl
+from bench.cases.recipes.files.stated import Stated
+from bench.cases.recipes.recipe import Recipe
 from qzo.errors import QzoError
 
 LARGEST_FILE = 1 << 20  # bytes; published ones have two thousand

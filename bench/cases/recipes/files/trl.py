@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.cases.recipe import Recipe
-from bench.cases.recipe_files import trainer
-from bench.cases.recipe_files.stated import DTYPES, Stated
+from bench.cases.recipes.files import trainer
+from bench.cases.recipes.files.stated import DTYPES, Stated
+from bench.cases.recipes.recipe import Recipe
 
 VERSION = "TRL 1.16.0 or transformers' TrainingArguments"
 CHUNK = 256  # tokens, of `chunked_nll`

@@ -1,5 +1,5 @@
 """Configuration files of training tools, as their users publish them, read as recipes: one file a tool."""
 
-from bench.cases.recipe_files.reading import ReadRecipe, read_recipe
+from bench.cases.recipes.files.reading import ReadRecipe, read_recipe
 
 __all__ = ["ReadRecipe", "read_recipe"]

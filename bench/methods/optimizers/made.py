@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bench.cases.models import one_line
-from bench.cases.recipe import AUTOCAST, Recipe
-from bench.methods import galore
-from bench.methods.adamw import MixedAdamW, make_state_without_data
-from bench.methods.host_states import host_states_of
-from bench.methods.low_bit_states import KINDS, LowBitStates
+from bench.cases.messages import one_line
+from bench.cases.recipes.recipe import AUTOCAST, Recipe
+from bench.methods.optimizers import galore
+from bench.methods.optimizers.adamw import MixedAdamW, make_state_without_data
+from bench.methods.optimizers.host_states import host_states_of
+from bench.methods.optimizers.low_bit_states import KINDS, LowBitStates
 from qzo.errors import QzoError
 from qzo.quiet import quiet_libraries
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.ledger.ledger import Ledger
-from bench.methods.low_bit import quantize_layers
+from bench.methods.quantized.low_bit import quantize_layers
 from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from qzo.errors import QzoError
 from qzo.quiet import quiet_libraries
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers.training_args import OptimizerNames
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 from bench.ledger.ledger import Ledger
-from bench.methods.galore import basis
-from bench.methods.low_bit_states import moment_of
-from bench.methods.optimizers import optimizer_of
+from bench.methods.optimizers.galore import basis
+from bench.methods.optimizers.low_bit_states import moment_of
+from bench.methods.optimizers.made import optimizer_of
 from bench.methods.recipes import RecipeStep
 from qzo.errors import QzoError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.cases.recipe import Recipe
+from bench.cases.recipes.recipe import Recipe
 
 PEFT = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"}  # on query and value projections, as in the paper
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

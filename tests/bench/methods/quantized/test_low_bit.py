@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from bench.cases.pretrained import AutoConfig, AutoModelForCausalLM
-from bench.methods.int8 import to_int8
-from bench.methods.nf4 import to_nf4
+from bench.methods.quantized.int8 import to_int8
+from bench.methods.quantized.nf4 import to_nf4
 from qzo.errors import QzoError
 
 pytest.importorskip("bitsandbytes")

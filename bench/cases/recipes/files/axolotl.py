@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.cases.recipe import Recipe
-from bench.cases.recipe_files.stated import Stated
-from bench.cases.recipe_files.trainer import SHARDED
+from bench.cases.recipes.files.stated import Stated
+from bench.cases.recipes.files.trainer import SHARDED
+from bench.cases.recipes.recipe import Recipe
 
 VERSION = "axolotl 0.18.0"
 SIGNS = ("base_model",)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bench.methods.low_bit import quantize_layers
+from bench.methods.quantized.low_bit import quantize_layers
 from qzo.quiet import quiet_libraries
 
 if TYPE_CHECKING:

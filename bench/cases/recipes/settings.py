@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.cases.peft_config import checked, known_keys
-from bench.cases.recipe import LOOPS, LOSSES, Recipe
-from bench.cases.recipe_files import trainer
-from bench.cases.recipe_files.stated import DTYPES, Stated
-from bench.cases.recipe_table import OWN_OPTIMIZERS, RECIPES
+from bench.cases.recipes.files import trainer
+from bench.cases.recipes.files.stated import DTYPES, Stated
+from bench.cases.recipes.peft_config import checked, known_keys
+from bench.cases.recipes.recipe import LOOPS, LOSSES, Recipe
+from bench.cases.recipes.table import OWN_OPTIMIZERS, RECIPES
 from qzo.errors import QzoError
 
 Settings = Mapping[str, Any]

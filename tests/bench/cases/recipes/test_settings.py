@@ -5,10 +5,10 @@ import json
 import pytest
 
 from bench.cases.case import BenchCase
-from bench.cases.peft_config import read_peft_config
-from bench.cases.recipe import differences, parse
-from bench.cases.recipe_table import LORA, RECIPES
-from bench.cases.settings import apply, parse_settings
+from bench.cases.recipes.peft_config import read_peft_config
+from bench.cases.recipes.recipe import differences, parse
+from bench.cases.recipes.settings import apply, parse_settings
+from bench.cases.recipes.table import LORA, RECIPES
 from qzo.errors import QzoError
 
 

@@ -1,0 +1,1 @@
+"""Weights as bitsandbytes keeps them, on tensors with and without data."""
