@@ -16,7 +16,8 @@ from qzo.files.folder import Header, headers_in, read_tensors_of, weight_files
 from qzo.files.rewrite import Write, rewriting
 from qzo.files.settings import Source, either
 from qzo.models.inspection import WHOLE_ZEROS, Inspection
-from qzo.models.stored import Build, Counted, Stored, count
+from qzo.models.parts import Counted, count
+from qzo.models.stored import Build, Stored
 
 PER_NUMBER = 16  # codes of two bits, the most that a number can hold
 PARTS = {"scales": "scales", "qweight": "codes", "qzeros": "zero_points", "g_idx": "g_idx"}

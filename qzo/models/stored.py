@@ -21,7 +21,8 @@ from qzo.files.rewrite import Write
 from qzo.files.settings import Source
 from qzo.models.experts import check_experts, looks_like_experts
 from qzo.models.inspection import Inspection, obstacle
-from qzo.models.skeleton import FLOATING, check_architecture, check_tensors, dtype_of, finish, skeleton
+from qzo.models.parts import Counted, count
+from qzo.models.skeleton import check_architecture, check_tensors, dtype_of, finish, skeleton
 from qzo.models.walk import every_site, freeze, output_head, replace_sites
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -29,7 +30,6 @@ DTYPES |= {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64", torch.int8
 PARTS = ("scales", "codes", "zero_points", "offsets")  # and g_idx, where layers have one
 Build = Callable[[str, Tensor, Tensor | None], nn.Module]
 Batches = Iterable[dict[str, Tensor]]
-Counted = tuple[dict[str, int], dict[str, int]]
 
 
 class Stored(ABC):
@@ -377,18 +377,6 @@ class StoredModel(Stored):
 def layer_of(name: str, paths: Collection[str]) -> str | None:
     """The quantized layer that a tensor of a file belongs to; None for a bias, and for what is of no such layer."""
     return None if name.endswith(".bias") else owner_of(name, paths)
-
-
-def count(headers: dict[str, Header], parts: Iterable[str], part_of: Callable[[str], str | None]) -> Counted:
-    """Numbers and bytes of each part, of what is none as "unquantized"; of that, only floating numbers count."""
-    counts = dict.fromkeys((*parts, "unquantized"), 0)
-    sizes = dict.fromkeys(counts, 0)
-    for name, header in headers.items():
-        part = part_of(name) or "unquantized"
-        sizes[part] += header.nbytes
-        if part != "unquantized" or (header.dtype in FLOATING and not name.endswith("rotary_emb.inv_freq")):
-            counts[part] += header.numel
-    return counts, sizes
 
 
 def on_meta(name: str, header: Header) -> Tensor:

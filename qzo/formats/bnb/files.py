@@ -31,7 +31,8 @@ from qzo.formats.bnb.state import (
     quantized_paths,
     read_states,
 )
-from qzo.models.stored import Build, Counted, Stored, count, layer_of
+from qzo.models.parts import Counted, count
+from qzo.models.stored import Build, Stored, layer_of
 
 PER_NUMBER = 8  # codes of four bits, the most that a number (fp32) can hold
 PARTS = {"weight": "codes", ABSMAX: "scales", SCB: "scales", NESTED_ABSMAX: "scales"}

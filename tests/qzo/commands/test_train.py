@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import standin
 import torch
+from full_disk import FullDisk
 from standin import metrics, same
 from task_files import make_model as make_small
 from task_files import make_tokenizer, write_task
@@ -331,20 +332,6 @@ def test_a_run_is_held_to_what_it_was_begun_with(task, make_model, models, tmp_p
         lines = errors(capsys)
         assert len(lines) == 1 and message in lines[0]
         assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
-
-
-class FullDisk:
-    """os.write with room for so many bytes more."""
-
-    def __init__(self, room, write=os.write):
-        self.room, self.write = room, write
-
-    def __call__(self, number, data):
-        if not self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = self.write(number, data[: self.room])
-        self.room -= written
-        return written
 
 
 @pytest.mark.parametrize("room", [60, 400, 470, 900])

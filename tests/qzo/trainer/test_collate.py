@@ -5,6 +5,7 @@ import random
 import pytest
 import standin
 import torch
+from trainer_options import OPTIONS
 from transformers import TrainingArguments, default_data_collator
 
 from qzo import QZOTrainer, load
@@ -12,16 +13,6 @@ from qzo.trainer.collate import padding
 
 DICE = random.Random(0)
 ROWS = [[DICE.randrange(5, 96) for _ in range(length)] for length in (4, 9, 6, 7, 5, 8, 9, 3)]
-OPTIONS = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-4,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import standin
 import torch
 from gguf_files import tiny, write_gguf
+from trainer_options import OPTIONS as SHORT
 from transformers import AutoTokenizer
 
 from qzo import QzoError, QZOTrainer, load
@@ -13,17 +14,7 @@ from qzo import QzoError, QZOTrainer, load
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 datasets = pytest.importorskip("datasets", reason="TRL needs datasets, which is not installed")
 DICE = random.Random(0)
-OPTIONS = {
-    "bf16": False,
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-4,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
+OPTIONS = SHORT | {"bf16": False}
 
 
 class QZOSFT(QZOTrainer, trl.SFTTrainer):
