@@ -109,24 +109,6 @@ def test_what_no_recipe_says_is_told_and_not_predicted_as_something_else(row, ch
     assert compare_row(row | change)["status"] == "error"
 
 
-LITGPT = {
-    "framework": "litgpt", "model_id": "meta-llama/Llama-9-tiny", "gpu": "NVIDIA A10G",
-    "architecture": SIZES | {"head_dim": 32}, "method": "qlora", "base_dtype": "bf16", "quantization": "nf4",
-    "batch_size": 2, "seq_len": 300, "lora_rank": 8, "lora_dropout": 0.05, "lora_targets": ["q_proj", "v_proj"],
-    "optimizer": "paged-adamw (bitsandbytes)", "measured_mib": {"peak_allocated": 20.0},
-}  # fmt: skip
-
-
-def test_litgpts_own_model_holds_its_logits_in_chunks_of_16_bits():
-    found = compare_row(LITGPT)
-    assert found["status"] == "ok", found["message"]
-    logits = 2 * 300 * SIZES["vocab_size"]  # elements
-    assert 2 * logits < found["predicted"]["allocated"] < 20 * logits
-    assert compare_row(LITGPT | {"method": "adapter"})["message"] == "LitGPT's adapter is not written down here"
-    whole = LITGPT | {"method": "ft-bf16", "lora_targets": None, "measured_mib": {"peak_allocated": 1.0}}
-    assert compare_row(whole)["message"] == "the row has fewer bytes than its weights, gradients and AdamW's moments"
-
-
 QWEN = TRAINED | {"source": {"repo": "QwenLM/Qwen"}, "model_id": "Qwen/Qwen-9-tiny", "quantization": "none"}
 
 
