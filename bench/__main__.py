@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--fail", action="append", metavar="METRIC:LIMIT", help="e.g. allocated:1%% (the default)")
     validate = commands.add_parser("validate", help="predict measurements made on a GPU and compare")
     validate.add_argument("measurements", help="file with one JSON object a line (bench/validation/measurement.py)")
+    add_options(validate, recipe="of rows that state none: configuration of TRL, the Trainer, axolotl, LLaMA-Factory")
     validate.add_argument("--json", help="write statistics and rows to this file")
     return top
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "validate":
             from bench.commands.validate import run as validate
 
-            return validate(options.measurements, options.json)
+            return validate(options)
         if options.command == "fit":
             from bench.commands.fit import run as fit
 

@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     report: dict[str, Any] = {
         "model": source.name, "memory": memory, "gpu": gpu.name, "seq_len": case.seq_len,
         "attention": case.attention, "gradient_checkpointing": case.gradient_checkpointing,
+        "settings": asked.settings(),
         "notes": asked.notes() + list(filter(None, [gpu.context_note(any(case.first_order for case in cases))])),
         "methods": answer(questions, source),
     }  # fmt: skip
@@ -70,7 +71,8 @@ def table(report: dict[str, Any]) -> str:
         "limited by", "cheapest change that helps",
     ]  # fmt: skip
     head = f"{report['model']} in {report['memory'] / GIB:.2f} GiB, simulated {report['gpu']}"
-    notes = "".join(f"\n{note}" for note in report["notes"])
+    told = [f"{method}, other than in the table: {changes}" for method, changes in report["settings"].items()]
+    notes = "".join(f"\n{note}" for note in told + report["notes"])
     return f"{head}\n\n{tabulate(lines, headers, tablefmt='pipe', disable_numparse=True)}\n{notes}"
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from bench.cases.case import BenchCase
 from bench.cases.recipes.files import ReadRecipe, read_recipe
 from bench.cases.recipes.peft_config import read_peft_config
-from bench.cases.recipes.recipe import Recipe
+from bench.cases.recipes.recipe import FLASH, Recipe, differences
 from bench.cases.recipes.settings import apply, parse_settings
 from bench.cases.recipes.table import LORA_FA, RECIPES
 from bench.worlds import plan
 from qzo.errors import QzoError
 
-FLASH = {"flash_attention_2": "flash", "eager": "eager"}
+ATTENTION_OF = {FLASH: "flash", "eager": "eager"}  # of a recipe -> of a case
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,26 @@ class Chosen:
 
     def attention(self, stated: str | None) -> str | None:
         """The attention that is asked for."""
-        return stated or (FLASH.get(self.file.recipe.attention) if self.file else None)
+        return stated or (ATTENTION_OF.get(self.file.recipe.attention) if self.file else None)
 
     def notes(self) -> list[str]:
         """What a reader must know of the file."""
         return self.file.notes() if self.file else []
 
+    def settings(self) -> dict[str, str]:
+        """Method -> what it has otherwise than in the table, as `--set` takes it."""
+        return {name: differences(recipe, RECIPES[name]) for name, recipe in self.recipes.items()}
+
     def cell(self, case: BenchCase) -> BenchCase:
-        """The case with its recipe."""
+        """The case with its recipe, whose attention is that of the case where that is stated: `flash` is FlashAttention
+        then, which tells rows of a batch apart without a mask, and else a kernel of PyTorch's.
+        """
         recipe = self.recipes.get(case.method)
         if recipe is None:
             return case
+        if case.attention is not None:
+            names = {short: name for name, short in ATTENTION_OF.items()}
+            recipe = replace(recipe, attention=names.get(case.attention, "sdpa"))
         return replace(case, recipe=recipe, gradient_checkpointing=case.gradient_checkpointing or recipe.checkpointing)
 
 

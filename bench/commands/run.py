@@ -14,7 +14,7 @@ from bench.cases import gpus, weights
 from bench.cases.case import BenchCase
 from bench.cases.methods import BY_NAME
 from bench.cases.models import ModelSource
-from bench.commands.recipe_options import chosen
+from bench.commands.recipe_options import Chosen, chosen
 from bench.records.files import SUMMARY, make_folder, read_record, write_json
 from bench.records.record import Record
 from bench.records.summary import summarise
@@ -29,13 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """Exit code 0 if every cell ran or does not apply to the model, 1 if one failed, ran out of memory, or none ran."""
     asked = chosen(options)
     methods = asked.methods
-    case = BenchCase(
-        asked.model(options.model), methods[0], options.device, options.gpu, asked.batch_size(options.batch_size),
-        asked.seq_len(options.seq_len, SEQ_LEN), asked.attention(options.attention), options.gradient_checkpointing,
-        options.group_size, options.steps, quantization=options.quantization,
-    )  # fmt: skip
-    source, cases = plan.cells(case, methods)
-    cases = [asked.cell(case) for case in cases]
+    source, cases = cells_of(options, asked)
     for note in asked.notes():
         print(note, file=sys.stderr)
     out = Path(options.out or Path("results") / source.name)
@@ -56,6 +50,17 @@ def run(options: argparse.Namespace) -> int:
     statuses = [records[method]["status"] for method in methods]
     failed = "error" in statuses or "oom" in statuses or "ok" not in statuses
     return shown.returncode or int(failed)
+
+
+def cells_of(options: argparse.Namespace, asked: Chosen) -> tuple[ModelSource, list[BenchCase]]:
+    """The model, and a checked case for each method."""
+    case = BenchCase(
+        asked.model(options.model), asked.methods[0], options.device, options.gpu, asked.batch_size(options.batch_size),
+        asked.seq_len(options.seq_len, SEQ_LEN), asked.attention(options.attention), options.gradient_checkpointing,
+        options.group_size, options.steps, quantization=options.quantization,
+    )  # fmt: skip
+    source, cases = plan.cells(case, asked.methods)
+    return source, [asked.cell(case) for case in cases]
 
 
 def _run(source: ModelSource, cases: Sequence[BenchCase], out: Path) -> list[Record]:

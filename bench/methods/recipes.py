@@ -1,17 +1,13 @@
 """A recipe as a model, an optimizer and steps: what the Trainer of transformers does, on tensors with data or without.
 
-PEFT adds its own adapters, and `bench.methods.optimizers.made` makes the optimizer. What stands here is the order of
-things in a step: transformers/trainer.py, `training_step`, and accelerate, which puts the forward of the model under
-autocast and turns its outputs into fp32 (`convert_outputs_to_fp32`).
+PEFT adds its own adapters, `bench.methods.optimizers.made` makes the optimizer, and `bench.methods.steps` the step.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,17 +15,17 @@ from torch import Tensor, nn
 
 from bench.cases.case import BenchCase
 from bench.cases.recipes.recipe import Recipe, differences
-from bench.cases.recipes.table import RECIPES
+from bench.cases.recipes.table import RECIPES, WHOLE
 from bench.cases.text import Batch
 from bench.methods.checkpointing import check_checkpointing, checkpoint_options, enable_checkpointing
 from bench.methods.compiled import MOST
 from bench.methods.liger.layers import apply_liger
 from bench.methods.losses.choice import replace_loss
-from bench.methods.offloading import offloading_of
 from bench.methods.optimizers.made import name_of, optimizer_of
 from bench.methods.prepared import Enter, Prepared
 from bench.methods.quantized.int8 import to_int8
 from bench.methods.quantized.nf4 import BLOCK_SIZE, to_nf4
+from bench.methods.steps import step_of
 from bench.methods.targets import adapter_targets
 from bench.methods.world import World
 from qzo.quiet import quiet_libraries
@@ -37,9 +33,9 @@ from qzo.quiet import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MicroBatch = dict[str, Tensor]
 Method = Callable[[BenchCase, World], Prepared]
-Autocast = Callable[[], AbstractContextManager]
+BY_TRAINER = "run by the Trainer, with a mask and gradients clipped; without options the method is a bare loop"
+CLEARED = (0, 20)  # PEFT, from which on its preparation empties the cache (auto_clear_cache)
 
 
 def recipe_method(
@@ -55,10 +51,7 @@ def recipe_method(
         base = loaded(settled, world)
         model = world.place(with_adapters(settled, base, world)).train()
         optimizer = make_optimizer(settled, model)
-        autocast = partial(world.autocast, getattr(torch, settled.autocast)) if settled.autocast else None
-        step = STEP_OF[settled.loop](model, optimizer, autocast, settled.arguments.get("max_grad_norm", 1.0))
-        if settled.activation_offloading:
-            step.around = offloading_of(model)
+        step = step_of(settled, model, optimizer, world)
 
         def bench_step(batch: Batch, enter: Enter) -> float:
             return float(step([part.tensors() for part in batch.parts()], enter))
@@ -68,6 +61,7 @@ def recipe_method(
         prepared = Prepared(model, optimizer, bench_step, dtype, name, quantized(settled), recipe=settled)
         if case.recipe is not None and case.method in RECIPES:
             prepared.notes.append(f"other than in the table: {differences(case.recipe, RECIPES[case.method])}")
+            prepared.notes += [BY_TRAINER] if case.method in WHOLE and settled.loop == "trainer" else []
         if settled.quantization and any(parameter.dim() == 3 for parameter in base.parameters()):
             fp32 = ", and PEFT turns them into fp32" if settled.kbit is not None else ""
             prepared.notes.append(f"bitsandbytes leaves stacked MoE experts unquantized{fp32}")
@@ -99,122 +93,6 @@ def of_case(recipe: Recipe, case: BenchCase) -> Recipe:
     return replace(recipe, **changes)
 
 
-class RecipeStep:
-    """Optimizer steps of a prepared recipe, as the Trainer runs them.
-
-    Args:
-        model: with its adapters, in training mode.
-        optimizer: over all that is trained.
-        autocast: what the model's forward runs under.
-        max_grad_norm: norm to which gradients are clipped; with 0 the Trainer takes the norm all the same.
-
-    `around` is the context of each micro-batch's forward and backward.
-    """
-
-    around: AbstractContextManager = nullcontext()
-
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, autocast: Autocast | None, max_grad_norm: float = 1.0
-    ) -> None:
-        self.model, self.optimizer, self.autocast = model, optimizer, autocast
-        self.max_grad_norm = max_grad_norm or float("inf")
-        self.counts = _takes_counts(model)
-
-    def __call__(self, micro_batches: Sequence[MicroBatch], enter: Enter = lambda phase: None) -> Tensor:
-        """One step: forward and backward of each batch, clipping, update, gradients dropped. The last batch's loss."""
-        enter("forward")
-        items = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in micro_batches)
-        for number, batch in enumerate(micro_batches):
-            if number:
-                enter("forward")
-            with self.around:
-                loss = self._loss(batch, items, len(micro_batches))
-                enter("backward")
-                loss.backward()
-            loss = loss.detach()
-        enter("step")
-        self._clip()
-        self.optimizer.step()
-        self.model.zero_grad()
-        return loss
-
-    def _loss(self, batch: MicroBatch, items: Any, accumulated: int) -> Tensor:
-        """The outputs die with this call, as with `Trainer.compute_loss`."""
-        counts = {"num_items_in_batch": items} if self.counts else {}
-        with self.autocast() if self.autocast else nullcontext():
-            output = self.model(**batch, **counts)
-        if self.autocast:
-            output = {name: item.float() for name, item in output.items() if isinstance(item, Tensor)}
-        loss: Tensor = output["loss"]
-        return loss if self.counts else loss / accumulated
-
-    @torch.no_grad()
-    def _clip(self) -> None:
-        """torch.nn.utils.clip_grad_norm_; on tensors without data as it runs on a GPU."""
-        grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        if not grads:  # each was used and dropped within backward
-            return
-        if not grads[0].is_meta:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-            return
-        norm = torch.linalg.vector_norm(torch.stack([norm.float() for norm in torch._foreach_norm(grads, 2.0)]), 2.0)
-        torch._foreach_mul_(grads, (1.0 / (norm + 1e-6)).clamp(max=1.0))
-
-
-class PlainStep(RecipeStep):
-    """The same by a loop of one's own, as PEFT's comparison of methods has it (method_comparison/MetaMathQA): its name
-    `outputs` is bound anew only when the next forward returns, and gradients are dropped before that forward.
-    """
-
-    outputs: Any = None
-
-    def __call__(self, micro_batches: Sequence[MicroBatch], enter: Enter = lambda phase: None) -> Tensor:
-        enter("forward")
-        self.optimizer.zero_grad()
-        for number, batch in enumerate(micro_batches):
-            if number:
-                enter("forward")
-            with self.autocast() if self.autocast else nullcontext():
-                self.outputs = self.model(**batch)
-            enter("backward")
-            self.outputs.loss.backward()
-        enter("step")
-        self._clip()
-        self.optimizer.step()
-        loss: Tensor = self.outputs.loss.detach()
-        return loss
-
-
-class BareStep(RecipeStep):
-    """Forward, backward and update, and nothing else."""
-
-    def __call__(self, micro_batches: Sequence[MicroBatch], enter: Enter = lambda phase: None) -> Tensor:
-        for batch in micro_batches:
-            enter("forward")
-            with self.autocast() if self.autocast else nullcontext():
-                loss = self.model(**batch).loss
-            enter("backward")
-            loss.backward()
-        enter("step")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        detached: Tensor = loss.detach()
-        return detached
-
-
-STEP_OF = {"trainer": RecipeStep, "plain": PlainStep, "bare": BareStep}
-
-
-def _takes_counts(model: nn.Module) -> bool:
-    """Whether the model divides its loss by a number of labels it is told (`Trainer.model_accepts_loss_kwargs`)."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if hasattr(base, "accepts_loss_kwargs"):
-        return bool(base.accepts_loss_kwargs)
-    return any(
-        item.kind is inspect.Parameter.VAR_KEYWORD for item in inspect.signature(base.forward).parameters.values()
-    )
-
-
 def loaded(recipe: Recipe, world: World) -> PreTrainedModel:
     """The model as `from_pretrained` leaves it, quantized where the recipe says so."""
     model = world.model(getattr(torch, recipe.dtype))
@@ -237,6 +115,8 @@ def with_adapters(recipe: Recipe, model: PreTrainedModel, world: World) -> nn.Mo
             check_checkpointing(model)
         options = again | {"gradient_checkpointing_kwargs": checkpoint_options(world)}
         result = peft.prepare_model_for_kbit_training(model, **options)
+        if _clears(recipe, peft.__version__) and model.device.type == "meta":  # with data PEFT has done so
+            world.empty_cache()
         if again["use_gradient_checkpointing"]:  # by PEFT's own default reentrant, as is torch's
             enable_checkpointing(model, world, {"use_reentrant": True} | (again["gradient_checkpointing_kwargs"] or {}))
     if recipe.peft is None:
@@ -257,6 +137,13 @@ def with_adapters(recipe: Recipe, model: PreTrainedModel, world: World) -> nn.Mo
     apply_liger(recipe, result)
     replace_loss(recipe, result, world)
     return result.train()
+
+
+def _clears(recipe: Recipe, installed: str) -> bool:
+    """Whether PEFT's preparation empties the cache when all is cast (peft/utils/other.py)."""
+    version = recipe.versions.get("peft", installed)
+    recent = tuple(int(part) for part in version.split(".")[:2]) >= CLEARED
+    return recent and bool((recipe.kbit or {}).get("auto_clear_cache", True))
 
 
 def _cast_without_data(model: nn.Module) -> None:

@@ -26,3 +26,6 @@ class World(Protocol):
 
     def recomputing(self) -> AbstractContextManager:
         """What a checkpointed layer's recomputation needs beyond what torch restores by itself."""
+
+    def empty_cache(self) -> None:
+        """What torch.cuda.empty_cache() does in this world."""

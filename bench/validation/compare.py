@@ -6,10 +6,12 @@ import multiprocessing
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from bench.cases.notices import ignore_future_warnings
 from bench.validation import recorded
+from bench.validation.asked import AS_STATED, Asked
 from bench.validation.measurement import METRICS, measured_bytes, parse
 from bench.validation.published.readers import is_published
 from qzo.errors import QzoError
@@ -20,25 +22,30 @@ WORKERS = 2
 Row = dict[str, Any]
 
 
-def predict_all(rows: Sequence[Row]) -> list[Row]:
+def predict_all(rows: Sequence[Row], asked: Asked = AS_STATED) -> list[Row]:
     """The result of each row, in order; simulated in two processes, with a line of progress on stderr."""
     context = multiprocessing.get_context("spawn")
     results = []
     with context.Pool(min(WORKERS, len(rows)), ignore_future_warnings) as pool:
-        for number, result in enumerate(pool.imap(compare_row, rows), 1):
+        for number, result in enumerate(pool.imap(partial(compare_row, asked=asked), rows), 1):
             print(f"\r[{number}/{len(rows)}] predicted", end="", file=sys.stderr, flush=True)
             results.append(result)
     print(file=sys.stderr)
     return results
 
 
-def compare_row(row: Row) -> Row:
-    """Predicted and measured bytes of one row, and the errors in percent; or the reason why there are none."""
+def compare_row(row: Row, asked: Asked = AS_STATED) -> Row:
+    """Predicted and measured bytes of one row, and the errors in percent; or the reason why there are none.
+
+    `otherwise` is there where options changed what the row states.
+    """
     ours = recorded.is_record(row)
     measured = recorded.figures(row) if ours else measured_bytes(row)
     result: Row = {"case": _case(row), "measured": measured}
+    otherwise = asked.told(row)
+    result |= {"otherwise": otherwise} if otherwise else {}
     try:
-        predicted = _predicted(row)
+        predicted = _predicted(row, asked)
     except Exception as error:  # also what a library raises: the other rows still count
         reason = str(error) if isinstance(error, QzoError) else f"{type(error).__name__}: {error}".split("\n")[0]
         return result | {"predicted": None, "error_percent": None, "status": "error", "message": reason}
@@ -56,17 +63,17 @@ def _case(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "measured_mib"}
 
 
-def _predicted(row: Row) -> dict[str, int]:
+def _predicted(row: Row, asked: Asked) -> dict[str, int]:
     if recorded.is_record(row):
-        return recorded.predict(row)
+        return recorded.predict(row, asked.changed)
     if "recipe" in row:
         from bench.validation.recipes import predict_row
 
-        return predict_row(row)
+        return predict_row(row, asked)
     if is_published(row):
         from bench.validation.recipes import predict_published
 
-        return predict_published(row)
+        return predict_published(row, asked)
     from bench.validation.predict import predict
 
     return predict(parse(row))

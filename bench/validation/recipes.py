@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,14 +18,15 @@ from bench.cases.recipes.recipe import FLASH, Recipe, parse
 from bench.ledger.ledger import Ledger
 from bench.ledger.repeat import repeated_layers
 from bench.ledger.repeat_training import NotAlike
-from bench.methods.offloading import offloading_of
 from bench.methods.optimizers.made import optimizer_of
 from bench.methods.quantized.int8 import int8_rules
-from bench.methods.recipes import STEP_OF, MicroBatch, loaded, with_adapters
+from bench.methods.recipes import loaded, with_adapters
+from bench.methods.steps import MicroBatch, step_of
 from bench.simulator.allocator.replay import ROUND_BYTES, OutOfMemory, Replay, replay
 from bench.simulator.cuda.attention import preference
 from bench.simulator.cuda.kernels import CudaFunctions, rules
 from bench.simulator.shared import collector_off, number_of_experts
+from bench.validation.asked import AS_STATED, Asked
 from bench.validation.measurement import source_of
 from bench.validation.predict import see_loading
 from bench.validation.published.readers import predictor_of, read
@@ -40,18 +42,19 @@ PACKED = ("input_ids", "position_ids", "labels")
 KERNEL_OF = {"eager": "eager", FLASH: "flash"}
 
 
-def predict_row(row: Mapping[str, Any]) -> dict[str, int]:
+def predict_row(row: Mapping[str, Any], asked: Asked = AS_STATED) -> dict[str, int]:
     """The figures of a measurement of a recipe. Raises QzoError for an unknown field, model or GPU."""
     source = source_of(row["model_id"], row.get("architecture") or {})
-    return figures(predict(parse(row["recipe"]), source, gpus.find(row["gpu"])))
+    return figures(predict(asked.changed(parse(row["recipe"])), source, gpus.find(row["gpu"])))
 
 
-def predict_published(row: Mapping[str, Any]) -> dict[str, int]:
+def predict_published(row: Mapping[str, Any], asked: Asked = AS_STATED) -> dict[str, int]:
     """The same of a row that others published. Raises QzoError for what cannot be said."""
     predictor = predictor_of(row)
     if predictor is not None:
         return predictor(row)
-    return figures(predict_said(read(row), gpus.find(row["gpu"])))
+    said = read(row)
+    return figures(predict_said(replace(said, recipe=asked.changed(said.recipe)), gpus.find(row["gpu"])))
 
 
 def figures(predicted: Mapping[str, Any]) -> dict[str, int]:
@@ -90,7 +93,7 @@ def _predict(said: Published, gpu: Gpu, layers: Layers) -> dict[str, Any]:
     table = rules(gpu, number_of_experts(source.config), padded=recipe.padded)
     if (recipe.quantization or {}).get("load_in_8bit"):
         table |= int8_rules()
-    ledger = Ledger("meta", ROUND_BYTES, table)
+    ledger = world.ledger = Ledger("meta", ROUND_BYTES, table)
     model: Any = loaded(recipe, world)
     for change in said.loaded:
         change(model)
@@ -99,15 +102,10 @@ def _predict(said: Published, gpu: Gpu, layers: Layers) -> dict[str, Any]:
         adapted = with_adapters(recipe, model, world)
         for change in said.changes:
             change(adapted)
-    autocast = partial(world.autocast, getattr(torch, recipe.autocast)) if recipe.autocast else None
-    step = STEP_OF[recipe.loop](adapted, optimizer_of(recipe, adapted), autocast)
-    if recipe.activation_offloading:
-        step.around = offloading_of(adapted, ledger.empty_cache if recipe.peft or recipe.quantization else None)
+    step = step_of(recipe, adapted, optimizer_of(recipe, adapted), world)
     with ledger, functions(), layers(ledger, adapted):
         for number, batches in enumerate(steps_of(recipe), 1):
             ledger.enter(f"step {number}")
-            if recipe.arguments.get("torch_empty_cache_steps"):
-                ledger.empty_cache()
             step(batches)
     replayed = replay_on(ledger, gpu)
     peaks = [replayed.phase_peaks[f"step {number}"] for number in range(1, STEPS + 1)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,8 @@ from bench.cases.case import BenchCase
 from bench.cases.methods import QUANTIZABLE
 from bench.cases.models import resolve
 from bench.cases.quantizations import FORMATS, named
-from bench.cases.recipes.recipe import parse
-from bench.cases.recipes.table import BARE
+from bench.cases.recipes.recipe import Recipe, parse
+from bench.cases.recipes.table import BARE, RECIPES
 from bench.records.record import Record
 from bench.simulator.cuda.attention import attention_of
 from qzo.errors import QzoError
@@ -65,11 +65,17 @@ def simulated_case(record: Record) -> BenchCase:
     return replace(asked, attention=case["attention"])
 
 
-def predict(record: Record) -> dict[str, int]:
-    """The figures of the same case, simulated."""
+def predict(record: Record, change: Callable[[Recipe], Recipe] = lambda recipe: recipe) -> dict[str, int]:
+    """The figures of the same case, simulated; `change` makes another recipe of its own, where it has one."""
     from bench.worlds.cell import run
 
-    predicted = run(simulated_case(record))
+    case = simulated_case(record)
+    usual = case.recipe or RECIPES.get(case.method)
+    changed = usual and change(usual)
+    if usual is not None and changed is not None and changed != usual:
+        asked_for = case.gradient_checkpointing and not usual.checkpointing
+        case = replace(case, recipe=changed, gradient_checkpointing=changed.checkpointing or asked_for)
+    predicted = run(case)
     if predicted["status"] != "ok":
         raise QzoError(predicted["message"])
     return figures(predicted)

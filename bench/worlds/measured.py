@@ -51,6 +51,10 @@ class MeasuredWorld:
     def recomputing(self) -> AbstractContextManager:
         return nullcontext()
 
+    def empty_cache(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
     def batches(self, case: BenchCase, recipe: Recipe | None) -> list[text.Batch]:
         """One batch for each step of the case, in host memory."""
         return with_text(steps_of(case, recipe, case.steps), recipe, case, self.source)

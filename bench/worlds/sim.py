@@ -46,6 +46,7 @@ class SimWorld:
         self.parameters = 0
         self.functions = functions or partial(CudaFunctions, attention)
         self.amp: torch.dtype | None = None
+        self.ledger: Ledger | None = None  # of the steps, as soon as there is one
 
     def model(self, dtype: torch.dtype) -> PreTrainedModel:
         model = build_empty(self.source, dtype, self.implementation)
@@ -58,6 +59,10 @@ class SimWorld:
     def autocast(self, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager:
         self.amp = dtype
         return MetaAutocast(dtype=dtype)
+
+    def empty_cache(self) -> None:
+        if self.ledger is not None:
+            self.ledger.empty_cache()
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -98,7 +103,7 @@ def _run(case: BenchCase, layers: Callable[[Ledger, nn.Module], AbstractContextM
     table = rules(gpu, number_of_experts(source.config), padded=recipe is not None and recipe.padded)
     if recipe is not None and (recipe.quantization or {}).get("load_in_8bit"):
         table |= int8_rules()
-    ledger = Ledger("meta", ROUND_BYTES, table)
+    ledger = world.ledger = Ledger("meta", ROUND_BYTES, table)
     parts = register_resident(ledger, prepared)
     with ledger, functions(), layers(ledger, prepared.model):
         least = WATCHED_STEPS if case.first_order else 1  # a zeroth-order step leaves nothing behind for the next

@@ -24,7 +24,7 @@ Settings = Mapping[str, Any]
 ARGUMENTS = (
     "bf16", "fp16", "optim", "optim_args", "optim_target_modules", "gradient_accumulation_steps", "max_grad_norm",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
-    "activation_checkpointing_kwargs", "torch_compile", "use_liger_kernel",
+    "activation_checkpointing_kwargs", "torch_compile", "torch_empty_cache_steps", "use_liger_kernel",
     "liger_kernel_config",
 )  # fmt: skip
 NEWER = {  # names of transformers 5.23 -> the one that all versions have
@@ -61,7 +61,6 @@ ELSEWHERE = {  # what another option of the command says
     "attn_implementation": "--attention",
     "peft_type": "--peft-config",
 }
-NOT_SIMULATED = trainer.NOT_SIMULATED | {"torch_empty_cache_steps": "the cache is kept throughout a step"}
 SHORTEST_ROW = 2
 
 
@@ -95,13 +94,18 @@ def apply(settings: Settings, recipes: Mapping[str, Recipe]) -> dict[str, Recipe
     concerned: set[str] = set()
     changed = {}
     for name, recipe in recipes.items():
-        own = {key: value for key, value in settings.items() if _concerns(key, recipe)}
+        own = concerning(settings, recipe)
         concerned |= own.keys()
         changed[name] = _changed(recipe, own) if own else recipe
     for key in settings:
         if key not in concerned:
             raise _unknown(key, settings[key], recipes)
     return changed
+
+
+def concerning(settings: Settings, recipe: Recipe) -> dict[str, Any]:
+    """The settings that a recipe can have."""
+    return {key: value for key, value in settings.items() if _concerns(key, recipe)}
 
 
 def lengths(stated: Stated, key: str) -> tuple[int, ...]:
@@ -193,8 +197,8 @@ def _unknown(key: str, value: Any, recipes: Mapping[str, Recipe]) -> QzoError:
         return QzoError(f"--set {key}={value} does not concern {methods}; it is for {', '.join(whose)}")
     if key in trainer.SILENT.split():
         return QzoError(f"--set {key}={value} changes no byte of a step; leave it out")
-    if key in NOT_SIMULATED:
-        return QzoError(f"--set {key}={value} is not simulated: {NOT_SIMULATED[key]}")
+    if key in trainer.NOT_SIMULATED:
+        return QzoError(f"--set {key}={value} is not simulated: {trainer.NOT_SIMULATED[key]}")
     names = {*ARGUMENTS, *QUANTIZATION, *PREPARATION, *FIELDS, *ELSEWHERE}
     for recipe in {recipe.peft_class: recipe for recipe in (*RECIPES.values(), *recipes.values())}.values():
         names |= set(known_keys(recipe.peft_class))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import parser
+from bench.__main__ import main, parser
 from bench.cases.case import BenchCase
 from bench.cases.recipes.table import RECIPES
 from bench.commands.recipe_options import chosen
@@ -65,6 +65,20 @@ def test_a_peft_configuration_takes_the_place_of_loras(tmp_path):
     assert found.recipes["lora"].arguments == RECIPES["lora"].arguments
     with pytest.raises(QzoError, match="concerns none of the methods"):
         ask("opt-125m", "--methods", "qzo", "--peft-config", str(path))
+
+
+def test_fit_tells_what_was_asked_in_its_table_and_in_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bench.commands.fit.answer", lambda questions, source: [])
+    file = tmp_path / "fit.json"
+    main(["fit", "opt-125m", "--gpu", "t4", "--methods", "lora,qzo", "--set", "r=64", "--json", str(file)])
+    assert json.loads(file.read_text())["settings"] == {"lora": "r=64"}
+    assert "lora, other than in the table: r=64" in capsys.readouterr().out
+
+
+def test_attention_of_the_command_is_that_of_the_recipe():
+    packed = ask("opt-125m", "--methods", "lora", "--set", "packing=true")
+    flash, math, own = (packed.cell(BenchCase("opt-125m", "lora", attention=name)) for name in ("flash", "math", None))
+    assert (flash.recipe.padded, math.recipe.padded, own.recipe.padded) == (False, True, True)
 
 
 def test_the_commands_of_the_readme_are_understood(tmp_path, monkeypatch):

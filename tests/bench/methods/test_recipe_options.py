@@ -17,7 +17,7 @@ from bench.methods.losses.choice import loss_of, replace_loss
 from bench.methods.losses.fused import fused_chunk
 from bench.methods.offloading import offloading_of
 from bench.methods.optimizers.in_place import numbers, write
-from bench.methods.recipes import RecipeStep
+from bench.methods.steps import RecipeStep
 from bench.simulator.cuda.kernels import read_scalar
 from qzo.errors import QzoError
 
@@ -163,6 +163,18 @@ def test_an_offloaded_tensor_stays_until_five_later_ones_were_saved_and_small_on
     assert offloading.tracked[offloading._pack(weight.data)] is not None and len(offloading.leaving) <= 5
     again = offloading._pack(large[-1])
     assert isinstance(offloading.tracked[again], torch.Tensor)  # of the same storage as one on its way
+
+
+def test_the_cache_is_emptied_before_the_backward_of_every_so_many_steps():
+    model = built()
+    step = RecipeStep(model, torch.optim.SGD(model.parameters(), lr=0.0), None)
+    told = []
+    step.clear_every, step.clear = 2, lambda: told.append("clear")
+    rows = torch.ones(1, 4, dtype=torch.long)
+    for number in range(3):
+        step([{"input_ids": rows, "labels": rows}] * 2, lambda phase, number=number: told.append(f"{phase} {number}"))
+    cleared = [told[at - 1 : at + 2] for at, word in enumerate(told) if word == "clear"]
+    assert cleared == [[f"forward {number}", "clear", f"backward {number}"] for number in (0, 0, 2, 2)]
 
 
 def offloading_of_nothing(layer):

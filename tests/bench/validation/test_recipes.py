@@ -114,6 +114,16 @@ def test_packed_rows_are_one_row_whose_attention_is_told_where_they_begin():
     assert flash == max(figures(peft=LORA, attention="flash_attention_2", batch_size=1, lengths=(512,))["steps"])
 
 
+def test_the_preparation_of_recent_versions_empties_the_cache_after_its_casts(monkeypatch):
+    emptied = []
+    monkeypatch.setattr("bench.ledger.ledger.Ledger.empty_cache", lambda ledger: emptied.append(len(ledger.events)))
+    for versions, kbit in (({}, {}), ({"peft": "0.19.2.dev0"}, {}), ({}, {"auto_clear_cache": False})):
+        figures(peft=LORA, quantization=NF4, kbit=kbit | {"use_gradient_checkpointing": False}, versions=versions)
+    assert len(emptied) == 1
+    figures(BF16 | {"torch_empty_cache_steps": 1}, peft=LORA)
+    assert len(emptied) == 1 + 3  # one in each step
+
+
 def test_what_is_trained_is_cast_where_the_script_does_so():
     adapters, cast = figures(peft=LORA), figures(peft=LORA, trained_dtype="bfloat16")
     assert max(cast["steps"]) < max(adapters["steps"])

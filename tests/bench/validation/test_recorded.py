@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from bench.__main__ import main
 from bench.cases.case import BenchCase
-from bench.commands.validate import run
 from bench.validation import recorded
 from bench.validation.compare import CARDS_GIB
 from bench.validation.measurement import read_rows
@@ -55,7 +55,7 @@ def test_validate_compares_records_and_counts_what_it_cannot_predict(measured, t
     other = measured["qzo"] | {"world": "measured-cuda", "case": measured["qzo"]["case"] | {"gpu": "Voodoo 2"}}
     path = tmp_path / "file.jsonl"
     path.write_text("\n".join(json.dumps(item) for item in (measured["qzo"], other)))
-    assert run(str(path), str(tmp_path / "out.json")) == 1
+    assert main(["validate", str(path), "--json", str(tmp_path / "out.json")]) == 1
     report = json.loads((tmp_path / "out.json").read_text())
     assert [row["status"] for row in report["rows"]] == ["ok", "error"]
     assert report["statistics"]["allocated"]["worst_abs_percent"] < 2

@@ -11,7 +11,7 @@ from bench.ledger.ledger import Ledger
 from bench.methods.optimizers.galore import basis
 from bench.methods.optimizers.low_bit_states import moment_of
 from bench.methods.optimizers.made import optimizer_of
-from bench.methods.recipes import RecipeStep
+from bench.methods.steps import RecipeStep
 from qzo.errors import QzoError
 
 GALORE = {"optim": "galore_adamw", "optim_target_modules": "all-linear", "optim_args": "rank=4"}

@@ -1,7 +1,5 @@
 """Files as users of TRL, axolotl and LLaMA-Factory publish them, against the same recipe written by hand."""
 
-from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,6 @@ import pytest
 from bench.cases.recipes.files import axolotl, llama_factory, read_recipe, trl
 from bench.cases.recipes.files.stated import Stated
 from bench.cases.recipes.recipe import Recipe
-from bench.commands.recipe_options import chosen
 from qzo.errors import QzoError
 
 HERE = Path(__file__).parent
@@ -103,22 +100,6 @@ def test_a_published_file_is_the_recipe_written_by_hand(name):
     assert found.not_understood == ()
     assert found.model.startswith("meta-llama/Llama-3.2-1B")
     assert found.batch_size == BY_HAND[name].batch_size and found.seq_len == BY_HAND[name].lengths[0]
-
-
-def test_a_file_trains_as_the_options_of_the_command_say_by_hand():
-    by_hand = [
-        "r=16", "lora_alpha=32", "lora_dropout=0.0", "target_modules=all-linear", "bf16=true", "trained_dtype=float32",
-        "gradient_accumulation_steps=8", "gradient_checkpointing=true",
-        "gradient_checkpointing_kwargs={use_reentrant: true}",
-    ]  # fmt: skip
-    nothing = {"recipe": None, "methods": None, "peft_config": None, "settings": []}
-    file, options = (
-        chosen(Namespace(**nothing | stated)).recipes["lora"]
-        for stated in ({"recipe": HERE / "llama_factory_lora.yaml"}, {"methods": "lora", "settings": by_hand})
-    )
-    arguments = file.arguments | {"optim": "adamw_torch_fused"}  # the Trainer's default, which the table states
-    of_the_case = {"batch_size": options.batch_size, "lengths": options.lengths, "name": options.name}
-    assert replace(file, arguments=arguments, **of_the_case) == options
 
 
 def test_what_is_left_out_has_the_defaults_of_the_tool(tmp_path):
