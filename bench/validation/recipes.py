@@ -109,7 +109,8 @@ def _predict(said: Published, gpu: Gpu, layers: Layers) -> dict[str, Any]:
             step(batches)
     replayed = replay_on(ledger, gpu)
     peaks = [replayed.phase_peaks[f"step {number}"] for number in range(1, STEPS + 1)]
-    process = replayed.peak_reserved + gpu.context_bytes(True)
+    seen = replayed.phase_reserved[f"step {STEPS}"] if said.sampled else replayed.peak_reserved
+    process = seen + gpu.context_bytes(True)
     return {
         "loading": replayed.phase_peaks["load"], "steps": peaks, "reserved": replayed.peak_reserved, "process": process,
     }  # fmt: skip

@@ -14,6 +14,7 @@ from bench.simulator.allocator.spans import Span
 class Replay:
     """What the allocator's statistics would have said; all but the number of retries in bytes.
 
+    `phase_reserved` is the most that was reserved within each phase: on a full card less than what was reserved before.
     `peak_allocated` is the peak after loading, as if the statistics had been reset then. It counts whole blocks, so it
     is the ledger's peak plus what was too small to be split off. When `peak_reserved` was reached,
     `allocated_at_peak_reserved` was allocated and `inactive_split_at_peak_reserved` free but stuck in segments that
@@ -26,6 +27,7 @@ class Replay:
     allocated_at_peak_reserved: int
     inactive_split_at_peak_reserved: int
     num_alloc_retries: int
+    phase_reserved: dict[str, int]
 
     @property
     def fragmentation(self) -> int:
@@ -53,15 +55,19 @@ def replay(
     allocator = CachingAllocator(settings, memory_bytes, total_bytes)
     spans: dict[int, Span] = {}
     peaks: dict[str, int] = {}
+    reserved: dict[str, int] = {}
     phase = ""
     for event in ledger.events:
         if phase != ledger.phases[event.phase]:
             phase = ledger.phases[event.phase]
             peaks[phase] = max(peaks.get(phase, 0), allocator.allocated)  # what it begins with counts, too
+            reserved[phase] = max(reserved.get(phase, 0), allocator.reserved)
         if event.sign > 0:
             spans[id(event.block)] = allocator.malloc(event.block.nbytes)
             if allocator.allocated > peaks[phase]:
                 peaks[phase] = allocator.allocated
+            if allocator.reserved > reserved[phase]:
+                reserved[phase] = allocator.reserved
         elif event.sign < 0:
             allocator.free(spans.pop(id(event.block)))
         else:
@@ -74,4 +80,5 @@ def replay(
         allocated_at_peak_reserved=allocator.allocated_at_peak,
         inactive_split_at_peak_reserved=allocator.inactive_split_at_peak,
         num_alloc_retries=allocator.num_alloc_retries,
+        phase_reserved=reserved,
     )

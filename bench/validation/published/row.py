@@ -26,6 +26,7 @@ class Published:
     `loaded` changes the model as it is loaded, before there are adapters; `changes` the model that is trained.
     `alike`: a layer leaves nothing behind that the model sees, so that two of them can stand for all.
     `build` makes the framework's own model, where it is not that of transformers.
+    `sampled`: process bytes were read at intervals, which see what every step reserves and miss what one step does.
     """
 
     recipe: Recipe
@@ -34,6 +35,7 @@ class Published:
     changes: tuple[Change, ...] = ()
     alike: bool = True
     build: Callable[[torch.dtype], nn.Module] | None = None
+    sampled: bool = False
 
 
 def model_of(row: Row) -> ModelSource:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from bench.ledger.ledger import Ledger
 from bench.validation.compare import compare_row
-from bench.validation.frameworks.transformers_4 import repeat_keys
+from bench.validation.frameworks.transformers_4 import repeat_keys, shift
 from bench.validation.measurement import MIB, measured_bytes
 from bench.validation.published.peft_comparison import AROUND, LONGEST
 from bench.validation.published.qwen import drawn_lengths
@@ -22,9 +23,10 @@ COMPARED = {
     "peft_config": {"peft_type": "LORA", "r": 32, "target_modules": ["q_proj", "v_proj"]},
     "measured_mib": {"peak_reserved": 300.0},
 }  # fmt: skip
+GROWN = SIZES | {"vocab_size": SIZES["vocab_size"] - 1}  # by a token for padding, which Mistral lacks
 TRAINED = {
     "source": {"repo": "foundation-model-stack/fms-acceleration"}, "model_id": "mistralai/Mistral-9-tiny",
-    "gpu": "NVIDIA A100 80GB", "architecture": SIZES, "method": "qlora", "base_dtype": "bf16", "quantization": "nf4",
+    "gpu": "NVIDIA A100 80GB", "architecture": GROWN, "method": "qlora", "base_dtype": "bf16", "quantization": "nf4",
     "kbit_preparation": True, "autocast": True, "batch_size": 2, "seq_len": 64, "lora_rank": 16, "lora_dropout": 0.1,
     "lora_targets": ["q_proj", "v_proj"], "gradient_checkpointing": True, "optimizer": "adamw (torch, foreach)",
     "measured_mib": {"peak_allocated": 100.0},
@@ -87,6 +89,25 @@ def test_a_packed_row_is_as_long_as_the_models_positions_allow():
     for counted, tokens in ((2047.9, 2048), (4093.5, 4096)):
         row = TRAINED | {"seq_len": 4096, "seq_len_from": f"{quotient}{counted}"}
         assert read(row).recipe.lengths == (tokens,)
+
+
+def test_the_vocabulary_grows_by_the_special_tokens_that_a_tokenizer_lacks():
+    for model, added in (("meta-llama/Meta-Llama-3-8B", 2), ("mistralai/Mistral-9-tiny", 1), ("ibm/PowerLM-tiny", 0)):
+        published = read(TRAINED | {"model_id": model})
+        assert published.source.config.vocab_size == GROWN["vocab_size"] + added
+        assert published.sampled  # nvidia-smi, once a second
+
+
+def test_the_gradient_of_cut_logits_is_copied_once_on_its_way_back():
+    ledger = Ledger("meta")
+    logits = torch.empty(2, 8, 16, device="meta", requires_grad=True)
+    with ledger:
+        cut, _ = shift(logits, torch.empty(2, 8, dtype=torch.long, device="meta"), 16)
+        cut.backward(torch.empty(14, 16, device="meta"))
+    born = [event.block.nbytes for event in ledger.events if event.sign > 0]
+    assert logits.grad.shape == (2, 8, 16)
+    assert born.count(14 * 16 * 4) == 3  # cut, its gradient as it comes, and the copy
+    assert born.count(16 * 16 * 4) == 2  # the whole and its gradient
 
 
 def test_what_nvidia_smi_says_is_the_process():

@@ -97,3 +97,14 @@ def test_replay_counts_what_the_allocator_did_not_split_off_and_resets_its_peak_
     )  # of 202 MiB reserved for the last, 1 MiB is not split off
     assert replayed.phase_peaks == {"load": 200 * MIB, "forward": replayed.peak_allocated}
     assert replayed.peak_reserved == 200 * MIB + SMALL_SEGMENT + 202 * MIB  # the 3 MiB came out of the first segment
+
+
+def test_on_a_full_card_a_later_phase_has_less_reserved_than_the_one_before():
+    ledger = Ledger("cpu", 512)
+    for phase, sizes in (("one", (60, 30)), ("two", (70,)), ("three", (10,))):
+        ledger.enter(phase)
+        for block in [ledger.allocate(size * MIB) for size in sizes]:
+            ledger.release(block)
+    replayed = replay(ledger, memory_bytes=100 * MIB)
+    assert replayed.phase_reserved == {"one": 90 * MIB, "two": 90 * MIB, "three": 70 * MIB}  # two begins with 90
+    assert (replayed.num_alloc_retries, replayed.peak_reserved) == (1, 90 * MIB)
