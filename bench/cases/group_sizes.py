@@ -16,20 +16,19 @@ GROUP_SIZES = (128, 64, 32)  # tried in this order
 
 
 def default_group_size(model: PreTrainedModel) -> int:
-    """The largest of 128, 64 and 32 that divides the in_features of every linear layer but the output head.
+    """The largest of 128, 64 and 32 that divides the in_features of every linear layer but the output head; layers that
+    not even 32 divides do not count, for they stay in 16 bits.
 
     Linear layers are nn.Linear, GPT-2's Conv1D and the stacked experts of mixture models. Raises QzoError if none does.
     """
     widths = linear_widths(model)
-    for group_size in GROUP_SIZES:
-        if all(width % group_size == 0 for width in widths):
-            return group_size
-    common = math.gcd(*widths)
-    odd = sorted(width for width in widths if width % GROUP_SIZES[-1])
-    raise QzoError(
-        f"no group size of {', '.join(map(str, GROUP_SIZES))} divides in_features={odd[0]} of {type(model).__name__}; "
-        f"choose {common} or a divisor of it as group_size"
-    )
+    held = [width for width in widths if width % GROUP_SIZES[-1] == 0]
+    if not held:
+        raise QzoError(
+            f"no group size of {', '.join(map(str, GROUP_SIZES))} divides in_features={min(widths)} of "
+            f"{type(model).__name__}; choose {math.gcd(*widths)} or a divisor of it as group_size"
+        )
+    return next(size for size in GROUP_SIZES if all(width % size == 0 for width in held))
 
 
 def linear_widths(model: PreTrainedModel) -> set[int]:

@@ -47,6 +47,7 @@ FIELDS: dict[str, dict[str, Any]] = {  # what a type's defaults leave out and it
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 48},
     "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
 }
 log = logging.getLogger(__name__)
 
@@ -105,18 +106,30 @@ def _outcome(record: Record, parent: str) -> dict[str, Any]:
 
 
 def short_config(model_type: str) -> PreTrainedConfig:
-    """The type's default config, with only the first layers: as many as show every kind of layer. Where it does not
-    build, all of them: the bench will say why.
+    """The type's default config, with only the first layers: as many as show every kind of layer, or twice as many and
+    so on where these do not build (Zamba ties its second shared block). Where all do not build, they: the bench will
+    say why.
     """
     kind = CONFIG_MAPPING[model_type]
-    fields = kind(**FIELDS.get(model_type, {})).to_dict()
+    whole = kind(**FIELDS.get(model_type, {})).to_dict()
+    model = _built(kind.from_dict(whole))
+    if model is None:
+        return kind.from_dict(whole)
+    wanted = max(FEWEST_LAYERS, shown_by(model))
+    fields = shortened(whole, wanted)
+    while fields != whole and _built(kind.from_dict(dict(fields))) is None:
+        wanted *= 2
+        fields = shortened(whole, wanted)
+    return kind.from_dict(fields)
+
+
+def _built(config: PreTrainedConfig) -> nn.Module | None:
+    """The model without data, None where the config does not build."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(kind.from_dict(fields), dtype=torch.bfloat16)
-        wanted = shown_by(model)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except Exception:
-        return kind.from_dict(fields)
-    return kind.from_dict(shortened(fields, max(FEWEST_LAYERS, wanted)))
+        return None
 
 
 def shown_by(model: nn.Module) -> int:

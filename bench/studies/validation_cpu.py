@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 from bench.cases import gpus, weights
 from bench.cases.case import BenchCase, choose
-from bench.cases.methods import QUANTIZABLE
+from bench.cases.methods import BY_NAME, QUANTIZABLE
 from bench.cases.models import resolve
 from bench.cases.quantizations import FORMATS, named
 from bench.records.files import make_folder
@@ -118,9 +118,8 @@ def section(pairs: Sequence[Pair]) -> str:
     case, environment = pairs[0][1]["case"], pairs[0][1]["environment"]
     errors = [error for error in map(error_percent, pairs) if error is not None]
     sizes = [abs(error) for error in errors]
-    checkpointing = (
-        ", gradient checkpointing" if any(pair[1]["case"]["gradient_checkpointing"] for pair in pairs) else ""
-    )
+    asked = [record["case"] for _, record in pairs if not BY_NAME[record["case"]["method"]].checkpointed]
+    checkpointing = ", gradient checkpointing" if any(case["gradient_checkpointing"] for case in asked) else ""
     notes = sorted({note for pair in pairs for note in pair[1]["notes"] if "instructions" in note})
     lines = [
         f"## A CPU with {instructions.described()}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -18,6 +19,9 @@ from bench.records.record import Record
 HERE = Path(bench.__file__).parent
 OURS = {HERE, Path(qzo.__file__).parent}
 SEEING = {HERE / "ledger", HERE / "simulator"}
+# Of tensors without data: `nonzero`, `tolist`, and the autocast of a device that has none
+NO_NUMBERS = ("register_meta function", "Cannot copy out of meta tensor", "unsupported scalarType")
+PAST_FORWARD = r"'(\w+)' object has no attribute 'weight'"
 WORLD_OF = {"sim": "simulated", "cpu": "measured-cpu", "cuda": "measured-cuda"}
 
 
@@ -41,8 +45,17 @@ def run(case: BenchCase) -> Record:
         if place is None:
             traceback.print_exc(file=sys.stderr)
         else:
-            status, message = "unsupported", f"the model's own code cannot do it ({place}): {message}"
+            status, message = "unsupported", _told(place, message)
     return failed_record(case_of(case), WORLD_OF[case.device], environment(), status=status, message=message)
+
+
+def _told(place: str, message: str) -> str:
+    """Why a model's own code ended in an error: because of what the bench gave it, where it is that, or by itself."""
+    if any(words in message for words in NO_NUMBERS):
+        return f"{place} asks for what only tensors with data can tell; choose --device cuda or cpu"
+    if match := re.search(PAST_FORWARD, message):
+        return f"{place} reads the weight of a layer past its forward, and a {match[1]} has none; choose another method"
+    return f"the model's own code cannot do it ({place}): {message}"
 
 
 def _place_in_model(error: Exception) -> str | None:

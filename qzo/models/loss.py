@@ -93,6 +93,8 @@ def _narrowed(module: nn.Module, keep: int) -> list[RemovableHandle]:
 
     def narrow(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         columns = inputs[0].shape[1] if inputs and inputs[0].dim() == 3 else 0
+        if any(isinstance(item, Tensor) and item.dim() > 2 for item in inputs[1:]):  # columns of its own (Zaya)
+            columns = 0
         left_out.append(max(0, columns - keep))
         return (_one_block(inputs[0][:, -keep:]), *inputs[1:]) if left_out[-1] else inputs
 

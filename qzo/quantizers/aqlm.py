@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from qzo.formats.aqlm.layer import AqlmLayout, AqlmLinear
 from qzo.formats.layer import Device, frozen
-from qzo.models.walk import LinearShape, find_sites, freeze, replace_sites
+from qzo.models.walk import LinearShape, candidates, freeze, replace_sites
 from qzo.optim.noise import mix_seed
+from qzo.quantizers.selection import select_held
 
 ITERATIONS = 8  # of k-means on the residual, a codebook
 ROUNDS = 4  # of fitting each codebook anew to what the others leave
@@ -28,14 +29,15 @@ BLOCK = 2**22  # distances at a time
 def quantize_aqlm(model: nn.Module, layout: AqlmLayout | None = None, seed: int = 0) -> nn.Module:
     """Replace the layers that `qzo.quantize` would by AqlmLinear, in place; returns the model, frozen.
 
-    2x8 by eights without `layout`. Raises QzoError, with the layer's name, before the first layer is replaced.
+    2x8 by eights without `layout`. A layer that it cannot hold stays in 16 bits. Raises QzoError, with the layer's
+    name, before the first layer is replaced.
     """
     layout = layout or AqlmLayout(2, 8)
-    sites = find_sites(model)
-    for site in sites:
-        for name, shape in site.shapes():
-            layout.check(shape, name)
-    replace_sites(model, sites, lambda index, weight, bias: from_weight(weight, bias, layout, mix_seed(seed, index)))
+    held = select_held(candidates(model), layout.check)
+    held.tell()
+    replace_sites(
+        model, held.sites, lambda index, weight, bias: from_weight(weight, bias, layout, mix_seed(seed, index))
+    )
     return freeze(model)
 
 
@@ -133,13 +135,11 @@ def quantize_random(model: nn.Module, seed: int = 0) -> nn.Module:
     """Replace the layers that `qzo.quantize` would by AqlmLinear with random codes, in place; returns the model.
 
     Each layer keeps the standard deviation of its weight (0.02 on `meta`), its bias, dtype and device. What remains
-    is frozen. Raises QzoError before the first layer is replaced.
+    is frozen, with layers that 1x16 cannot hold. Raises QzoError before the first layer is replaced.
     """
-    sites = find_sites(model)
-    for site in sites:
-        for name, shape in site.shapes():
-            AqlmLayout().check(shape, name)
-    replace_sites(model, sites, partial(_random_like, seed))
+    held = select_held(candidates(model), AqlmLayout().check)
+    held.tell()
+    replace_sites(model, held.sites, partial(_random_like, seed))
     return freeze(model)
 
 

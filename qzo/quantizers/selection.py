@@ -16,11 +16,15 @@ from torch import nn
 from qzo.errors import QzoError, named
 from qzo.kernels.sizes import check_layout
 from qzo.models.experts import check_experts, looks_like_experts
-from qzo.models.walk import Site, candidates, computes_as_linear, is_conv1d
+from qzo.models.walk import LinearShape, Site, candidates, computes_as_linear, is_conv1d
 
 Patterns = str | Iterable[str] | None
 EXPRESSION = "re:"
-READ_DIRECTLY = ("dt_proj",)  # Mamba multiplies with the weight itself
+# Mamba multiplies with the weight itself; indexers of sparse attention and HunYuan's router ask for its dtype
+READ_DIRECTLY = ("dt_proj", "weights_proj", "wg")
+Check = Callable[
+    [LinearShape, str], object
+]  # shape and name of a layer, "" for none; raises QzoError for what a layout cannot hold
 log = logging.getLogger(__name__)
 
 
@@ -66,26 +70,43 @@ def select(model: nn.Module, n_bits: int, group_size: int, skip: Patterns, only:
     asked = [site for site in sites if site.paths[0] not in left]
     if not asked:
         raise QzoError("skip and only leave no layer to quantize; name fewer layers in skip, or others in only")
+
+    def check(shape: LinearShape, name: str = "") -> None:
+        if not name:
+            check_layout(shape.in_features, shape.out_features, n_bits, group_size)
+            return
+        common = math.gcd(*(shape.in_features for site in asked for _, shape in site.shapes()))
+        with named(name):
+            check_layout(shape.in_features, shape.out_features, n_bits, group_size, common)
+
+    held = select_held(asked, check)
+    for site in held.sites:
+        with named(site.paths[0]):
+            _check_finite(site.module)
+    return Selection(held.sites, left | held.left)
+
+
+def select_held(asked: list[Site], check: Check) -> Selection:
+    """The layers that a layout can hold, as `check` tells; the others stay in 16 bits.
+
+    Raises QzoError for experts of an unknown make, and where less than half of the weights can be held.
+    """
     for site in asked:
         if looks_like_experts(site.module):
             check_experts(site.paths[0], site.module)
-    reasons = {site.paths[0]: _reason(site, n_bits, group_size) for site in asked}
+    reasons = {site.paths[0]: _reason(site, check) for site in asked}
     chosen = [site for site in asked if reasons[site.paths[0]] is None]
+    left = {path: reason for path, reason in reasons.items() if reason is not None}
     if 2 * sum(map(_weights, chosen)) < sum(map(_weights, asked)):
-        _refuse(asked, n_bits, group_size, {path: reason for path, reason in reasons.items() if reason is not None})
-    for site in chosen:
-        with named(site.paths[0]):
-            _check_finite(site.module)
-    return Selection(chosen, left | {path: reason for path, reason in reasons.items() if reason is not None})
+        _refuse(asked, check, left)
+    return Selection(chosen, left)
 
 
-def _refuse(asked: list[Site], n_bits: int, group_size: int, reasons: dict[str, str]) -> None:
+def _refuse(asked: list[Site], check: Check, reasons: dict[str, str]) -> None:
     """Raise QzoError with what would suit all layers that are asked for."""
-    layers = [layer for site in asked for layer in site.shapes()]
-    common = math.gcd(*(shape.in_features for _, shape in layers))
-    for name, shape in layers:
-        with named(name):
-            check_layout(shape.in_features, shape.out_features, n_bits, group_size, common)
+    for site in asked:
+        for name, shape in site.shapes():
+            check(shape, name)
     path, reason = next(iter(reasons.items()))
     raise QzoError(f"{path}: {reason}; that is most of the model: start from one with plain nn.Linear layers")
 
@@ -115,7 +136,7 @@ def _with_parents(path: str) -> list[str]:
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
-def _reason(site: Site, n_bits: int, group_size: int) -> str | None:
+def _reason(site: Site, check: Check) -> str | None:
     """Why the layout cannot hold a module; None where it can."""
     module = site.module
     if not (looks_like_experts(module) or is_conv1d(module) or computes_as_linear(module)):
@@ -124,7 +145,7 @@ def _reason(site: Site, n_bits: int, group_size: int) -> str | None:
         return "its weight is read by the module around it"
     for _, shape in site.shapes():
         try:
-            check_layout(shape.in_features, shape.out_features, n_bits, group_size)
+            check(shape, "")
         except QzoError as error:
             return str(error).partition(";")[0]
     return None

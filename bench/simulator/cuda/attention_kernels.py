@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.simulator.cuda.attention import AMPERE, HALF, Call, Capability, choose_backend, refuse_unable
+from bench.simulator.cuda.attention import AMPERE, HALF, Call, Capability, choose_backend, preference, refuse_unable
 
 aten = torch.ops.aten
 
@@ -35,8 +35,11 @@ def attend(
     """What CUDA runs for q [batch, heads, tokens, head_dim] where `kernel` is preferred.
 
     With "efficient" key and value heads are repeated first, as that kernel wants them. What `kernel` cannot run goes
-    to the next one in PyTorch's order; under `strict` it raises QzoError. The name of what ran goes into `ran`.
+    to the next one in PyTorch's order; under `strict` it raises QzoError. A model whose attention is "eager" may call
+    it elsewhere, and gets PyTorch's own choice. The name of what ran goes into `ran`.
     """
+    if kernel == "eager":
+        kernel, strict = preference(gpu)[0], False
     if kernel == "efficient" and enable_gqa:
         key, value = repeated(query, key, value)
     call = Call(

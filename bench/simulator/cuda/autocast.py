@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 LOWER = {
     F.linear, F.conv1d, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.mm, torch.bmm, torch.addmm,
     torch.baddbmm, torch.mv, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.addmm,
-    Tensor.baddbmm,
+    Tensor.baddbmm, torch.einsum,  # the last by the products it is made of
 }  # fmt: skip
 FULL = {
     F.layer_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, F.softplus, F.group_norm, F.mse_loss,

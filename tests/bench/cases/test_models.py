@@ -150,11 +150,11 @@ def test_default_group_size_is_the_largest_that_divides_every_layer(intermediate
     assert default_group_size(tiny("llama", **TINY | {"intermediate_size": intermediate_size})) == group_size
 
 
-def test_default_group_size_names_the_width_that_nothing_divides():
-    with pytest.raises(
-        QzoError, match="128, 64, 32 divides in_features=100 of LlamaForCausalLM; choose 4 or a divisor"
-    ):
-        default_group_size(tiny("llama", **TINY | {"intermediate_size": 100}))
+def test_default_group_size_leaves_out_what_stays_in_16_bits_and_names_the_width_where_all_would():
+    assert default_group_size(tiny("llama", **TINY | {"intermediate_size": 100})) == 64
+    odd = {"hidden_size": 20, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 10}
+    with pytest.raises(QzoError, match="128, 64, 32 divides in_features=20 of LlamaForCausalLM; choose 20 or a div"):
+        default_group_size(tiny("llama", **TINY | odd | {"intermediate_size": 100}))
 
 
 def test_a_folder_is_a_source_and_its_name_a_folder_name(folder):

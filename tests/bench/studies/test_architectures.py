@@ -18,6 +18,9 @@ from bench.worlds.cell import run
         ("gemma4_text", "ft-sgd"),  # heads of two widths
         ("jamba", "qzo"),
         ("recurrent_gemma", "lora"),
+        ("zaya", "mezo"),  # its last router takes the states of the one before it
+        ("hunyuan_v1_moe", "qzo-2bit"),  # asks for the dtype of its router's weight
+        ("inkling2_text", "ft-sgd"),  # calls SDPA beside its own attention
     ],
 )
 def test_architectures_of_all_kinds_are_simulated(model_type, method, tmp_path):
@@ -36,6 +39,18 @@ def test_what_a_models_own_code_cannot_do_is_said_in_one_line_without_a_tracebac
     assert "\n" not in record["message"] and "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model_type", "method", "words"),
+    [
+        ("jetmoe", "ft-sgd", "asks for what only tensors with data can tell; choose --dev"),
+        ("bamba", "peqa-lean", "reads the weight of a layer past its forward, and a QuantLinear has none; choose"),
+    ],
+)
+def test_what_the_bench_cannot_give_a_model_is_not_called_the_models_fault(model_type, method, words, tmp_path):
+    short_config(model_type).save_pretrained(tmp_path)
+    assert words in run(BenchCase(str(tmp_path), method, gpu="rtx-4090", seq_len=16))["message"]
+
+
 @pytest.mark.parametrize("method", ["ft-sgd", "lora"])
 def test_an_architecture_without_checkpointing_is_refused_where_it_is_asked_for(method, tmp_path):
     short_config("openai-gpt").save_pretrained(tmp_path)
@@ -48,6 +63,10 @@ def test_a_short_config_shows_every_kind_of_layer():
     jamba = short_config("jamba")
     assert jamba.num_hidden_layers == 5  # the first of its attention layers is the fifth
     assert set(jamba.layers_block_type) == {"mamba", "attention"}
+
+
+def test_a_config_that_is_too_short_to_build_gets_more_layers():
+    assert short_config("zamba").num_hidden_layers > 3  # the first of its shared blocks; the second is tied to it
 
 
 def test_lists_and_settings_of_layers_are_cut_with_their_number():

@@ -98,3 +98,23 @@ def test_gradients_are_those_of_the_models_own_loss(make_model, input_ids):
     ours = torch.autograd.grad(label_loss(model, input_ids, labels), list(model.parameters()))
     for a, b in zip(ours, own, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_mlp_that_takes_further_columns_computes_all_of_them(make_model, input_ids):
+    class Twice(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, hidden, further):
+            assert hidden.shape == further.shape
+            return self.inner(hidden)
+
+    model = make_model()
+    expected = label_loss(model, input_ids, input_ids, keep=2)
+    layer = model.model.layers[-1]
+    layer.mlp, own = Twice(layer.mlp), layer.mlp
+    handle = layer.mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[0]), prepend=True)
+    assert torch.allclose(label_loss(model, input_ids, input_ids, keep=2), expected, rtol=1e-5)
+    handle.remove()
+    layer.mlp = own

@@ -114,3 +114,9 @@ def test_autocast_agrees_with_pytorchs_own_on_the_cpu():
         found = model(x)
     assert found.dtype is expected.dtype
     assert torch.equal(found, expected)
+
+
+def test_autocast_reaches_the_products_of_an_einsum():
+    with MetaAutocast():
+        half, full = torch.empty(2, 3, dtype=torch.bfloat16, device="meta"), torch.empty(3, 4, device="meta")
+        assert torch.einsum("ab,bc->ac", half, full).dtype is torch.bfloat16
