@@ -1,4 +1,4 @@
-"""`qzo train MODEL --task T`: fine-tune a model on a task, into the folder of a run."""
+"""`qzo train MODEL --data FILE` or `--task T`: fine-tune a model, into the folder of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qzo.commands import data
 from qzo.errors import printable
 from qzo.optim.estimator import SIDES
 from qzo.training.settings import DTYPES, METHODS, SCHEDULERS, UPDATES, TrainSettings
@@ -44,10 +45,10 @@ def add_command(commands: Any) -> None:
     default = TrainSettings()
     parser = commands.add_parser("train", help="fine-tune a model on a task")
     parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id; quantized for qzo and qlora")
-    parser.add_argument("--task", required=True, help="name of the task, e.g. rotten-tomatoes")
     parser.add_argument("--method", choices=METHODS, default=default.method, help="default qzo")
-    parser.add_argument("--data", metavar="DIR", help="folder with the task's JSONL files")
+    data.add_options(parser)
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default results/train/TASK-METHOD-SEED)")
+    parser.add_argument("--device", help="where to train (default: the GPU if there is one)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, to the bit")
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
@@ -72,12 +73,25 @@ def run(options: argparse.Namespace) -> None:
     settings = TrainSettings(**{name: value for name, value in vars(options).items() if name in names})
     from qzo.training.task import train_task
 
-    out = options.out or Path("results/train") / f"{options.task}-{settings.method}-{settings.seed}"
-    trained, test = train_task(options.model, options.task, settings, out, options.data, options.resume)
+    own = data.own_data(options)
+    name = options.task or Path(options.data).name
+    out = options.out or Path("results/train") / f"{name}-{settings.method}-{settings.seed}"
+    device = None if options.device is None else str(data.device(options.device))
+    folder = None if own else options.data
+    trained, test = train_task(options.model, options.task, settings, out, folder, options.resume, own, device)
     early = ", stopped early" if trained.stopped_early else ""
     print(f"steps        {trained.steps:>12,}{early}\nskipped      {trained.skipped:>12,}")
     print(f"best step    {trained.best_step:>12,}")
-    for name, value in test.items():
-        if isinstance(value, float):  # not counts, nor what the task tells beside
-            print(f"{name:<12} {trained.best[name]:>12.4f} validation {value:>12.4f} test")
+    print(_scores(trained, test))
     print(printable(f"{out} holds the run; qzo export {out} OUT writes the model"))
+
+
+def _scores(trained: Any, test: dict[str, Any]) -> str:
+    """A line a score: validation before training and at the best step, and the test where there is one."""
+    lines = [f"{'':<12} {'before':>12} {'best':>12}  (validation)" + (f" {'test':>12}" if test else "")]
+    for name in dict.fromkeys((*trained.best, *test)):
+        values = [result.get(name) for result in (trained.first, trained.best, test)]
+        if any(isinstance(value, float) for value in values):  # not counts, nor what the task tells beside
+            first, best, last = (f"{value:>12.4f}" if isinstance(value, float) else " " * 12 for value in values)
+            lines.append(f"{name:<12} {first} {best}{' ' * 14}{last}".rstrip())
+    return "\n".join(lines)

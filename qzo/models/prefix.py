@@ -17,8 +17,9 @@ class SharedPrefix:
 
     Where layers 15 to 29 of 30 are trained, a step of two evaluations saves a quarter of its work, one of many nearly
     half. Called once more with the very object it was called with last, it takes the layers' output from then; with any
-    other batch it begins anew. Outside of a call the model computes as ever. The first time, the loss is also computed
-    in full: where the two differ (layers that hand on more than their output), nothing is shared from then on.
+    other batch it begins anew. The loss may run the model several times, always the same number. Outside of a call the
+    model computes as ever. The first time, the loss is also computed in full: where the two differ (layers that hand on
+    more than their output), nothing is shared from then on.
 
     Args:
         model: a transformers decoder; its lower layers get a `forward` of their own.
@@ -32,7 +33,8 @@ class SharedPrefix:
         self.loss, self.shares = loss, True
         self._checked = self._inside = False
         self._batch: Any = None
-        self._kept: Any = None
+        self._kept: list[tuple[Tensor, Any]] = []  # of each forward pass within a call
+        self._pass = 0
         layers = decoder_layers(model)[:first]
         for number, layer in enumerate(layers):
             layer.forward = partial(self._forward, layer.forward, number == len(layers) - 1)
@@ -41,10 +43,10 @@ class SharedPrefix:
     def __call__(self, batch: Any) -> Tensor:
         """The loss of the model as it stands."""
         if batch is not self._batch:
-            self._batch, self._kept = batch, None
+            self._batch, self._kept = batch, []
         if not self.shares:
             return self.loss(batch)
-        reused, self._inside = self._kept is not None, True
+        reused, self._inside, self._pass = bool(self._kept), True, 0
         try:
             value = self.loss(batch)
         finally:
@@ -58,13 +60,15 @@ class SharedPrefix:
 
     def _forward(self, forward: Callable[..., Any], is_last: bool, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of a layer's forward: the kept output, or what the layer computes."""
-        if self._inside and self._kept is not None:
-            kept, rest = self._kept
+        if self._inside and self._pass < len(self._kept):
+            kept, rest = self._kept[self._pass]
+            self._pass += is_last
             out = kept.clone() if is_last else hidden  # a layer above might write into what it is given
             return out if rest is None else (out, *rest)
         out = forward(hidden, *args, **kwargs)
         if self._inside and is_last:
-            self._kept = (out, None) if isinstance(out, Tensor) else (out[0], out[1:])
+            self._kept.append((out, None) if isinstance(out, Tensor) else (out[0], out[1:]))
+            self._pass += 1
         return out
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from qzo.errors import QzoError
 from qzo.tasks import metrics, prompts
 from qzo.tasks.example import Example
-from qzo.tasks.rows import Row, hub_rows, local_rows, package_rows
+from qzo.tasks.row import Row
+from qzo.tasks.rows import hub_rows, local_rows, package_rows
 from qzo.tasks.sampling import Pools, draw
 
 Score = Callable[[Sequence[Example], Sequence[int]], dict[str, float]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -73,13 +73,13 @@ class Encoder:
             than the model has positions is refused by `qzo.tasks.loss` and `evaluate`.
 
     Raises:
-        QzoError: when an example is encoded: label words that share their first token, or a `max_length` that is too
-            short for question and answer alone; a damaged tokenizer.
+        QzoError: when an example is encoded: label words of the same tokens, or a `max_length` that is too short for
+            question and answer alone; a damaged tokenizer.
     """
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
         self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
-        self._start = self._start_tokens()
+        self._start = start_tokens(tokenizer)
         self._kept: dict[Example, Encoded] = {}
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad_token_id = int(pad or 0)
@@ -91,16 +91,16 @@ class Encoder:
         answers = [answer for item in encoded for answer in item.answers]
         if not self.task.generates and all(len(answer) == 1 for answer in answers):
             choices = torch.tensor([[answer[0] for answer in item.answers] for item in encoded])
-            return Batch(*self._pad([item.prompt for item in encoded]), labels, choices)
+            return Batch(*padded([item.prompt for item in encoded], self.pad_token_id), labels, choices)
         rows = [item.prompt + answer for item in encoded for answer in item.answers]
         longest = max(len(answer) for answer in answers)
         targets = [[IGNORED] * (longest - len(answer)) + answer for answer in answers]
-        return Batch(*self._pad(rows), labels, targets=torch.tensor(targets))
+        return Batch(*padded(rows, self.pad_token_id), labels, targets=torch.tensor(targets))
 
     def prompts(self, examples: Sequence[Example]) -> Batch:
         """Prompts alone, for the model to go on from."""
         labels = torch.tensor([example.label for example in examples])
-        return Batch(*self._pad([self.encode(example).prompt for example in examples]), labels)
+        return Batch(*padded([self.encode(example).prompt for example in examples], self.pad_token_id), labels)
 
     def length(self, example: Example) -> int:
         """Tokens of the example's longest row, to sort by."""
@@ -122,11 +122,11 @@ class Encoder:
         start = example.text + example.ask
         ends = [f"{example.answers[0]}\n"] if self.task.generates else example.answers
         prompt, whole = self._tokens(start), [self._tokens(start + end) for end in ends]
-        shared = _shared(prompt, whole)
-        answers = [tokens[shared:] for tokens in whole]
+        border = shared(prompt, whole)
+        answers = [tokens[border:] for tokens in whole]
         if self.task.words:
-            self._check_words(answers)
-        prompt = self._start + prompt[:shared]
+            answers = self._told_apart(answers)
+        prompt = self._start + prompt[:border]
         longest = max([*map(len, answers), MAX_ANSWER if self.task.generates else 1])
         surplus = 0 if self.max_length is None else max(0, len(prompt) + longest - self.max_length)
         if surplus:
@@ -134,22 +134,24 @@ class Encoder:
             prompt = self._start + prompt[len(self._start) + surplus :]
         return Encoded(prompt, answers, surplus)
 
-    def _check_words(self, answers: list[list[int]]) -> None:
-        first: dict[Any, str] = {}
-        for word, answer in zip(self.task.words, answers, strict=True):
-            token = answer[0] if answer else None
-            if token in first:
-                name = self.tokenizer.convert_ids_to_tokens(token) if token is not None else "nothing"
-                raise QzoError(
-                    f'{self.task.name}: label words "{first[token].strip()}" and "{word.strip()}" both start with the '
-                    f'token "{name}" of this tokenizer, so no position tells them apart; use a model whose tokenizer '
-                    "has them as words"
-                )
-            first[token] = word
+    def _told_apart(self, answers: list[list[int]]) -> list[list[int]]:
+        """Label words that are told apart by their tokens: where one begins another, a new line ends them all."""
+        pairs = [(a, b) for a in range(len(answers)) for b in range(len(answers)) if a != b]
+        begins = next(((a, b) for a, b in pairs if answers[b][: len(answers[a])] == answers[a]), None)
+        if begins is None:
+            return answers
+        if answers[begins[0]] == answers[begins[1]]:
+            first, second = (self.task.words[number].strip() for number in begins)
+            raise QzoError(
+                f'{self.task.name}: label words "{first}" and "{second}" are the same tokens to this tokenizer, so '
+                "nothing tells them apart; use a model whose tokenizer has them as words, or other label words"
+            )
+        end = self._tokens("\n")
+        return [[*answer, *end] for answer in answers]
 
     def _check_room(self, example: Example, prompt: list[int], surplus: int) -> None:
         """Raise QzoError where no token would stay that is of the text alone."""
-        text = _shared(prompt[len(self._start) :], [self._tokens(example.text)])
+        text = shared(prompt[len(self._start) :], [self._tokens(example.text)])
         if surplus >= text:
             needed = (self.max_length or 0) + surplus - text
             raise QzoError(
@@ -159,20 +161,6 @@ class Encoder:
 
     def _tokens(self, text: str, special: bool = False) -> list[int]:
         return tokens_of(self.tokenizer, text, special)
-
-    def _start_tokens(self) -> list[int]:
-        """The special tokens that the tokenizer puts in front of a text."""
-        plain, special = self._tokens("a"), self._tokens("a", special=True)
-        for count in range(len(special) - len(plain) + 1):
-            if special[count : count + len(plain)] == plain:
-                return special[:count]
-        return []
-
-    def _pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        longest = max(map(len, rows))
-        ids = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(ids), torch.tensor(mask)
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
@@ -188,7 +176,24 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = Fal
         raise QzoError(f"the tokenizer cannot encode {text[:40]!r}: {one_line(error)}; copy its files again") from error
 
 
-def _shared(prompt: Sequence[int], whole: Iterable[Sequence[int]]) -> int:
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a tokenizer puts in front of a text. Raises QzoError as `tokens_of`."""
+    plain, special = tokens_of(tokenizer, "a"), tokens_of(tokenizer, "a", special=True)
+    for count in range(len(special) - len(plain) + 1):
+        if special[count : count + len(plain)] == plain:
+            return special[:count]
+    return []
+
+
+def padded(rows: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Rows that end at the same column, and their mask; both [R, T], int64."""
+    longest = max(map(len, rows))
+    ids = [[pad_token_id] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def shared(prompt: Sequence[int], whole: Iterable[Sequence[int]]) -> int:
     """Number of leading tokens that a prompt and all its continuations have in common."""
     count = len(prompt)
     for tokens in whole:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import NotFinite, QzoError
-from qzo.models.positions import check_columns, position_options
-from qzo.tasks.encoding import MAX_ANSWER, Batch, Encoder, tokens_of
+from qzo.tasks.encoding import Encoder
 from qzo.tasks.example import Example
 from qzo.tasks.metrics import answers_f1_and_exact_match
-from qzo.tasks.scoring import candidate_scores, known_tokens, loss
+from qzo.tasks.scoring import candidate_scores, loss
+from qzo.tasks.writing import write_answers
 
 Watch = Callable[[int, int], None]  # examples done, and how many there are
 WIDER = {torch.float16: "--dtype bfloat16, in Python dtype=torch.bfloat16", torch.bfloat16: "--dtype float32"}
@@ -51,7 +51,7 @@ def evaluate(
     if not examples:
         raise QzoError(f"there are no {encoder.task.name} examples to evaluate")
     _check_prior(encoder, prior)
-    with _evaluating(model):
+    with evaluating(model):
         if encoder.task.generates:
             return _evaluate_written(model, encoder, examples, batch_size, watch)
         scores = _scores(model, encoder, examples, batch_size, watch)
@@ -82,7 +82,7 @@ def label_prior(model: nn.Module, encoder: Encoder, examples: Sequence[Example],
         raise QzoError(f"{encoder.task.name} has no label words whose prior could be calibrated")
     if not examples:
         raise QzoError("a label prior needs at least one text")
-    with _evaluating(model):
+    with evaluating(model):
         return _scores(model, encoder, examples, batch_size).log_softmax(1).mean(0).tolist()
 
 
@@ -99,17 +99,17 @@ def _scores(
 ) -> Tensor:
     """Log-likelihoods of the candidates, [N, C] on the CPU, in the order of the examples. Raises NotFinite."""
     found: dict[int, Tensor] = {}
-    for part in _by_length(encoder, examples, batch_size):
+    for part in by_length([encoder.length(example) for example in examples], batch_size):
         batch = encoder.batch([examples[index] for index in part]).to(_device(model))
         scores = candidate_scores(model, batch).cpu()
-        _check_finite(model, scores)
+        check_finite(model, scores)
         found.update(zip(part, scores, strict=True))
         if watch is not None:
             watch(len(found), len(examples))
     return torch.stack([found[index] for index in range(len(examples))])
 
 
-def _check_finite(model: nn.Module, numbers: Tensor) -> None:
+def check_finite(model: nn.Module, numbers: Tensor) -> None:
     """Raise NotFinite for NaN or infinity, with what helps where the model's dtype may be the cause."""
     if numbers.isfinite().all():
         return
@@ -123,11 +123,11 @@ def _evaluate_written(
     model: nn.Module, encoder: Encoder, examples: Sequence[Example], batch_size: int, watch: Watch | None
 ) -> dict[str, Any]:
     texts, total, tokens, done = [""] * len(examples), 0.0, 0, 0
-    for part in _by_length(encoder, examples, batch_size):
+    for part in by_length([encoder.length(example) for example in examples], batch_size):
         chosen = [examples[index] for index in part]
         count = sum(len(encoder.encode(example).answers[0]) for example in chosen)
         value = loss(model, encoder.batch(chosen).to(_device(model)))
-        _check_finite(model, value)
+        check_finite(model, value)
         total += value.item() * count
         tokens += count
         for index, text in zip(part, write_answers(model, encoder, chosen), strict=True):
@@ -144,11 +144,11 @@ def _evaluate_written(
     }
 
 
-def _by_length(encoder: Encoder, examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
-    """Indices of the examples in batches of similar length, so that little is padding."""
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of examples in batches of similar length, so that little is padding. Raises QzoError."""
     if batch_size < 1:
         raise QzoError(f"batch_size={batch_size} must be at least 1")
-    order = sorted(range(len(examples)), key=lambda index: encoder.length(examples[index]))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
@@ -158,7 +158,8 @@ def _device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, a model is in eval mode and nothing takes gradients."""
     training = model.training
     model.eval()
     try:
@@ -166,41 +167,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def write_answers(model: nn.Module, encoder: Encoder, examples: Sequence[Example]) -> list[str]:
-    """Greedy continuations of the prompts up to a new line, the end-of-sequence token or 32 tokens, stripped.
-
-    `generate` is not used: it would take over penalties and other settings that a model brings along.
-    """
-    tokenizer = encoder.tokenizer
-    stops = [token for token in tokens_of(tokenizer, "\n")[-1:] if token != tokenizer.unk_token_id]
-    if tokenizer.eos_token_id is not None:
-        stops.append(tokenizer.eos_token_id)
-    batch = encoder.prompts(examples).to(next(model.parameters()).device)
-    check_columns(model, batch.input_ids.shape[1] + MAX_ANSWER)
-    written = _greedy(model, batch, torch.tensor(stops, dtype=torch.int64, device=batch.input_ids.device))
-    texts = [str(tokenizer.decode(_until(row, stops), skip_special_tokens=True)) for row in written.tolist()]
-    return [text.strip().split("\n")[0].strip() for text in texts]
-
-
-@torch.no_grad()
-def _greedy(model: nn.Module, batch: Batch, stops: Tensor) -> Tensor:
-    """At most 32 tokens after each prompt, [R, N]; what follows a stop has no meaning."""
-    ids, mask, cache = known_tokens(model, batch), batch.attention_mask, None
-    written: list[Tensor] = []
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    while len(written) < MAX_ANSWER and not done.all():
-        options: dict[str, Any] = position_options(model, mask, ids.shape[1])
-        output = model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **options
-        )
-        cache, ids = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
-        written.append(ids)
-        mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        done |= torch.isin(ids[:, 0], stops)
-    return torch.cat(written, 1)
-
-
-def _until(row: list[int], stops: list[int]) -> list[int]:
-    return row[: next((n for n, token in enumerate(row) if token in stops), len(row))]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from qzo.tasks.example import Example
 
@@ -26,6 +27,20 @@ def accuracy_and_macro_f1(examples: Sequence[Example], predictions: Sequence[int
         _f1([example.label == label for example in examples], [p == label for p in predictions]) for label in labels
     ]
     return {**accuracy(examples, predictions), "f1": sum(scores) / len(scores)}
+
+
+def of_classes(labels: Sequence[str]) -> Callable[[Sequence[Example], Sequence[int]], dict[str, Any]]:
+    """Scores of a classification: accuracy, macro F1 and, as {label: {guess: count}}, what was taken for what."""
+
+    def score(examples: Sequence[Example], predictions: Sequence[int]) -> dict[str, Any]:
+        both = accuracy_and_macro_f1(examples, predictions)
+        counts = Counter(zip((example.label for example in examples), predictions, strict=True))
+        confusion: dict[str, dict[str, int]] = {label: {} for label in labels}
+        for (label, guess), count in sorted(counts.items()):
+            confusion[labels[label]][labels[guess]] = count
+        return {"accuracy": both["accuracy"], "macro_f1": both["f1"], "confusion": confusion}
+
+    return score
 
 
 def f1_and_exact_match(examples: Sequence[Example], predictions: Sequence[int]) -> dict[str, float]:

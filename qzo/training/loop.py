@@ -22,13 +22,16 @@ from qzo.training.run import Result, Run
 
 @dataclass(frozen=True)
 class Trained:
-    """How a run ended: after `steps` steps, `skipped` of them left out; best validation, after `best_step` steps."""
+    """How a run ended: after `steps` steps, `skipped` of them left out; best validation, after `best_step` steps; the
+    first one, before any step.
+    """
 
     steps: int
     skipped: int
     best_step: int
     best: Result
     stopped_early: bool
+    first: Result
 
 
 def train(
@@ -85,7 +88,8 @@ def train(
             if notice is not None:
                 progress.notice(notice)
     assert run.best is not None
-    return Trained(learner.steps, learner.skipped, *run.best, stopped_early=learner.steps < settings.steps)
+    early, first = learner.steps < settings.steps, run.validations[0][1]
+    return Trained(learner.steps, learner.skipped, *run.best, stopped_early=early, first=first)
 
 
 def _due(taken: int, steps: int, every: int) -> bool:

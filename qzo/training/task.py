@@ -23,6 +23,7 @@ from qzo.signals import Stopped, held, interruptible
 from qzo.training.batches import batch_numbers
 from qzo.training.learners import check_eps, check_model, make_learner
 from qzo.training.loop import Trained, train
+from qzo.training.own import OwnData, fingerprint
 from qzo.training.progress import Progress, lines_of, tell
 from qzo.training.run import RUN, Result, Run, check_folder, dtype_of, read_run
 from qzo.training.settings import QUANTIZED, TrainSettings
@@ -33,11 +34,13 @@ RESULT = "result.json"
 
 def train_task(
     source: str,
-    task_name: str,
+    task_name: str | None,
     settings: TrainSettings,
     out: str | os.PathLike[str],
     data: str | None = None,
     resume: bool = False,
+    own: OwnData | None = None,
+    device: str | None = None,
 ) -> tuple[Trained, Result]:
     """Train a model on a task and test its best state; returns how training ended, and the result of the test.
 
@@ -45,43 +48,54 @@ def train_task(
 
     Args:
         source: of the model, as in `qzo.load`; quantized for qzo and qlora, which take a .gguf file packed.
-        task_name: of `qzo.tasks`; its examples are split by `settings.seed`.
+        task_name: of `qzo.tasks`; its examples are split by `settings.seed`. None where there is `own`.
         settings: how.
         out: folder of the run, new or empty, or with `resume` one to go on with.
         data: folder of the task's files, None for where the task has them from.
         resume: go on where the run ended.
+        own: data of one's own in the place of a task. Without a test split the test's result is empty, or, where
+            answers are compared that the model writes, that of the validation split.
+        device: where to train; None, the GPU if there is one.
 
     Raises QzoError for wrong input, a model whose logits are not finite, losses that are not, and a full disk; what is
     on disk can be resumed. Nothing is, where a run fails before its first validation is done.
     """
     tasks: Any = import_module("qzo.tasks")
     out = Path(out)
-    about: Result = {"task": task_name, "data": data if data is None else place_of(data)}
+    about: Result = own.about() if own else {"task": task_name, "data": data if data is None else place_of(data)}
     if resume and (out / RUN).is_file():
         settings = settings.as_begun(read_run(out)["settings"])
     check_folder(out, settings, about, resume)  # before a large model is read
     about |= base_identity(source)
     check_folder(out, settings, about, resume)
-    task = tasks.get(task_name, data_dir=data)
+    task = tasks.from_data(**own.options()) if own else tasks.get(task_name, data_dir=data)
     splits = task.splits(seed=settings.seed)
+    if own:
+        about["rows"] = fingerprint(splits)
+        check_folder(out, settings, about, resume)
+    if settings.centering and not task.words:
+        raise QzoError(f"centering={settings.centering} is for label words, and {task.name} has none; leave it out")
+    objective = tasks.objective(task, load_tokenizer(source), settings.max_length)
+    for examples in splits.values():  # what cannot be encoded is told before a large model is read
+        objective.rows(examples)
     tell(f"loading {source}")
     packed = settings.method in QUANTIZED
-    model: Any = load(source, dtype_of(asdict(settings)), _device(), dequantize=not packed).eval()
+    model: Any = load(source, dtype_of(asdict(settings)), device or _device(), dequantize=not packed).eval()
     check_model(model, settings, source)
     if not (out / RUN).is_file():
         check_eps(model, settings)
-    encoder = tasks.Encoder(task, load_tokenizer(source), row_length(model, settings.max_length, source))
-    for notice in cut_notices(encoder, splits):  # all are encoded now, so that one that does not fit is told now
+    work = _Work(objective.fitted(row_length(model, settings.max_length, source)), model, splits, settings)
+    for line in tasks.summary(task, splits, work.objective, work.rows) if own else ():
+        tell(line)
+    for notice in work.objective.notices(splits):
         tell(f"notice: {notice}")
-    work = _Work(tasks, model, encoder, splits, settings)
     first = (settings.layer_range or (0, 0))[0]
     run = Run(out, settings, about, task.metric, resume)
     with interruptible():
         trained = _run(source, run, work, SharedPrefix(model, work.loss, first) if first else work.loss)
         try:
             put_best(model, out)
-            tell(f"testing the state of step {trained.best_step} on {len(splits['test']):,} examples")
-            test = work.evaluate(lines_of("test"), "test")
+            test = _tested(work, trained)
         except KeyboardInterrupt as error:
             raise Stopped("stopped while the best state was tested; --resume tests it again", error) from error
     content = json.dumps({**asdict(trained), "test": test}, indent=2) + "\n"
@@ -89,42 +103,39 @@ def train_task(
     return trained, test
 
 
+def _tested(work: _Work, trained: Trained) -> Result:
+    """The result of the test; of the validation split where there is no test, if more is measured at the end."""
+    split = "test" if "test" in work.splits else "validation"
+    if split == "validation" and not getattr(work.objective.task, "writes", False):
+        return {}
+    tell(f"testing the state of step {trained.best_step} on {len(work.rows[split]):,} examples")
+    return work.evaluate(lines_of(split), split, last=True)
+
+
 class _Work:
     """A model and the splits of a task, as the loop asks for them."""
 
-    def __init__(
-        self, tasks: Any, model: nn.Module, encoder: Any, splits: dict[str, list[Any]], settings: TrainSettings
-    ) -> None:
-        self.tasks, self.model, self.encoder, self.splits, self.settings = tasks, model, encoder, splits, settings
-        self.device, examples = next(model.parameters()).device, splits["train"]
-        self._known = [encoder.length(example) for example in examples], [example.label for example in examples]
+    def __init__(self, objective: Any, model: nn.Module, splits: dict[str, list[Any]], settings: TrainSettings) -> None:
+        self.objective, self.model, self.splits, self.settings = objective, model, splits, settings
+        self.device = next(model.parameters()).device
+        self.rows = {split: objective.rows(examples) for split, examples in splits.items()}
+        train = self.rows["train"]
+        self._known = [objective.length(row) for row in train], [getattr(row, "label", 0) for row in train]
 
     def batch_at(self, step: int) -> Any:
         """The batch of a step."""
         numbers = batch_numbers(*self._known, self.settings.batch_size, self.settings.seed, step)
-        return self.encoder.batch([self.splits["train"][number] for number in numbers]).to(self.device)
+        return self.objective.batch([self.rows["train"][number] for number in numbers]).to(self.device)
 
     def loss(self, batch: Any) -> torch.Tensor:
         """The training loss of the model as it stands."""
-        value: torch.Tensor = self.tasks.loss(self.model, batch, self.settings.centering)
+        value: torch.Tensor = self.objective.loss(self.model, batch, self.settings.centering)
         return value
 
-    def evaluate(self, watch: Any, split: str = "validation") -> Result:
+    def evaluate(self, watch: Any, split: str = "validation", last: bool = False) -> Result:
         """The scores of the model as it stands; `watch` is told how far it is."""
-        examples, size = self.splits[split], self.settings.eval_batch_size
-        return dict(self.tasks.evaluate(self.model, self.encoder, examples, size, watch=watch))
-
-
-def cut_notices(encoder: Any, splits: dict[str, list[Any]]) -> list[str]:
-    """What to tell of prompts that are longer than a row may be. Raises QzoError for one that cannot be cut."""
-    cut = {split: encoder.cut(examples) for split, examples in splits.items()}
-    if not any(cut.values()):
-        return []
-    parts = ", ".join(f"{count:,} of {len(splits[split]):,} {split}" for split, count in cut.items() if count)
-    return [
-        f"{parts} prompts are longer than max_length={encoder.max_length} tokens: their texts are cut at the "
-        "beginning, questions and answers are whole"
-    ]
+        rows, size = self.rows[split], self.settings.eval_batch_size
+        return dict(self.objective.evaluate(self.model, rows, size, watch=watch, last=last))
 
 
 def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
@@ -142,7 +153,7 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
                 first = work.batch_at(learner.steps)
                 check_live(work.model, lambda: loss(first), run.settings.seed, run.settings.layer_range)
             if learner.steps == 0:
-                progress.phase(f"validation before the first step, {len(work.splits['validation']):,} examples")
+                progress.phase(f"validation before the first step, {len(work.rows['validation']):,} examples")
             return train(learner, run, work.batch_at, loss, lambda: work.evaluate(progress.validating), progress)
         except KeyboardInterrupt as error:
             with held():

@@ -81,7 +81,7 @@ def test_a_model_that_overflows_has_no_accuracy(place, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "the following arguments are required: --task"),
+        ([], "has no data file; known are *.jsonl"),
         (["--task", "sst3"], 'unknown task "sst3"; did you mean sst2'),
         (["--task", "rte"], "has no train.jsonl, nor train.jsonl.gz"),
         (["--task", "copa", "--calibrated"], "--calibrated needs a task with label words; copa has none"),

@@ -36,7 +36,7 @@ class Batch(dict):
 
 
 class Task:
-    metric = "accuracy"
+    name, metric, words = "words", "accuracy", ("w0", "w1")
 
     def splits(self, seed=0, train=64, validation=16, test=16):
         dice = random.Random(seed)
@@ -50,15 +50,29 @@ def example(dice):
     return Example([*words, 2 + label, label])
 
 
-class Encoder:
-    def __init__(self, task, tokenizer, max_length=None):
-        self.tokenizer, self.max_length = tokenizer, max_length
+class Objective:
+    """What `qzo.tasks.objective` returns, in the module's own loss and evaluation, which tests exchange."""
 
-    def cut(self, examples):
-        return 0
+    def __init__(self, module, task):
+        self.module, self.task = module, task
+
+    def fitted(self, max_length):
+        return self
+
+    def rows(self, examples):
+        return examples
+
+    def notices(self, splits):
+        return []
 
     def length(self, example):
         return len(example)
+
+    def loss(self, model, batch, centering=0.0):
+        return self.module.loss(model, batch, centering)
+
+    def evaluate(self, model, examples, batch_size, watch=None, last=False):
+        return self.module.evaluate(model, self, examples, batch_size, watch=watch)
 
     def batch(self, examples):
         input_ids = torch.tensor(examples)
@@ -80,7 +94,8 @@ def module():
     """What `qzo.tasks` offers, as a module."""
     made = types.ModuleType("qzo.tasks")
     made.get = lambda name, data_dir=None: Task()
-    made.Encoder, made.evaluate = Encoder, evaluate
+    made.objective = lambda task, tokenizer, max_length=None: Objective(made, task)
+    made.evaluate = evaluate
     made.loss = lambda model, batch, centering=0.0: (1 - centering) * label_loss(model, **batch)
     return made
 

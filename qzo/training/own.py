@@ -1,0 +1,66 @@
+"""A user's own data in a run: what was asked for, as it is held to on a resume, and a hash of every row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qzo.checkpoints.identity import place_of
+from qzo.tasks.own.files import HUB
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """Arguments of `qzo.tasks.from_data`."""
+
+    data: str
+    validation: str | None = None
+    test: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    label_words: str | None = None
+    metric: str | None = None
+    sizes: Mapping[str, int | None] = field(default_factory=dict)
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments."""
+        return dict(vars(self))
+
+    def about(self) -> dict[str, Any]:
+        """As a run remembers it; files by their absolute paths."""
+        places = {name: _place(getattr(self, name)) for name in ("data", "validation", "test", "label_words")}
+        sizes = {split: size for split, size in self.sizes.items() if size is not None}
+        return {"task": None, **places, "columns": dict(self.columns), "asked_metric": self.metric, "sizes": sizes}
+
+    @staticmethod
+    def of_run(about: Mapping[str, Any]) -> OwnData | None:
+        """The data that a run was begun with; None where it was begun with a task."""
+        if about.get("task") is not None or not isinstance(about.get("data"), str):
+            return None
+        names = ("data", "validation", "test", "label_words")
+        places: Any = {name: about.get(name) for name in names}
+        return OwnData(
+            **places,
+            columns=about.get("columns") or {},
+            metric=about.get("asked_metric"),
+            sizes=about.get("sizes") or {},
+        )
+
+
+def _place(path: str | None) -> str | None:
+    return path if path is None or path.startswith(HUB) else place_of(path)
+
+
+def fingerprint(splits: Mapping[str, Sequence[Any]]) -> str:
+    """SHA-256 over the examples of all splits, in their order."""
+    digest = hashlib.sha256()
+    for split, examples in splits.items():
+        for example in examples:
+            digest.update(repr((split, _parts(example))).encode())
+    return digest.hexdigest()
+
+
+def _parts(example: Any) -> dict[str, Any]:
+    """All of an example but where it stands."""
+    return {name: value for name, value in vars(example).items() if name != "where"}
