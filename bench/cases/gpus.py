@@ -35,6 +35,7 @@ class Gpu:
 
     `contexts`: what a PyTorch process takes outside its allocator, the lowest and the highest it may be (equal where it
     was measured), when it runs backward passes and when it runs forward passes alone.
+    `driver_reserved_bytes`: what the driver keeps for itself of a card that nobody uses; 0 where nobody told.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Gpu:
     compute_capability: tuple[int, int]
     multiprocessors: int
     contexts: Mapping[str, Range]
+    driver_reserved_bytes: int = 0
 
     def context_bytes(self, backward: bool = True) -> int:
         """The middle of the range; the measured value where there is one."""
@@ -75,7 +77,8 @@ def _gpu(name: str, entry: dict) -> Gpu:
         contexts[FORWARD] = (min(started, measured[TRAINING]), measured[TRAINING])
     in_bytes = {kind: (int(low * MIB), int(high * MIB)) for kind, (low, high) in contexts.items()}
     capability = (entry["compute_capability"][0], entry["compute_capability"][1])
-    return Gpu(name, entry["memory_mib"] * MIB, capability, entry["multiprocessors"], in_bytes)
+    reserved = entry.get("driver_reserved_mib", 0) * MIB
+    return Gpu(name, entry["memory_mib"] * MIB, capability, entry["multiprocessors"], in_bytes, reserved)
 
 
 def names() -> list[str]:

@@ -1,7 +1,8 @@
 """ZO2 (zo2/optimizer/mezo_sgd/zo2.py, model/huggingface/opt): MeZO on a model whose layers wait in the host's memory.
 
 Each module is updated, perturbed and run for both sides before the next one; layers are uploaded in a stream of their
-own, one ahead. Vocabulary, positions and the last norm stay on the GPU.
+own, one ahead. Vocabulary, positions and the last norm stay on the GPU. Beside it zo.py, what it is compared with: the
+same steps in place on a model that is there whole. Attention and masks are those of transformers 4.28.
 """
 
 from __future__ import annotations
@@ -36,11 +37,34 @@ def streamed_step(ledger: Ledger, model: Any, batch: Batch) -> None:
         _step(ledger, model, batch, update=step > 0)
 
 
+def resident_steps(ledger: Ledger, model: Any, batch: Batch) -> None:
+    """Two steps of zo.py, in place: both sides one after the other, the way back, the update."""
+    for parameter in model.parameters():
+        ledger.see(parameter)
+    for _ in range(STEPS):
+        for _ in range(2):
+            _perturb(model)
+            output = model(input_ids=batch.input_ids, use_cache=True)
+            _loss(output.logits[..., :-1, :].contiguous(), batch)
+            del output
+        _perturb(model)
+        for name, parameter in model.named_parameters():
+            _update(name, parameter)
+
+
 def _step(ledger: Ledger, model: Any, batch: Batch, update: bool) -> None:
-    decoder = model.model.decoder
-    ids = batch.input_ids
     ledger.enter(COMPUTE)
+    pair = _decoded(ledger, model.model.decoder, batch.input_ids, update)
+    logits = _dual(model.lm_head, update, lambda module, hidden: module(hidden), pair)
+    shifted = [item[..., :-1, :].contiguous() for item in logits]
+    for item in shifted:
+        _loss(item, batch)
+
+
+def _decoded(ledger: Ledger, decoder: Any, ids: Tensor, update: bool) -> Pair:
+    """The decoder's result of both sides; each has a mask of its own until then."""
     pair = _dual(decoder.embed_tokens, update, lambda module, _: module(ids), (ids, ids))
+    mask, _other = (_mask(ids, pair[0].dtype) for _ in range(2))
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     placed = _dual(decoder.embed_positions, update, lambda module, _: _positions(module, positions), (ids, ids))
     pair = pair[0] + placed[0], pair[1] + placed[1]
@@ -51,17 +75,27 @@ def _step(ledger: Ledger, model: Any, batch: Batch, update: bool) -> None:
         if index:
             _offload(layers[index - 1])
         ledger.enter(COMPUTE)
-        pair = _dual(layer, update, lambda module, hidden: _first(module(hidden)), pair)
+        pair = _dual(layer, update, lambda module, hidden: _first(module(hidden, attention_mask=mask)), pair)
         if index + 1 < len(layers):
             _upload(ledger, layers[index + 1])
     _offload(layers[-1])
     ledger.enter(COMPUTE)
-    pair = _dual(decoder.final_layer_norm, update, lambda module, hidden: module(hidden), pair)
-    logits = _dual(model.lm_head, update, lambda module, hidden: module(hidden), pair)
-    shifted = [item[..., :-1, :].contiguous() for item in logits]
-    targets = batch.labels[..., 1:].contiguous().view(-1)
-    for item in shifted:
-        F.cross_entropy(item.view(-1, item.shape[-1]), targets)
+    return _dual(decoder.final_layer_norm, update, lambda module, hidden: module(hidden), pair)
+
+
+def _loss(shifted: Tensor, batch: Batch) -> None:
+    F.cross_entropy(shifted.view(-1, shifted.shape[-1]), batch.labels[..., 1:].contiguous().view(-1))
+
+
+def _mask(ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T] in the model's dtype (modeling_opt.py, _prepare_decoder_attention_mask)."""
+    batch, tokens = ids.shape
+    causal = torch.full((tokens, tokens), 0.0, device=ids.device)
+    causal = causal.masked_fill_(torch.ones_like(causal, dtype=torch.bool), 0.0).to(dtype)
+    causal = causal[None, None].expand(batch, 1, tokens, tokens)
+    told = torch.ones(batch, tokens, device=ids.device)[:, None, None].expand(batch, 1, tokens, tokens).to(dtype)
+    inverted = 1.0 - told
+    return inverted.masked_fill(inverted.to(torch.bool), 0.0) + causal
 
 
 def _first(output: Any) -> Tensor:

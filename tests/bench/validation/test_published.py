@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.cases import gpus
 from bench.ledger.ledger import Ledger
 from bench.validation.compare import compare_row
 from bench.validation.frameworks.transformers_4 import repeat_keys, shift
@@ -161,6 +162,19 @@ def test_streamed_layers_take_two_layers_room_however_many_there_are():
         for layers in (3, 9)
     )
     assert few["reserved"] == many["reserved"]
+
+
+def test_nvml_counts_what_the_driver_keeps_and_nvidia_smi_does_not():
+    gpu, resident = gpus.get("rtx-3090"), OPT | {"method": "mezo"}
+    kept = gpu.driver_reserved_bytes
+    for row, more in (
+        (OPT, kept),
+        (resident, kept),
+        (resident | {"seq_len": None}, 0),
+    ):  # MeZO's figure tells no length
+        found = compare_row(row)["predicted"]
+        assert found["process"] == found["reserved"] + gpu.context_bytes(backward=False) + more
+    assert kept > 0 and gpus.get("rtx-4060").driver_reserved_bytes == 0
 
 
 def test_mezos_figure_counts_in_gib_and_what_ran_on_several_gpus_is_not_said():
