@@ -13,7 +13,7 @@ from bench.cases.notices import ignore_future_warnings
 from bench.validation import recorded
 from bench.validation.asked import AS_STATED, Asked
 from bench.validation.measurement import METRICS, measured_bytes, parse
-from bench.validation.published.readers import is_published
+from bench.validation.published.readers import is_published, unstated
 from qzo.errors import QzoError
 
 GIB = 1 << 30
@@ -37,11 +37,16 @@ def predict_all(rows: Sequence[Row], asked: Asked = AS_STATED) -> list[Row]:
 def compare_row(row: Row, asked: Asked = AS_STATED) -> Row:
     """Predicted and measured bytes of one row, and the errors in percent; or the reason why there are none.
 
+    `ours` is there for rows that were measured for this package, `unstated` where one of others does not state all of
+    its recipe.
     `otherwise` is there where options changed what the row states.
     """
     ours = recorded.is_record(row)
     measured = recorded.figures(row) if ours else measured_bytes(row)
     result: Row = {"case": _case(row), "measured": measured}
+    result |= {"ours": True} if ours or "recipe" in row else {}
+    missing = unstated(row)
+    result |= {"unstated": missing} if missing else {}
     otherwise = asked.told(row)
     result |= {"otherwise": otherwise} if otherwise else {}
     try:

@@ -23,6 +23,22 @@ PREDICTORS: dict[str | None, Callable[[Row], dict[str, int]]] = {  # of rows tha
     "princeton-nlp/MeZO": zeroth_order.predict,
     "liangyuwang/zo2": zeroth_order.predict,
 }
+# What a source's rows do not state of the step that was measured, or of how; the others' pages, code and data state all
+# of it. Of rows that come without a repository a fork's code is known and nothing of the card's other programs.
+UNSTATED: dict[str | None, str] = {
+    "QwenLM/Qwen": "what its memory was measured by",
+    "modelscope/ms-swift": "the lengths of its rows, of which mean and deviation are told",
+    "princeton-nlp/MeZO": "how long its prompts are, and bytes other than by a bar's whole GiB",
+    "torchtune": "which version ran, and whether memory is reserved or active in most rows",
+    None: "what else used the card",
+}
+
+
+def unstated(row: Row) -> str | None:
+    """What of its recipe a row of others does not state; None where it states the whole."""
+    if not is_published(row):
+        return None
+    return UNSTATED.get(row.get("framework") or (row.get("source") or {}).get("repo"))
 
 
 def is_published(row: Row) -> bool:
@@ -32,6 +48,8 @@ def is_published(row: Row) -> bool:
 
 def read(row: Row) -> Published:
     """What a row states. Raises QzoError for what cannot be said."""
+    if row.get("compile"):
+        raise QzoError("the step was compiled: what lives in it is the compiler's choice, a range and no number")
     repository = (row.get("source") or {}).get("repo")
     reader = READERS.get(row.get("framework") or repository)
     if reader is None:

@@ -30,6 +30,7 @@ CAUSES = HERE / "causes.md"  # why rows of others are off, and which variant clo
 KINDS = ("allocated", "reserved", "process")  # what is drawn, and compared group by group
 LOWEST_GIB = 0.1  # below it the scatter plot has no room
 METRICS = ("allocated", "reserved", "process", "forward", "backward", "step")
+LIMITS = {"allocated": "2 / 6 %", "reserved": "4 / 12 %", "process": "5 %"}  # mean / worst that are aimed at
 HEAD = """# Predicted against measured
 
 Made by `make validation FILES=...` from measurement files, each row predicted without a GPU from its architecture and
@@ -48,6 +49,7 @@ def page(compared: Sequence[Row]) -> str:
         "\n\n".join(
             [
                 HEAD.rstrip(),
+                others_table(compared).to_markdown(),
                 sources,
                 CAUSES.read_text(encoding="utf-8").strip(),
                 *(table.to_markdown() for table in tables),
@@ -75,6 +77,23 @@ def sources_table(compared: Sequence[Row]) -> Table:
     failed = sum(row["status"] != "ok" for part in compared for row in part["rows"])
     notes = [f"{total} rows, {failed} of them not said ({100 * failed / max(total, 1):.1f} %); why stands below."]
     return Table("All sources", headers, rows, notes, text_columns=3)
+
+
+def others_table(compared: Sequence[Row]) -> Table:
+    """Errors over the rows of others that state their whole recipe, and over all of them, beside what is aimed at."""
+    others = [(part, row) for part in compared for row in part["rows"] if not row.get("ours")]
+    stated = [(part, row) for part, row in others if not row.get("unstated")]
+    rows = [["aimed at, mean / worst", "", "", *(LIMITS[kind] for kind in KINDS)]]
+    for name, group in (("whole recipe stated", stated), ("all", others)):
+        said = [row["error_percent"] for _, row in group if row["status"] == "ok"]
+        cells = [_mean_worst_signed([error[kind] for error in said if kind in error]) for kind in KINDS]
+        rows.append([name, str(len(group)), str(len(group) - len(said)), *cells])
+    missing: dict[tuple[str, str], int] = Counter(
+        (_source(part), row["unstated"]) for part, row in others if row.get("unstated")
+    )
+    notes = [f"{source}, {count} rows, do not state {what}." for (source, what), count in sorted(missing.items())]
+    headers = ["rows", "number", "not said", *(f"{kind}, mean / worst / signed" for kind in KINDS)]
+    return Table("Rows of others", headers, rows, notes)
 
 
 def _source(part: Row) -> str:

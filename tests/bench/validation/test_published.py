@@ -10,7 +10,7 @@ from bench.validation.frameworks.transformers_4 import repeat_keys, shift
 from bench.validation.measurement import MIB, measured_bytes
 from bench.validation.published.peft_comparison import AROUND, LONGEST
 from bench.validation.published.qwen import drawn_lengths
-from bench.validation.published.readers import read
+from bench.validation.published.readers import read, unstated
 from qzo.errors import QzoError
 
 SIZES = {
@@ -39,6 +39,21 @@ def test_a_row_of_pefts_comparison_is_a_loop_of_its_own_on_the_longest_batch():
     assert (recipe.loop, recipe.use_cache, recipe.masked, recipe.peft_class) == ("plain", True, True, "LoraConfig")
     assert recipe.lengths == (AROUND[0],) * 4 + (LONGEST[768],) * 4 + (AROUND[1],) * 4
     assert read(COMPARED | {"peft_config": {}}).recipe.peft is None  # all weights
+
+
+def test_lora_fa_trains_the_second_matrix_alone():
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 2), "lora_B": torch.nn.Linear(2, 2)})
+    for change in read(COMPARED | {"optimizer": "lora-fa"}).changes:
+        change(model)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
+        "lora_B.weight", "lora_B.bias",
+    }  # fmt: skip
+
+
+def test_what_a_source_does_not_state_is_told():
+    assert unstated(COMPARED) is None and unstated(SIZES) is None  # the archive of the T4 has no source
+    for repository, part in (("QwenLM/Qwen", "measured by"), ("modelscope/ms-swift", "lengths"), (None, "card")):
+        assert part in unstated(COMPARED | {"source": {"repo": repository}})
 
 
 def test_a_method_that_pefts_versions_name_or_compute_otherwise_is_told_apart():
@@ -118,8 +133,10 @@ def test_what_nvidia_smi_says_is_the_process():
 @pytest.mark.parametrize(
     ("row", "change", "reason"),
     [
-        (COMPARED, {"optimizer": "lora-fa"}, "the optimizer lora-fa is not known"),
+        (COMPARED, {"optimizer": "lion"}, "the optimizer lion is not known"),
         (COMPARED, {"max_seq_len": 512}, "longest batch of rows cut at 512 tokens"),
+        (COMPARED, {"peft_config": {"peft_type": "SHIRA"}}, "looks for its indices in a mask"),
+        (TRAINED, {"compile": True}, "the compiler's choice"),
         (COMPARED, {"peft_config": {"peft_type": "NEW"}}, "the PEFT method NEW is not in the installed version"),
         (TRAINED, {"quantization": "gptq-3bit"}, "training on gptq-3bit"),
         (TRAINED, {"framework": "torchtune"}, "how torchtune runs a step"),

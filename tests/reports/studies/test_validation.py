@@ -39,6 +39,18 @@ def test_the_page_has_statistics_groups_and_verdicts(compared):
     assert str(3 * GIB) not in text and f"{3.0:.2f}" not in text
 
 
+def test_rows_that_state_their_whole_recipe_have_a_line_of_their_own_and_ours_none(compared):
+    compared["file"] = "others.jsonl"
+    compared["rows"] += [row(30.0) | {"unstated": "its lengths"}, row(50.0) | {"ours": True}]
+    table = validation.others_table([compared])
+    assert [line[:4] for line in table.rows] == [
+        ["aimed at, mean / worst", "", "", "2 / 6 %"],
+        ["whole recipe stated", "3", "1", "1.5 / 2.0 / -0.5 %"],
+        ["all", "4", "1", "11.0 / 30.0 / +9.7 %"],
+    ]
+    assert table.notes == ["others, 1 rows, do not state its lengths."]
+
+
 def test_the_picture_is_a_png(compared):
     assert validation.picture([compared]).startswith(b"\x89PNG")
 
