@@ -9,6 +9,7 @@ from bench.cases.case import BenchCase
 from bench.cases.methods import BY_NAME, METHODS
 from bench.cases.recipes.table import BARE
 from bench.ledger.repeat_training import NotAlike
+from bench.simulator.allocator.replay import replay
 from bench.worlds import sim
 from qzo.errors import QzoError
 from qzo.kernels import rebuilt
@@ -177,3 +178,18 @@ def test_walking_through_three_of_a_layers_chunks_changes_no_byte(method, monkey
     quick = simulate(str(llama_folder), method, seq_len=16)
     monkeypatch.setattr(rebuilt, "_walked", lambda shape, x: rebuilt.chunk_bounds(*shape))
     assert simulate(str(llama_folder), method, seq_len=16) == quick
+
+
+@pytest.mark.parametrize("method", ["mezo", "qzo"])
+def test_layers_that_are_traced_once_leave_the_events_of_all(method, llama_folder, monkeypatch):
+    traces = []
+
+    def kept(ledger):
+        traces.append([(event.sign, event.block.nbytes) for event in ledger.events])
+        return replay(ledger)
+
+    monkeypatch.setattr(sim, "replay", kept)
+    simulate(str(llama_folder), method, seq_len=64)
+    monkeypatch.setattr(sim, "repeated_layers", lambda ledger, model: contextlib.nullcontext())
+    simulate(str(llama_folder), method, seq_len=64)
+    assert traces[0] == traces[1]  # also of the last layer, whose MLP computes what the head reads and no more
