@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -113,9 +114,9 @@ def test_the_trainer_trains_and_writes_a_model(gptq):
 def test_the_training_commands_parse():
     from qzo.commands.main import _parser
 
-    commands = re.findall(r"^    (qzo (?:train|export) .*)$", TEXT, re.MULTILINE)
-    assert len(commands) == 3
-    parsed = [_parser().parse_args(command.split()[1:]) for command in commands]
+    commands = re.findall(r"^    (qzo (?:train|export|eval|generate) .*)$", TEXT, re.MULTILINE)
+    assert len(commands) == 6
+    parsed = [_parser().parse_args(shlex.split(command)[1:]) for command in commands]
     assert parsed[0].steps == 2000 and parsed[1].resume and parsed[2].source == parsed[0].out
 
 

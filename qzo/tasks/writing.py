@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,22 +37,37 @@ def continued(model: nn.Module, batch: Batch, tokenizer: Any, stops: list[int], 
     return [str(tokenizer.decode(_until(row, stops), skip_special_tokens=True)) for row in written.tolist()]
 
 
-@torch.no_grad()
 def _greedy(model: nn.Module, batch: Batch, stops: Tensor, most: int) -> Tensor:
     """At most so many tokens after each prompt, [R, N]; what follows a stop has no meaning."""
-    ids, mask, cache = known_tokens(model, batch), batch.attention_mask, None
     written: list[Tensor] = []
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    while len(written) < most and not done.all():
-        options: dict[str, Any] = position_options(model, mask, ids.shape[1])
-        output = model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **options
-        )
-        cache, ids = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+    done = torch.zeros(len(batch.input_ids), dtype=torch.bool, device=batch.input_ids.device)
+    for ids in islice(tokens_behind(model, batch, lambda logits: logits.argmax(-1)), most):
         written.append(ids)
+        done |= torch.isin(ids, stops)
+        if done.all():
+            break
+    return torch.stack(written, 1)
+
+
+def tokens_behind(model: nn.Module, batch: Batch, choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """The tokens behind the prompts of a batch, one column [R] after another, without end, with a key/value cache.
+
+    Args:
+        model: a transformers causal language model.
+        batch: prompts, on the model's device.
+        choose: logits [R, V] -> tokens [R].
+    """
+    ids, mask, cache = known_tokens(model, batch), batch.attention_mask, None
+    while True:
+        options: dict[str, Any] = position_options(model, mask, ids.shape[1])
+        with torch.no_grad():
+            output = model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **options
+            )
+            chosen = choose(output.logits[:, -1])
+        yield chosen
+        cache, ids = output.past_key_values, chosen[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        done |= torch.isin(ids[:, 0], stops)
-    return torch.cat(written, 1)
 
 
 def _until(row: list[int], stops: list[int]) -> list[int]:
