@@ -2,6 +2,11 @@
 
 Nothing of ours takes part in the measured step but PyTorch's allocation events: PEFT adapts the model, Trainer.train
 runs two steps.
+
+What bitsandbytes does on a CPU is not what it does on a GPU, whose facts are taken from its source: int8 layers
+(bench/methods/quantized/int8.py), 8-bit and paged states (bench/methods/optimizers/made.py; their bytes in
+tests/bench/validation/test_recipes.py). Losses, Liger's kernels, packing, offloading and emptied caches are in
+test_recipe_options.py here and in tests/bench/worlds, low-rank and offloaded states in optimizers/test_made.py.
 """
 
 import gc
@@ -33,6 +38,8 @@ OPTIONS = [
     ("lora", "autocast_adapter_dtype=false"),
     ("lora", "bf16=false"),
     ("lora", "dtype=float32"),
+    ("lora", "trained_dtype=bfloat16", "target_modules=[q_proj, o_proj]"),
+    ("lora", "lengths=64x1,40x1", "use_cache=true"),
     ("lora", "gradient_accumulation_steps=3"),
     ("lora", "gradient_checkpointing=true"),
     ("lora", "gradient_checkpointing=true", "gradient_checkpointing_kwargs={use_reentrant: true}"),
@@ -91,14 +98,21 @@ def adapted(recipe, model):
         model.enable_input_require_grads()
     usual = {"target_modules": ["q_proj", "v_proj"]} if recipe.peft_class == "LoraConfig" else {}
     config = getattr(peft, recipe.peft_class)(**usual | recipe.peft)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=recipe.autocast_adapter_dtype)
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=recipe.autocast_adapter_dtype)
+    for parameter in adapted.parameters():
+        if recipe.trained_dtype and parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, recipe.trained_dtype))
+    return adapted
 
 
 def row(recipe, number):
     tokens = torch.randint(1000, (TOKENS,), generator=torch.Generator().manual_seed(number))
-    mask = torch.ones_like(tokens)
+    mask, labels = torch.ones_like(tokens), tokens.clone()
     mask[-1] = 0 if recipe.masked else 1
-    return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.clone()}
+    if len(set(recipe.lengths)) > 1:  # as collators pad them
+        length = recipe.lengths[number % len(recipe.lengths)]
+        mask[length:], labels[length:] = 0, -100
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=", ".join)
