@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+import qzo
 from qzo import label_loss, quantize
 from qzo.checkpoints.save import save
 
@@ -91,8 +92,9 @@ def evaluate(model, encoder, examples, batch_size=16, watch=None):
 
 
 def module():
-    """What `qzo.tasks` offers, as a module."""
+    """What `qzo.tasks` offers, as a module, below which the real one's own modules are found."""
     made = types.ModuleType("qzo.tasks")
+    made.__path__ = [str(Path(qzo.__file__).parent / "tasks")]
     made.get = lambda name, data_dir=None: Task()
     made.objective = lambda task, tokenizer, max_length=None: Objective(made, task)
     made.evaluate = evaluate

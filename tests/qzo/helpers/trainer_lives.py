@@ -35,7 +35,7 @@ OPTIONS: dict[str, Any] = {
 
 def dataset(split: str, count: int = 16) -> list[dict[str, Any]]:
     """Rows of one length, as a dataset."""
-    batch = standin.Encoder(None, None).batch(DATA[split][:count])
+    batch = standin.Objective(None, None).batch(DATA[split][:count])
     return [{name: tensor[number] for name, tensor in batch.items()} for number in range(count)]
 
 

@@ -113,7 +113,7 @@ def test_the_learning_rate_is_a_function_of_the_step(scheduler, wanted):
 def test_qzo_learns_an_easy_task(make_model, tmp_path):
     model = qzo.quantize(make_model(), 4, 32)
     settings = TrainSettings(steps=120, lr=1e-4, eval_every=60)
-    encoder, splits = standin.Encoder(None, None), standin.Task().splits()
+    encoder, splits = standin.Objective(None, None), standin.Task().splits()
     run = Run(tmp_path / "run", settings, {}, "loss", resume=False)
     learner = make_learner(model, settings, run.folder)
     first = standin.evaluate(model, encoder, splits["validation"])["loss"]
