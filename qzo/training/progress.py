@@ -15,6 +15,7 @@ from qzo.training.learners import Outcome
 
 WINDOW = 100  # steps that the share of clipped ones is taken over
 TENSORBOARD = "tensorboard"  # folder in that of a run
+NARROW = 60  # columns below which there is room for numbers alone
 SILENCE = 30.0  # seconds after which a line tells how far the run is, where there is no terminal
 
 
@@ -139,9 +140,10 @@ def _bar(steps: int, start: int) -> Any:
     from rich.progress import Progress as Bar
     from rich.table import Column
 
+    console = Console(stderr=True)
     words = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-    columns = (MofNCompleteColumn(), BarColumn(bar_width=10), TimeRemainingColumn(), words)
-    bar = Bar(*columns, console=Console(stderr=True), expand=True)
+    drawn = (BarColumn(bar_width=10),) if console.width >= NARROW else ()
+    bar = Bar(MofNCompleteColumn(), *drawn, TimeRemainingColumn(), words, console=console, expand=True)
     bar.add_task("train", total=steps, completed=start, text="")
     bar.start()
     return bar
