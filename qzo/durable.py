@@ -161,11 +161,15 @@ def sync(path: Path) -> None:
 
 def check_target(folder: Path) -> None:
     """Raise QzoError unless a checkpoint may be written to `folder`."""
+    try:
+        place = folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError until Python 3.13: links in a circle
+        raise QzoError(f"{folder} cannot be written, its path is links in a circle; choose another place") from error
     if folder.is_symlink() and not folder.exists():
         raise QzoError(f"{folder} is a link to {folder.readlink()}, where nothing is; name the folder itself")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise QzoError(f"{folder} exists and is not an empty folder; choose another, or remove it")
-    there = next(parent for parent in folder.resolve().parents if parent.exists())
+    there = next(parent for parent in place.parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise QzoError(f"{folder} cannot be written, {there} does not allow it; choose another place")
 

@@ -7,6 +7,7 @@ gigabytes of objects. The limits below are a few times what the largest public c
 from __future__ import annotations
 
 import codecs
+import json
 import math
 import stat
 import struct
@@ -56,6 +57,8 @@ def check_folder(folder: Path) -> None:
                 check_file(file)
                 if file.suffix == ".json":
                     _check_encoding(file)
+                if fnmatch(file.name, "*config.json"):
+                    _check_said_once(file)
 
 
 def _check_encoding(file: Path) -> None:
@@ -67,6 +70,30 @@ def _check_encoding(file: Path) -> None:
             f"{file} begins with a byte order mark, which JSON may not have and transformers does not read; save it "
             "as UTF-8 without one"
         )
+
+
+def _check_said_once(file: Path) -> None:
+    """Raise QzoError for settings that transformers reads and that say two things; what is no JSON, it tells itself."""
+    try:
+        json.loads(file.read_bytes(), object_pairs_hook=said_once)
+    except AmbiguousKey as error:
+        raise QzoError(f"{file}: {error}") from error
+    except (ValueError, RecursionError):
+        return
+
+
+class AmbiguousKey(ValueError):
+    """A key of a JSON object that stands there twice, with two values: readers differ in which one they take."""
+
+
+def said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `object_pairs_hook`. Raises AmbiguousKey; the same value twice is no matter."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content and repr(content[key]) != repr(value):  # repr: 1, 1.0 and true are equal
+            raise AmbiguousKey(f"{key[:80]!r} stands there twice, with two values; leave only the one that is meant")
+        content[key] = value
+    return content
 
 
 def check_json(file: Path, text: str) -> None:

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.files.bounds import MOST_TENSORS, check_file, check_header, check_json, check_numbers
+from qzo.files.bounds import (
+    MOST_TENSORS,
+    AmbiguousKey,
+    check_file,
+    check_header,
+    check_json,
+    check_numbers,
+    said_once,
+)
 
 WEIGHTS = "model.safetensors"
 INDEX = ".index.json"  # behind the name of the weights
@@ -153,7 +161,9 @@ def read_json(file: Path) -> dict[str, Any]:
         raise QzoError(f"{file} cannot be read: {one_line(error)}; copy or download it again") from error
     check_json(file, text)
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=said_once)
+    except AmbiguousKey as error:
+        raise QzoError(f"{file}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise QzoError(f"{file} cannot be read: {one_line(error)}; copy or download it again") from error
     if not isinstance(content, dict):

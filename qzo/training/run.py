@@ -31,6 +31,7 @@ from torch import Tensor
 from qzo.checkpoints.identity import BASE, MODEL
 from qzo.durable import read_tensors, remove_leftovers, replace_file, write_tensors
 from qzo.errors import QzoError
+from qzo.files.bounds import AmbiguousKey, said_once
 from qzo.journal.header import carrier, differences
 from qzo.training.learners import JOURNAL
 from qzo.training.metrics import Metrics, finite
@@ -191,9 +192,11 @@ def check_folder(folder: Path, settings: TrainSettings, about: Result, resume: b
 def read_run(folder: Path) -> Result:
     """The content of a run's run.json. Raises QzoError where there is none, and where what makes a run is missing."""
     try:
-        content = json.loads((folder / RUN).read_text(encoding="utf-8-sig"))
+        content = json.loads((folder / RUN).read_text(encoding="utf-8-sig"), object_pairs_hook=said_once)
         if content["qzo_run"] != 1 or not isinstance(content["settings"], dict):
             raise ValueError("not of this version")
+    except AmbiguousKey as error:
+        raise QzoError(f"{folder / RUN}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise QzoError(f"{folder} is not the folder of a run ({RUN} is missing or cannot be read)") from error
     settings = content["settings"]

@@ -96,6 +96,9 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
             check_output(tmp_path / place)
     with pytest.raises(QzoError, match="does not allow it; choose another place"):
         check_target(tmp_path / "file/out")
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(QzoError, match="its path is links in a circle; choose another place"):
+        check_target(tmp_path / "circle/out")
 
 
 def test_a_folder_may_be_written_through_a_link_to_an_empty_one(tmp_path):

@@ -102,6 +102,20 @@ def test_a_tokenizer_is_not_waited_for(originals, tmp_path, name):
     load(file)  # which reads nothing beside it
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_key_that_is_said_twice_with_two_values_is_refused(originals, tmp_path, name):
+    """Of readers, some take the first value and some the last."""
+    folder = shutil.copytree(originals["plain"], tmp_path / "model")
+    text = (folder / name).read_text() if (folder / name).exists() else "{}"
+    for values, is_refused in (((1, 1), False), ((1, 2), True), ((1, True), True)):
+        said = "".join(f'"said": {json.dumps(value)}, ' for value in values)
+        (folder / name).write_text("{" + (said + text.strip()[1:] if len(text) > 2 else said[:-2] + "}"))
+        if is_refused:
+            assert f"{name}: 'said' stands there twice, with two values; leave" in refused(load, folder)
+        else:
+            load(folder)
+
+
 def test_hostile_gguf_files(originals, tmp_path):
     for number, change in enumerate(GGUF.values()):
         file = shutil.copytree(originals["gguf"].parent, tmp_path / str(number)) / "model.gguf"

@@ -142,6 +142,15 @@ def test_a_run_of_an_older_version_is_held_to_its_journal(run, source, tmp_path,
 # what decides the best state
 
 
+def test_a_setting_of_a_run_that_is_said_twice_is_refused(tmp_path):
+    said = '{"qzo_run": 1, "settings": {"method": "qzo", "seed": 1, "seed": 2}}'
+    (tmp_path / "run.json").write_text(said)
+    with pytest.raises(QzoError, match=r"run.json: 'seed' stands there twice, with two values"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text(said.replace("2}", "1}"))
+    assert read_run(tmp_path)["settings"]["seed"] == 1
+
+
 def test_every_flipped_bit_of_the_metrics_is_told_or_without_consequence(run, trained, task, capsys):
     metrics = Metrics(run / "metrics.jsonl", "accuracy")
     data, dice, silent = (run / "metrics.jsonl").read_bytes(), random.Random(0), 0
