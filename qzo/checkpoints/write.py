@@ -9,10 +9,11 @@ from torch import Tensor
 
 from qzo.durable import check_target, create_file, whole_folder
 from qzo.errors import QzoError
-from qzo.files.folder import download
+from qzo.files.folder import download, opened, weight_files
 from qzo.files.rewrite import Write, rewriting
 from qzo.files.settings import is_gguf, source_of
 from qzo.formats.gguf.codes import BLOCK_TYPES
+from qzo.formats.packed import PackedCheckpoint
 from qzo.formats.table import Checkpoint, find
 from qzo.models.skeleton import as_stored
 
@@ -127,13 +128,24 @@ def check_numbers(tensors: dict[str, Tensor], signed: bool = True) -> None:
 
 
 def may_be_negative(found: Checkpoint) -> bool:
-    """Whether the scales of a checkpoint's format may be: Q4_0 and Q5_0 of GGUF, AQLM, double quantization."""
+    """Whether the scales of a checkpoint may be: Q4_0 and Q5_0 of GGUF, AQLM, double quantization, some GPTQ."""
     kinds = getattr(found, "format", None)
     if kinds in SIGNED:
         return True
+    if isinstance(found, PackedCheckpoint):  # GPTQ of AutoRound, whose symmetric codes come with scales of either sign
+        return _holds_negative_scales(found.folder)
     about = found.inspect("") if kinds is None else None  # of a .gguf file the kinds of blocks
     names = set((about.version or "").split(", ")) if about is not None else set()
     return any(kind.signed and kind.name in names for kind in BLOCK_TYPES.values())
+
+
+def _holds_negative_scales(folder: Path) -> bool:
+    for file in weight_files(folder):
+        with opened(file) as tensors:
+            scales = (tensors.get_tensor(name) for name in tensors.keys() if name.endswith(LIVE[0]))  # noqa: SIM118
+            if any(scale.numel() and float(scale.min()) < 0 for scale in scales):
+                return True
+    return False
 
 
 def copy_rest(source: Path, folder: Path) -> None:

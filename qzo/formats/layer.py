@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from qzo.kernels.rebuilt import chunk_bounds, chunked_linear
 
@@ -19,7 +20,7 @@ class Quantized(nn.Module):
 
     A child has `n_bits`, and `scales`: the live tensor that QZO trains, or None. What else may be asked:
         offsets     live tensor beside the scales, in formats with w = q s + m; others have none, or None
-        signed      whether a scale may be negative, so that QZO needs `nonnegative=False`
+        signed      whether a scale may be negative, so that QZO needs `nonnegative=False`; here, whether one is
         is_table    whether it is a vocabulary, whose scales are trained only where they are asked for
         type_name   what the format calls it
         origin      what its library needs to have it back, see `qzo.release`; None where it did not come from there:
@@ -27,9 +28,16 @@ class Quantized(nn.Module):
     """
 
     scales: Tensor | None
-    signed = False
     is_table = False
     _origin: tuple[Any] = (None,)  # in a tuple, so that a module of the library is no child of this one
+
+    @property
+    def signed(self) -> bool:
+        """Whether a scale is negative: of AutoRound's symmetric codes, after double quantization, or trained so."""
+        scales = self.scales
+        if scales is None or scales.is_meta or isinstance(scales, FakeTensor) or not scales.numel():
+            return False
+        return float(scales.detach().min()) < 0
 
     @property
     def origin(self) -> Any:

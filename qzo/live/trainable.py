@@ -32,7 +32,7 @@ def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
                                AQLM models the paper trains this set.
 
     Models with Q4_0 or Q5_0 blocks of GGUF files, whose scales may be negative, get `nonnegative=False` for all scales,
-    and so do AQLM models with a negative scale.
+    and so do models of other formats with a negative scale.
 
     All of them may be joined. Groups are in the order scales, vocabulary, codebooks, unquantized, and take options of
     their own before they are given to QZO: `groups[-1]["lr"] = 1e-7`. QZO keeps fp32 masters of all it trains: 4 bytes

@@ -52,7 +52,12 @@ def check_tensor(item: Any) -> None:
 
 
 def check_sign(name: str, tensor: Tensor) -> None:
-    """Raise QzoError for a negative scale, which max(Δ, 0) would wipe out; meta and fake tensors hold no data."""
-    has_data = not tensor.is_meta and not isinstance(tensor, FakeTensor)
-    if has_data and tensor.numel() and float(tensor.detach().min()) < 0:
+    """Raise QzoError for a negative scale, which max(Δ, 0) would wipe out."""
+    if has_negative(tensor):
         raise QzoError(f"{name} has negative values, which max(Δ, 0) would set to 0; give its group nonnegative=False")
+
+
+def has_negative(tensor: Tensor) -> bool:
+    """Whether a number is below 0; meta and fake tensors hold no data."""
+    has_data = not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    return has_data and tensor.numel() > 0 and float(tensor.detach().min()) < 0

@@ -12,7 +12,7 @@ from qzo.errors import QzoError
 from qzo.optim import offsets, rules
 from qzo.optim.eps import check_eps
 from qzo.optim.estimator import Estimator
-from qzo.optim.groups import Group, check_sign
+from qzo.optim.groups import Group, check_sign, has_negative
 from qzo.optim.noise import chunk_elements
 from qzo.optim.reach import largest_of
 from qzo.optim.spsa import Applied, Closure, Parameters, SpsaOptimizer, flat
@@ -43,7 +43,8 @@ class QZO(SpsaOptimizer):
         seed: with the step counter it makes z, see `qzo.optim.noise`.
         relative: perturb by eps Δ z and update by lr d' z Δ: both are relative amounts, and d is the change of the
             loss for a relative change of the scales, see `qzo.optim.rules`. Scales of 0 stay there.
-        nonnegative: the max(., 0) of Algorithm 1. False for tensors that may be negative: norms, biases, adapters.
+        nonnegative: the max(., 0) of Algorithm 1. None leaves it out for groups that hold a negative number, as scales
+            of GGUF Q4_0, norms and biases do. False for whatever else may become negative: adapters, which begin at 0.
         momentum, betas, adam_eps: momentum, or Adam, on the masters, see `qzo.optim.rules`; None, no Adam. 4 or 8 bytes
             a scale.
         directions, distribution, estimator, normalize: how d is measured, see `qzo.optim.estimator.Estimator`.
@@ -67,7 +68,7 @@ class QZO(SpsaOptimizer):
         seed: int = 0,
         *,
         relative: bool = False,
-        nonnegative: bool = True,
+        nonnegative: bool | None = None,
         momentum: float = 0.0,
         betas: tuple[float, float] | None = None,
         adam_eps: float = 1e-8,
@@ -108,6 +109,8 @@ class QZO(SpsaOptimizer):
 
     def _take_over(self, group: Group, following: dict[str, Tensor]) -> None:
         pairs = offsets.take_offsets(following, group)
+        if group["nonnegative"] is None:
+            group["nonnegative"] = not any(has_negative(tensor) for tensor in group["params"])
         for position, tensor in enumerate(group["params"]):
             if group["nonnegative"]:
                 check_sign(group["param_names"][position] if "param_names" in group else "a tensor", tensor)

@@ -119,11 +119,6 @@ class AqlmLinear(CodesAsQweight, RebuiltLinear):
         count, size, out_group_size, in_group_size = self.codebooks.shape
         return AqlmLayout(count, size.bit_length() - 1, in_group_size, out_group_size)
 
-    @property
-    def signed(self) -> bool:  # type: ignore[override]
-        """Whether a scale is negative, as training them freely can make them; QZO then needs `nonnegative=False`."""
-        return not self.scales.is_meta and bool((self.scales < 0).any())
-
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W, [stop - start, K]: whole groups are summed and scaled in `dtype`, then cut."""
         _, size, out_group_size, in_group_size = self.codebooks.shape

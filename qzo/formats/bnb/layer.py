@@ -65,9 +65,9 @@ class BnbLinear4bit(RebuiltLinear):
     change of it. W is rebuilt in fp32, some rows at a time, and rounded once to the dtype of x, which is the arithmetic
     of the library too where its compute dtype is that of x. Build with `empty`, or `quantize` of library.py.
 
-    `quant_type` is "nf4" or "fp4". `signed`: double quantization turned some scale negative, so a step of QZO needs
-    `nonnegative=False`, see `qzo.trainable`. To give it back: `nested`, whether the scales are quantized where they are
-    stored, `weight_dtype`, of the weight that was quantized, and `origin`, a BnbOrigin or None.
+    `quant_type` is "nf4" or "fp4". Double quantization may turn a scale negative. To give it back: `nested`, whether
+    the scales are quantized where they are stored, `weight_dtype`, of the weight that was quantized, and `origin`, a
+    BnbOrigin or None.
     """
 
     qweight: Tensor
@@ -84,7 +84,7 @@ class BnbLinear4bit(RebuiltLinear):
             raise QzoError(f"block_size={block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
         self.in_features, self.out_features = in_features, out_features
         self.quant_type, self.block_size = quant_type, block_size
-        self.nested = self.signed = False
+        self.nested = False
         self.weight_dtype = torch.float32
         self.bias = None
 
@@ -114,12 +114,7 @@ class BnbLinear4bit(RebuiltLinear):
         for name, tensor in (("qweight", qweight), ("scales", scales), ("quant_map", quant_map)):
             self.register_buffer(name, tensor)
         self.bias = frozen(bias)
-        self.signed = _has_negative(scales)
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.signed = self.signed or _has_negative(self.scales)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], by whole blocks; what lies before and after is left out at the end.
@@ -200,7 +195,3 @@ class BnbLinear8bit(RebuiltLinear):
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def _has_negative(scales: Tensor) -> bool:
-    return not scales.is_meta and bool((scales < 0).any())

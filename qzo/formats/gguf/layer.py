@@ -35,7 +35,7 @@ class GgufTensor(Quantized):
         self.register_buffer("blocks", blocks)
 
     @property
-    def signed(self) -> bool:  # type: ignore[override]
+    def signed(self) -> bool:
         """Whether scales of this type may be negative."""
         return self.kind.signed
 

@@ -118,9 +118,13 @@ def test_one_cycle_moves_momentum_and_betas():
         assert optimizer.param_groups[0][key] != before
 
 
-def test_negative_numbers_need_nonnegative_false():
+def test_negative_numbers_are_kept_unless_they_are_forbidden():
     with pytest.raises(QzoError, match="w has negative values"):
-        QZO({"w": torch.tensor([0.1, -0.1])})
+        QZO({"w": torch.tensor([0.1, -0.1])}, nonnegative=True)
+    groups = QZO(
+        [{"params": {"w": torch.tensor([0.1, -0.1])}}, {"params": {"v": torch.tensor([0.1, 0.2])}}]
+    ).param_groups
+    assert [group["nonnegative"] for group in groups] == [False, True]
     live = {"w": torch.tensor([1e-4, -1e-4])}
     QZO(live, lr=1.0, nonnegative=False, clip_threshold=None).step(lambda: live["w"].sum())
     assert live["w"].min() < -1e-4

@@ -111,8 +111,18 @@ def test_perturbing_is_undone_to_the_bit(tmp_path, kind):
 def test_negative_scales_are_told_where_max_with_0_would_wipe_them_out(tmp_path):
     model = packed(tmp_path, "Q4_0")
     with pytest.raises(QzoError, match=r"has negative values, .* give its group nonnegative=False"):
-        QZO(scales(model))
-    QZO(scales(packed(tmp_path, "Q8_0")))
+        QZO(scales(model), nonnegative=True)
+    QZO(scales(packed(tmp_path, "Q8_0")), nonnegative=True)
+
+
+def test_the_ten_lines_of_the_readme_keep_the_signs_of_q4_0(tmp_path):
+    model = packed(tmp_path, "Q4_0")
+    before = {name: scale.clone() for name, scale in scales(model).items()}
+    optimizer = QZO(scales(model), lr=1e-5, eps=1e-3, clip_threshold=100.0, seed=0)
+    optimizer.step(loss_on(model))
+    after = scales(model)
+    assert any(not torch.equal(scale, after[name]) for name, scale in before.items())
+    assert all(float(scale.min()) < 0 for name, scale in after.items() if float(before[name].min()) < -0.01)
 
 
 @pytest.mark.parametrize(("kind", "what"), [("Q4_0", "scales"), ("Q5_1", "scales+offsets")])
