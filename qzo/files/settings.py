@@ -13,6 +13,8 @@ from qzo.files.folder import read_json
 
 FORMATS = ("gptq", "gptq_v2")
 QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ and gptqmodel look first
+AUTOROUND = ("auto-round", "auto_round", "intel/auto-round")
+AUTOROUND_PACKINGS = {f"auto_round:{prefix}{name}": name for prefix in ("", "auto_") for name in ("gptq", "awq")}
 AWQ_CONFIG = "quant_config.json"  # the same of AutoAWQ
 ADAPTER_CONFIG, ADAPTERS = "adapter_config.json", "adapter_model."  # of peft
 
@@ -87,8 +89,10 @@ def check_no_adapters(source: Source) -> None:
 
 
 def method_of(settings: dict[str, Any]) -> str:
-    """The quantizer's name; "None" where there is none."""
-    return str(either(settings, "quant_method", "method"))
+    """The quantizer's name; "None" where there is none. Of AutoRound that of the layout which its tensors have."""
+    name = str(either(settings, "quant_method", "method"))
+    packing = str(settings.get("packing_format") or "auto_round:auto_gptq")
+    return AUTOROUND_PACKINGS.get(packing, f"{name} ({packing})") if name in AUTOROUND else name
 
 
 def either(settings: dict[str, Any], *names: str) -> Any:

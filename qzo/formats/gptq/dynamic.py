@@ -8,6 +8,7 @@ and after "-:" for a layer that is not quantized. The first that matches counts.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from qzo.errors import QzoError, named
 from qzo.files.patterns import Pattern
 
 SKIP, OTHER = "-:", "+:"
+PLAIN = (16, 32)  # bits of a layer that AutoRound leaves as it is
 MOST_RULES = 10_000  # each of them may be tried on each layer
 
 
@@ -78,3 +80,13 @@ def dynamic_of(n_bits: int, group_size: int, rules: Any) -> Dynamic:
             raise QzoError(f'"dynamic" in quantization_config: bits and group_size of {name!r} must be whole numbers')
         found.append((pattern, LayerSettings(*values, own=name)))
     return Dynamic(usual, tuple(found))
+
+
+def rules_of(layers: Any) -> dict[str, Any]:
+    """What AutoRound says of single layers ("extra_config": path -> settings), as rules of "dynamic".
+
+    A layer of 16 bits has no codes. Raises QzoError for what is no such object.
+    """
+    if not isinstance(layers or {}, dict) or not all(isinstance(own, dict) for own in (layers or {}).values()):
+        raise QzoError('"extra_config" in quantization_config is not an object of layers; mend config.json')
+    return {f"^{re.escape(path)}$": own for path, own in (layers or {}).items() if own.get("bits") not in PLAIN}

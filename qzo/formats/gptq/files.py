@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError, named
 from qzo.files.settings import FORMATS, Source, either, whole_number
 from qzo.formats.gptq.codes import zeros_from_v1, zeros_to_v1
-from qzo.formats.gptq.dynamic import dynamic_of
+from qzo.formats.gptq.dynamic import dynamic_of, rules_of
 from qzo.formats.gptq.layer import QuantLinear
 from qzo.formats.packed import Layout, PackedCheckpoint, facts, in_common
 from qzo.models.walk import left_plain
@@ -42,7 +42,7 @@ def _layout(source: Source) -> Layout:
             f'{folder}: checkpoint_format="{version}" is not supported; need gptq or gptq_v2: save it so with gptqmodel'
         )
     with named(str(folder)):
-        dynamic = dynamic_of(n_bits, group_size, settings.get("dynamic"))
+        dynamic = dynamic_of(n_bits, group_size, settings.get("dynamic") or rules_of(settings.get("extra_config")))
 
     def build(path: str, weight: Tensor, bias: Tensor | None) -> QuantLinear:
         rows, columns = weight.shape

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from gptq_files import to_words
 from published import coded, no_head, publish
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config
 
 import qzo
 from qzo.checkpoints.inspect import inspect
+from qzo.checkpoints.write import write_tuned
 from qzo.formats.gptq.layer import QuantLinear
 from qzo.kernels.native import by_operators
 
@@ -50,6 +52,54 @@ def test_without_g_idx_columns_are_in_their_own_order(make_model, tmp_path, inpu
     publish(make_model(), tmp_path / "order", no_head, dropped=[".g_idx"], settings={"desc_act": True})
     with pytest.raises(qzo.QzoError, match=r"14 tensors are missing, the first is .*g_idx; download all files again"):
         qzo.load(tmp_path / "order")
+
+
+def test_symmetric_codes_of_autoround_have_scales_of_either_sign(make_model, tmp_path, input_ids):
+    """Its scale is that of the largest weight, with its sign; the zero point stands at the middle."""
+    folder = tmp_path / "came"
+    reference = publish(make_model(), folder, no_head, dropped=[".g_idx"], settings={"sym": True, "iters": 200})
+    name = "model.layers.0.mlp.down_proj"
+    tensors = load_file(folder / "model.safetensors")
+    rows, columns = reference.get_submodule(name).weight.shape
+    codes = torch.arange(16).repeat(rows * columns // 16).view(rows, columns)
+    scale = torch.full_like(tensors[f"{name}.scales"], 0.01)
+    scale[1] *= -1
+    words = {"qweight": torch.from_numpy(to_words(codes.t().contiguous().numpy(), 4)), "scales": scale}
+    words["qzeros"] = torch.full_like(tensors[f"{name}.qzeros"], 0x77777777)  # 8, minus 1
+    tensors |= {f"{name}.{part}": tensor for part, tensor in words.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weight = (codes.float() - 8) * scale.float().t().repeat_interleave(32, 1)
+    reference.get_submodule(name).weight.data = weight
+    model = agrees(folder, reference, input_ids)
+    (group,) = qzo.trainable(model)
+    assert group["nonnegative"] is False
+    optimizer = qzo.QZO(qzo.scales(model), lr=1e-6, eps=1e-4)
+    optimizer.step(lambda: model(input_ids, labels=input_ids).loss)
+    assert float(qzo.scales(model)[f"{name}.scales"].min()) < -0.005
+    write_tuned(str(folder), {f"{name}.scales": scale * 2}, tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")[f"{name}.scales"], scale * 2)
+
+
+def test_autoround_names_itself_and_single_layers_in_its_own_words(make_model, tmp_path, input_ids):
+    own = {"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 16}, "model.layers.1.mlp.up_proj": {"bits": 16}}
+    words = {"bits": "n_bits", "group_size": "group_size"}
+
+    def layers(path):
+        if path == "lm_head" or path.endswith("layers.1.mlp.up_proj"):
+            return None
+        return {words[key]: value for key, value in own.get(path, {}).items()}
+
+    about = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "extra_config": own}
+    reference = publish(make_model(), tmp_path / "came", layers, dropped=[".g_idx"], settings=about)
+    model = agrees(tmp_path / "came", reference, input_ids)
+    assert len(qzo.scales(model)) == 13
+    assert saved(model, tmp_path / "came", tmp_path) == {"model.layers.0.mlp.down_proj.scales"}
+    file = tmp_path / "came/config.json"
+    file.write_text(file.read_text().replace("auto_round:auto_gptq", "auto_round:exllamav2"))
+    with pytest.raises(
+        qzo.QzoError, match=r'"auto-round \(auto_round:exllamav2\)" is not supported; give a checkpoint'
+    ):
+        qzo.load(tmp_path / "came")
 
 
 @pytest.mark.parametrize("seed", [None, 3])
