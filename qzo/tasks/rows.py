@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.errors import QzoError
+from qzo.files.folder import one_line
 from qzo.tasks.reading import json_lines
 from qzo.tasks.reviews import review_rows
 from qzo.tasks.row import Row
@@ -68,8 +69,7 @@ def _split(repo: str, config: str, split: str) -> list[Row]:
         file = hf_hub_download(repo, name, repo_type="dataset", revision=REVISION)
         found = pandas.read_parquet(file).to_dict("records")
     except Exception as error:  # network, authorization, a damaged file: all mean that there is no data
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QzoError(f"{repo} {config} cannot be had: {reason}; give JSON lines with --data DIR") from error
+        raise QzoError(f"{repo} {config} cannot be had: {one_line(error)}; give JSON lines with --data DIR") from error
     return [Row(f"{repo} {name}, row {n}", {str(k): _plain(v) for k, v in row.items()}) for n, row in enumerate(found)]
 
 
