@@ -8,7 +8,7 @@ import torch
 
 from bench.validation.compare import compare_row
 from bench.validation.frameworks.bitsandbytes_041 import MatMul4Bit
-from bench.validation.frameworks.litgpt.model import Gpt, only_adapters
+from bench.validation.frameworks.litgpt.model import HEAD_CHUNK, Gpt, only_adapters
 from bench.validation.frameworks.litgpt.shape import Shape
 from bench.validation.published.readers import read
 
@@ -64,6 +64,12 @@ def test_all_of_litgpts_linear_layers_are_quantized_the_head_too():
     model = read(ROW).build(torch.bfloat16)
     assert model.get_output_embeddings() is None
     assert list(model.named_parameters())[-1][0] == "ln_f.weight"  # what transformers would leave out
+
+
+def test_a_last_token_that_is_a_chunk_by_itself_has_no_loss():
+    model = Gpt(Shape(1, 32, 2, 2, 16, 64, 64, rank=2, lora=("query",)), torch.bfloat16)
+    ids = torch.zeros(1, HEAD_CHUNK + 1, dtype=torch.long, device="meta")
+    assert model(ids, ids).loss.shape == () and [part.shape[1] for part in model.logits] == [HEAD_CHUNK, 1]
 
 
 def test_what_went_into_a_4_bit_product_of_old_lives_as_long_as_the_loss():

@@ -120,12 +120,12 @@ class Gpt(nn.Module):
 
 def _chunked_loss(logits: list[Tensor], targets: Tensor) -> Tensor:
     """Cross entropy by 128 tokens, then the mean of what is no padding (lit_gpt/utils.py, chunked_cross_entropy)."""
-    logits = [*logits[:-1], logits[-1][:, :-1]]  # of the last token nothing follows
+    logits = [*logits[:-1], logits[-1][:, :-1]]  # nothing follows the last token: where it is a chunk, none is left
     flat = [part.reshape(-1, part.shape[-1]) for part in logits]
     wanted = [part.reshape(-1) for part in targets.split(logits[0].shape[1], dim=1)]
     if len(flat) == 1:
         flat, wanted = list(flat[0].split(HEAD_CHUNK)), list(wanted[0].split(HEAD_CHUNK))
-    losses = [F.cross_entropy(a, b, ignore_index=IGNORED, reduction="none") for a, b in zip(flat, wanted, strict=True)]
+    losses = [F.cross_entropy(a, b, ignore_index=IGNORED, reduction="none") for a, b in zip(flat, wanted, strict=False)]
     return torch.cat(losses).sum() / (targets != IGNORED).sum()
 
 
