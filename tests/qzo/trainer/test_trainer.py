@@ -19,7 +19,7 @@ DATA = standin.Task().splits()
 
 
 def dataset(split):
-    batch = standin.Encoder(None, None).batch(DATA[split])
+    batch = standin.Objective(None, None).batch(DATA[split])
     return [{name: tensor[number] for name, tensor in batch.items()} for number in range(len(DATA[split]))]
 
 
@@ -98,7 +98,7 @@ def test_a_step_is_that_of_the_optimizer_alone(folder, tmp_path):
     made.train()
     model = load(folder)
     optimizer = QZO(scales(model), lr=1e-4, seed=3)
-    batch = standin.Encoder(None, None).batch(DATA["train"][:4])
+    batch = standin.Objective(None, None).batch(DATA["train"][:4])
     loss = optimizer.step(lambda: model(**batch).loss)
     assert made.zeroth_order.last.loss_plus == pytest.approx(optimizer.last.loss_plus, rel=1e-6)
     assert made.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-6)
