@@ -22,7 +22,7 @@ from bench.records.environment import environment
 from qzo.errors import QzoError
 from qzo.formats.gptq.layer import QuantLinear
 from qzo.quantizers.calibration import token_batches
-from qzo.tasks.reviews import reviews
+from qzo.tasks.source.reviews import reviews
 
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "rtn": {},

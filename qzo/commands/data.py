@@ -65,7 +65,9 @@ def device(name: str) -> Any:
     """A device that is there. Raises QzoError for others."""
     import torch
 
+    from qzo.files.folder import one_line
+
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # PyTorch has no kind of its own for it
-        raise QzoError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise QzoError(f"--device {name} cannot be used: {one_line(error)}") from error

@@ -77,7 +77,7 @@ def _calibration(options: argparse.Namespace) -> list[Tensor] | None:
     from qzo.checkpoints.load import load_tokenizer
     from qzo.quantizers.calibration import calibration_text, token_batches
     from qzo.tasks.encoding import tokens_of
-    from qzo.tasks.reviews import REVIEWS
+    from qzo.tasks.source.reviews import REVIEWS
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qzo").setLevel(logging.INFO)

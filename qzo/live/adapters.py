@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
+from qzo.files.folder import one_line
 from qzo.live.scales import quantized_layers, scales
 from qzo.models.walk import freeze
 from qzo.optim.mezo import MeZO
@@ -42,7 +43,7 @@ def add_adapters(
         try:
             return get_peft_model(model, config)
         except ValueError as error:
-            raise QzoError(str(error).splitlines()[0]) from error
+            raise QzoError(one_line(error)) from error
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:

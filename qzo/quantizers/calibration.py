@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.tasks.reviews import REVIEWS, reviews
+from qzo.tasks.source.reviews import REVIEWS, reviews
 
 BATCH_SIZE = 8  # sequences that are streamed through a layer together
 

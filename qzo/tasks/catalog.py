@@ -12,9 +12,9 @@ from pathlib import Path
 from qzo.errors import QzoError
 from qzo.tasks import metrics, prompts
 from qzo.tasks.example import Example
-from qzo.tasks.row import Row
-from qzo.tasks.rows import hub_rows, local_rows, package_rows
 from qzo.tasks.sampling import Pools, draw
+from qzo.tasks.source.row import Row
+from qzo.tasks.source.rows import hub_rows, local_rows, package_rows
 
 Score = Callable[[Sequence[Example], Sequence[int]], dict[str, float]]
 DATA = "rotten-tomatoes"  # the one task whose data comes as a package

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qzo.errors import QzoError
 from qzo.tasks.example import Example
-from qzo.tasks.row import Row
+from qzo.tasks.source.row import Row
 
 FILM = (" terrible", " great")
 NO_YES = (" No", " Yes")

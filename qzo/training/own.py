@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qzo.checkpoints.identity import place_of
-from qzo.tasks.own.files import HUB
+from qzo.tasks.source.files import HUB
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from qzo.errors import QzoError
 from qzo.tasks.example import Example
-from qzo.tasks.reading import lines_of
-from qzo.tasks.row import Row, shown
+from qzo.tasks.source.reading import lines_of
+from qzo.tasks.source.row import Row, shown
 
 MOST_LABELS = 1000
 

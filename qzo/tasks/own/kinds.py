@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qzo.errors import QzoError
-from qzo.tasks.row import Row, shown
+from qzo.tasks.source.row import Row, shown
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qzo.errors import QzoError
-from qzo.tasks.row import Row, shown
+from qzo.tasks.source.row import Row, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 

@@ -12,11 +12,11 @@ from qzo.tasks import metrics
 from qzo.tasks.catalog import Task
 from qzo.tasks.own import kinds
 from qzo.tasks.own.classes import asked_by, examples_of, labels_of, read_words
-from qzo.tasks.own.files import Rows, read
 from qzo.tasks.own.pieces import pieces
 from qzo.tasks.own.sequence import chat_rows, completion_rows, preference_rows, text_rows
-from qzo.tasks.row import Row
 from qzo.tasks.sampling import Pools, draw
+from qzo.tasks.source.files import Rows, read
+from qzo.tasks.source.row import Row
 
 SIZES = {"train": None, "validation": 500, "test": 1000}
 SHARE = 10  # a split that is not given gets one row of so many, at most its size above
@@ -35,7 +35,7 @@ class Given:
     """What was asked for.
 
     Attributes:
-        data, validation, test: places, as `qzo.tasks.own.files.read` takes them.
+        data, validation, test: places, as `qzo.tasks.source.files.read` takes them.
         columns: field -> name of the column that holds it.
         label_words: file with what the model is to say for each label.
         metric: tells the best state; None, the kind's first.

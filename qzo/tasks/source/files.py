@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qzo.errors import QzoError
-from qzo.tasks.own.parquet import hub_files, parquet_rows
-from qzo.tasks.reading import LONGEST_LINE, json_lines, lines_of, object_of
-from qzo.tasks.row import Row, shown
+from qzo.tasks.source.parquet import hub_files, parquet_rows
+from qzo.tasks.source.reading import LONGEST_LINE, json_lines, lines_of, object_of
+from qzo.tasks.source.row import Row, shown
 
 HUB = "hub:"
 SPLITS = {

@@ -10,9 +10,10 @@ from typing import Any
 
 from qzo.errors import QzoError
 from qzo.files.bounds import check_file
-from qzo.tasks.reading import MOST_LINES
-from qzo.tasks.row import Row
-from qzo.tasks.rows import REVISION
+from qzo.files.folder import one_line
+from qzo.tasks.source.reading import MOST_LINES
+from qzo.tasks.source.row import Row
+from qzo.tasks.source.rows import REVISION
 
 SPLITS = ("train", "validation", "test")
 
@@ -36,7 +37,7 @@ def parquet_rows(file: Path) -> Iterator[Row]:
     except QzoError:
         raise
     except Exception as error:  # pyarrow raises many kinds
-        raise QzoError(f"{file} cannot be read: {str(error).splitlines()[0]}; is it damaged?") from error
+        raise QzoError(f"{file} cannot be read: {one_line(error)}; is it damaged?") from error
     if not rows:
         raise QzoError(f"{file} has no rows")
     for number, row in enumerate(rows, 1):
@@ -81,5 +82,4 @@ def hub_files(name: str) -> dict[str, list[Path]]:
     except QzoError:
         raise
     except Exception as error:  # network, authorization, no such data set: all mean that there is no data
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QzoError(f"hub:{repo} cannot be had: {reason}; give a file with --data FILE") from error
+        raise QzoError(f"hub:{repo} cannot be had: {one_line(error)}; give a file with --data FILE") from error

@@ -8,9 +8,9 @@ from typing import Any
 
 from qzo.errors import QzoError
 from qzo.files.folder import one_line
-from qzo.tasks.reading import json_lines
-from qzo.tasks.reviews import review_rows
-from qzo.tasks.row import Row
+from qzo.tasks.source.reading import json_lines
+from qzo.tasks.source.reviews import review_rows
+from qzo.tasks.source.row import Row
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 FILES = {"train": ("train",), "test": ("validation", "val", "dev")}  # test labels of GLUE are not public

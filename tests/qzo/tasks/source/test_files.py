@@ -11,8 +11,8 @@ import pytest
 from own_files import chat, completion, lines, preference, ticket
 
 from qzo import QzoError, tasks
-from qzo.tasks.own import parquet
-from qzo.tasks.own.files import read
+from qzo.tasks.source import parquet
+from qzo.tasks.source.files import read
 
 TICKETS = [ticket(n) for n in range(12)]
 

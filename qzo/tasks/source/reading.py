@@ -16,7 +16,7 @@ from typing import Any
 
 from qzo.errors import QzoError
 from qzo.files.bounds import check_file
-from qzo.tasks.row import Row, shown
+from qzo.tasks.source.row import Row, shown
 
 LONGEST_LINE = 2**22  # characters; an example has a few thousand
 LEAST_TEXT, PACKED = 2**26, 200  # what a file may hold, at least and for each of its bytes; text packs ten to one
