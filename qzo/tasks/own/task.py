@@ -18,7 +18,8 @@ from qzo.tasks.sampling import Pools, draw
 from qzo.tasks.source.files import Rows, read
 from qzo.tasks.source.row import Row
 
-SIZES = {"train": None, "validation": 500, "test": 1000}
+Sizes = Mapping[str, int | None]
+SIZES: Sizes = {"train": None, "validation": 500, "test": 1000}
 SHARE = 10  # a split that is not given gets one row of so many, at most its size above
 READERS = {kinds.CHAT: chat_rows, kinds.COMPLETION: completion_rows, kinds.PREFERENCE: preference_rows}
 METRICS = {
@@ -30,32 +31,11 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class Given:
-    """What was asked for.
-
-    Attributes:
-        data, validation, test: places, as `qzo.tasks.source.files.read` takes them.
-        columns: field -> name of the column that holds it.
-        label_words: file with what the model is to say for each label.
-        metric: tells the best state; None, the kind's first.
-        sizes: examples of a split at most; None, as `SIZES` has it.
-    """
-
-    data: str
-    validation: str | None = None
-    test: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    label_words: str | None = None
-    metric: str | None = None
-    sizes: Mapping[str, int | None] = field(default_factory=dict)
-
-
 class _Splits:
     """The splits of a user's data; what is not given is cut from the training rows."""
 
-    def __init__(self, given: Given, source: Pools) -> None:
-        self.given, self.source = given, source
+    def __init__(self, asked: Sizes, source: Pools) -> None:
+        self.asked, self.source = asked, source
 
     def drawn(self, seed: int) -> Pools:
         whole = len(self.source["train"])
@@ -63,10 +43,10 @@ class _Splits:
         for split, usual in SIZES.items():
             if split == "test" and split not in self.source and "validation" in self.source:
                 continue  # whoever splits by hand is given no split more
-            asked = self.given.sizes.get(split)
+            asked = self.asked.get(split)
             cut = max(1, min(usual, whole // SHARE)) if usual and split not in self.source else usual
             sizes[split] = asked or cut or whole
-        sizes["train"] = self.given.sizes.get("train") or max(
+        sizes["train"] = self.asked.get("train") or max(
             1, whole - sum(size for split, size in sizes.items() if split != "train" and split not in self.source)
         )
         return draw(self.source, sizes, seed)
@@ -125,7 +105,7 @@ def from_data(
     columns: Mapping[str, str] | None = None,
     label_words: str | None = None,
     metric: str | None = None,
-    sizes: Mapping[str, int | None] | None = None,
+    sizes: Sizes | None = None,
 ) -> LabelTask | SequenceTask:
     """A task of your own data, recognised by its fields, whose names are those of TRL's data set formats.
 
@@ -149,8 +129,8 @@ def from_data(
     Raises:
         QzoError: with file and line or row, for what is missing, damaged, of another encoding or kind.
     """
-    given = Given(data, validation, test, columns or {}, label_words, metric, sizes or {})
-    rows = _rows(given)
+    columns, sizes = columns or {}, sizes or {}
+    rows = _rows({"train": data, "validation": validation, "test": test}, columns)
     kind = kinds.kind_of(rows["train"])
     chosen = metric or METRICS[kind][0]
     if chosen not in METRICS[kind]:
@@ -159,13 +139,13 @@ def from_data(
         raise QzoError(f"label words are for texts with labels, and {data} holds {kind.text}")
     name = Path(data).name
     if kind is not kinds.CLASSES:
-        return SequenceTask(name, kind, chosen, _Splits(given, _sequences(rows, kind)))
+        return SequenceTask(name, kind, chosen, _Splits(sizes, _sequences(rows, kind)))
     labels = labels_of(rows["train"])
     words = read_words(label_words, labels)
-    asked = asked_by(given.columns.get("label", "label"))
+    asked = asked_by(columns.get("label", "label"))
     source = {split: examples_of(of_split, labels, words, asked) for split, of_split in rows.items()}
     return LabelTask(
-        name, chosen, _no_reader, words, metrics.of_classes(labels), pools=_Splits(given, source), kind=kind
+        name, chosen, _no_reader, words, metrics.of_classes(labels), pools=_Splits(sizes, source), kind=kind
     )
 
 
@@ -173,12 +153,13 @@ def _no_reader(row: Row) -> list[Any]:
     raise AssertionError("rows are examples already")
 
 
-def _rows(given: Given) -> Rows:
-    rows = read(given.data)
-    for split, place in (("validation", given.validation), ("test", given.test)):
+def _rows(places: Mapping[str, str | None], columns: Mapping[str, str]) -> Rows:
+    rows: Rows = {}
+    for split, place in places.items():
         if place is not None:
-            rows[split] = read(place)["train"]
-    return {split: kinds.renamed(of_split, given.columns) for split, of_split in rows.items()}
+            found = read(place)
+            rows |= found if split == "train" else {split: found["train"]}
+    return {split: kinds.renamed(of_split, columns) for split, of_split in rows.items()}
 
 
 def _sequences(rows: Rows, kind: kinds.Kind) -> Pools:
