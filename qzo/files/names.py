@@ -21,6 +21,10 @@ from qzo.files.leftovers import Leftovers, layer_number
 
 TEXT_PARTS = ("language_model", "text_model", "llm")  # what wrappers of a text model call it
 STACKED = (["MergeModulelist", "Concatenate"], ["MergeModulelist"])  # operations that make stacks of experts
+APART = {  # of a stack that its authors publish whole -> names of quantizers, to whom an expert is linear layers
+    "gate_up_proj": (["gate_proj", "up_proj"], ["gate_up_projs"]),
+    "down_proj": (["down_proj"], ["down_projs"]),
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def place(model: Any, headers: dict[str, Header], paths: Collection[str] = (), p
 
     Raises QzoError for quantized layers that would have to be joined.
     """
-    names, placed = _Names(model, part), Placed()
+    names, placed = _Names(model, part, apart=bool(paths)), Placed()
     leftovers = Leftovers(model, headers)
     placed.layers.update({path: found for path in paths if (found := names.of_layer(path)) is not None})
     for name, header in headers.items():
@@ -124,16 +128,31 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
+def _converters() -> list[Any]:
+    """What makes stacks of experts, whatever the family, of what quantizers write that take stacks apart."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    found = []
+    for target, (single, listed) in APART.items():
+        sources = [[f".experts.*.{name}.weight" for name in single], [f".experts.{name}.*.weight" for name in listed]]
+        for patterns in sources:
+            operations = [MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(patterns) == 2 else [])]
+            found.append(WeightConverter(patterns, f".experts.{target}", operations))
+    return found
+
+
 class _Names:
     """The names that one model has for those of published checkpoints."""
 
-    def __init__(self, model: Any, part: bool) -> None:
+    def __init__(self, model: Any, part: bool, apart: bool) -> None:
+        """`apart` is whether a quantizer may have taken stacks of experts apart, which transformers does not undo."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
 
         transforms = get_model_conversion_mapping(model)
         self.renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         self.converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
+        self.converters += _converters() if apart else []  # those of transformers first
         self.expected = model.state_dict(keep_vars=True)
         self.base, self.part = str(model.base_model_prefix), part
         self.children = {name for name, _ in model.named_children()} - {self.base}
@@ -172,7 +191,8 @@ class _Names:
                 f"{path} is quantized, and transformers joins it with others into {target}, which cannot be done with "
                 "codes; take a checkpoint of another format"
             )
-        names = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+        halves = last == "gate_up_proj" and len(converter.source_patterns) == 2
+        names = ("gate_proj", "up_proj") if halves else (last,)
         return f"{place}.{names[converter.source_patterns.index(pattern)]}.{numbers[-1]}"
 
     def is_elsewhere(self, name: str) -> bool:

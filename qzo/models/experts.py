@@ -80,8 +80,8 @@ def looks_like_experts(module: nn.Module) -> bool:
     return "down_proj" in names or (bool(names) and type(module).__name__.endswith("Experts"))
 
 
-def check_experts(path: str, module: nn.Module) -> None:
-    """Raise QzoError unless the module computes what QuantExperts does."""
+def check_experts(path: str, module: nn.Module, remedy: str | None = None) -> None:
+    """Raise QzoError unless the module computes what QuantExperts does; without a remedy for who quantizes."""
     gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     names = {name for name, _ in module.named_parameters(recurse=False)}
     fits = (
@@ -97,7 +97,8 @@ def check_experts(path: str, module: nn.Module) -> None:
     if not fits:
         raise QzoError(
             f"{path}: experts of type {type(module).__name__} are not supported; QZO knows gate_up_proj [E, 2I, H], "
-            f'down_proj [E, H, I] and act_fn, as in Mixtral and Qwen-MoE; leave them in 16 bits with skip=["{path}"]'
+            "down_proj [E, H, I] and act_fn, as in Mixtral and Qwen-MoE; "
+            + (remedy or f'leave them in 16 bits with skip=["{path}"]')
         )
 
 

@@ -292,7 +292,7 @@ class Stored(ABC):
         with named(str(self.folder)):
             for site in sites:
                 if looks_like_experts(site.module):
-                    check_experts(site.paths[0], site.module)
+                    check_experts(site.paths[0], site.module, "take a checkpoint that leaves them unquantized")
             replace_sites(model, sites, made)
         if head is not None and output_head(model) is not head and getattr(model.config, "tie_word_embeddings", False):
             model.config.tie_word_embeddings = False  # the head has codes, the embedding has none
