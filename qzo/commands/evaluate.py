@@ -80,11 +80,12 @@ def run(options: argparse.Namespace) -> None:
 def _task(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The task that was asked for, or the one of a run, and its splits; `options` get the run's settings."""
     from qzo import tasks
+    from qzo.regular import is_there
     from qzo.training.own import OwnData, fingerprint
     from qzo.training.run import RUN, read_run
 
     about: dict[str, Any] = {}
-    if options.task is None and options.data is None and (Path(options.model) / RUN).is_file():
+    if options.task is None and options.data is None and is_there(Path(options.model) / RUN):
         about = read_run(Path(options.model))
         options.task, options.data = about.get("task"), None if about.get("task") is None else about.get("data")
         settings = about["settings"]

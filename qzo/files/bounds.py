@@ -9,15 +9,14 @@ from __future__ import annotations
 import codecs
 import json
 import math
-import stat
 import struct
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from qzo.errors import QzoError
+from qzo.regular import MIB, check_regular
 
-MIB = 2**20
 READ = ("*.json", "*.safetensors", "*.gguf", "*.pt", "*.bin", "*.model", "*.txt", "*.jinja")  # by us or transformers
 LARGEST = {  # of what is read whole -> MiB
     **dict.fromkeys(("*.index.json", "tokenizer.json", "vocab.json", "*.model", "*.txt"), 64),
@@ -29,21 +28,11 @@ DEEPEST = 64  # levels of lists and objects in a JSON file
 HEADER_BYTES = 32 * MIB  # of a safetensors file
 MOST_TENSORS = 250_000  # of a checkpoint; each takes some ten microseconds and a kilobyte
 UNLIMITED = "quantization_config"
-KINDS = ((stat.S_ISFIFO, "FIFO"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
 
 
 def check_file(file: Path) -> None:
     """Raise QzoError unless a path is that of a regular file of a plausible size; links are followed."""
-    try:
-        about = file.stat()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise QzoError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(about.st_mode):
-        kind = next((name for is_kind, name in KINDS if is_kind(about.st_mode)), "folder")
-        raise QzoError(f"{file} is a {kind}; only regular files are read")
-    limit = next((limit for pattern, limit in LARGEST.items() if fnmatch(file.name, pattern)), None)
-    if limit is not None and about.st_size > limit * MIB:
-        raise QzoError(f"{file} has {about.st_size:,} bytes; no real file of its kind has more than {limit} MiB")
+    check_regular(file, next((limit for pattern, limit in LARGEST.items() if fnmatch(file.name, pattern)), None))
 
 
 def check_folder(folder: Path) -> None:

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 
 from qzo.errors import QzoError
 from qzo.optim.spsa import Applied
+from qzo.regular import check_regular
 
 VERSION = 1
 PACKED = 11  # characters of 8 bytes in base64
+MOST_MIB = 1024  # some twenty million steps; they are read whole
 
 
 class Step(NamedTuple):
@@ -93,8 +95,9 @@ def read(path: Path) -> Contents:
 
     Raises QzoError, with the number of the line, for damage before the last line, and for what is no journal.
     """
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise QzoError(f"{path} is not a file; give a journal that qzo.Journal wrote")
+    check_regular(path, MOST_MIB)
     data = path.read_bytes()
     if not data.startswith(b'{"qzo_journal"'):
         raise QzoError(f"{path} is not a journal of qzo")

@@ -14,6 +14,7 @@ from qzo.durable import read_tensors, write_tensors
 from qzo.journal.fingerprint import digest
 from qzo.journal.lines import Contents, Step
 from qzo.optim.spsa import COUNTERS, SpsaOptimizer
+from qzo.regular import is_there
 
 
 def snapshot_path(journal: Path) -> Path:
@@ -36,7 +37,7 @@ def load_snapshot(journal: Path, optimizer: SpsaOptimizer, contents: Contents, s
     Returns why a snapshot was not used that should have fitted, else None.
     """
     path = snapshot_path(journal)
-    if not path.is_file():
+    if not is_there(path):
         return None
     try:
         tensors, metadata = read_tensors(path)

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from qzo.durable import read_tensors, sync
 from qzo.errors import QzoError
+from qzo.regular import check_regular
 
 TRAINED = "trained.safetensors"  # the live tensors
 STATE = "trainer_state.json"  # Trainer's, as these two
 OPTIMIZER = "optimizer.pt"
 PREFIX = "checkpoint-"
 SEAL = "qzo_seal.json"
+READ = (TRAINED, STATE, OPTIMIZER, SEAL)
 SAVING = ".saving"  # folder in which a checkpoint is made
+MOST_MIB = 64  # of a seal or a state, which holds all that was logged
 CUT_SHORT = "its writing was cut short"
 Fits = Callable[[dict[str, Any], int], str | None]
 
@@ -46,6 +49,9 @@ def check(folder: Path, to_resume: bool = True) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise QzoError(f"{folder} is not a folder; give a checkpoint-N of a QZOTrainer")
+    for file in sorted(folder.iterdir()):  # transformers opens some, too
+        if not file.is_dir() or file.name in READ:
+            check_regular(file)
     if not (folder / SEAL).is_file():
         _check_unsealed(folder, to_resume)
         return {}
@@ -72,6 +78,7 @@ def _check_unsealed(folder: Path, to_resume: bool) -> None:
     missing = [name for name in wanted if not (folder / name).is_file()]
     if missing:
         raise QzoError(f"{folder} lacks {missing[0]}: {CUT_SHORT}; take another checkpoint")
+    check_regular(folder / STATE, MOST_MIB)
     try:
         json.loads((folder / STATE).read_bytes())
     except (ValueError, RecursionError) as error:
@@ -168,6 +175,7 @@ def _written(place: Path) -> int:
 
 
 def _read_seal(folder: Path) -> dict[str, Any]:
+    check_regular(folder / SEAL, MOST_MIB)
     try:
         content = json.loads((folder / SEAL).read_bytes())
     except (ValueError, RecursionError) as error:

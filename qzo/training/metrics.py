@@ -17,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from qzo.errors import QzoError
+from qzo.regular import check_regular, is_there
 
 SEALED = re.compile(rb'(\{.*), "crc": "([0-9a-f]{8})"\}\n')
+MOST_MIB = 1024  # some ten million lines; they are read whole
 Entry = dict[str, Any]
 
 
 class Metrics:
-    """The file, open for appending. Raises QzoError where it cannot be opened."""
+    """The file, open for appending. Raises QzoError where it cannot be opened, or is no regular file."""
 
     def __init__(self, path: Path, metric: str) -> None:
         self.path, self.metric, self._crc = path, metric, 0
         self.sealed = True  # whether no line is of an older version
+        if is_there(path):
+            check_regular(path, MOST_MIB)
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:

@@ -33,12 +33,14 @@ from qzo.durable import read_tensors, remove_leftovers, replace_file, write_tens
 from qzo.errors import QzoError
 from qzo.files.bounds import AmbiguousKey, said_once
 from qzo.journal.header import carrier, differences
+from qzo.regular import check_regular, is_there
 from qzo.training.learners import JOURNAL
 from qzo.training.metrics import Metrics, finite
 from qzo.training.progress import TENSORBOARD
 from qzo.training.settings import DTYPES, METHODS, ZEROTH_ORDER, TrainSettings
 
 RUN, METRICS, BEST = "run.json", "metrics.jsonl", "best.safetensors"
+MOST_MIB = 8  # of run.json
 Result = dict[str, Any]  # what an evaluation returned: the metric, "loss", "count"
 
 
@@ -191,6 +193,8 @@ def check_folder(folder: Path, settings: TrainSettings, about: Result, resume: b
 
 def read_run(folder: Path) -> Result:
     """The content of a run's run.json. Raises QzoError where there is none, and where what makes a run is missing."""
+    if is_there(folder / RUN):
+        check_regular(folder / RUN, MOST_MIB)
     try:
         content = json.loads((folder / RUN).read_text(encoding="utf-8-sig"), object_pairs_hook=said_once)
         if content["qzo_run"] != 1 or not isinstance(content["settings"], dict):

@@ -19,6 +19,7 @@ from qzo.errors import QzoError
 from qzo.live.check import check_live
 from qzo.models.positions import row_length
 from qzo.models.prefix import SharedPrefix
+from qzo.regular import is_there
 from qzo.signals import Stopped, held, interruptible
 from qzo.training.batches import batch_numbers
 from qzo.training.learners import check_eps, check_model, make_learner
@@ -63,7 +64,7 @@ def train_task(
     tasks: Any = import_module("qzo.tasks")
     out = Path(out)
     about: Result = own.about() if own else {"task": task_name, "data": data if data is None else place_of(data)}
-    if resume and (out / RUN).is_file():
+    if resume and is_there(out / RUN):
         settings = settings.as_begun(read_run(out)["settings"])
     check_folder(out, settings, about, resume)  # before a large model is read
     about |= base_identity(source)

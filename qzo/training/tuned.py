@@ -19,6 +19,7 @@ from qzo.journal.replay import replay
 from qzo.live.adapters import put_adapters
 from qzo.live.trainable import live_named
 from qzo.optim.spsa import live_tensors
+from qzo.regular import is_there
 from qzo.training.checkpoints import TRAINED, read_trained
 from qzo.training.learners import JOURNAL, LAST
 from qzo.training.run import BEST, RUN, dtype_of, read_run
@@ -67,7 +68,7 @@ class Tuned:
 
 def is_tuned(source: Path) -> bool:
     """Whether a folder holds a run or a checkpoint of QZOTrainer, rather than a model."""
-    return (source / RUN).is_file() or (source / TRAINED).is_file()
+    return is_there(source / RUN) or is_there(source / TRAINED)
 
 
 def read_tuned(source: Path, state: str = "best", model: str | None = None) -> Tuned:
@@ -82,7 +83,7 @@ def read_tuned(source: Path, state: str = "best", model: str | None = None) -> T
     """
     if state not in STATES:
         raise QzoError(f'state="{state}" is not known; choose "best" or "last"')
-    if not (source / RUN).is_file():
+    if not is_there(source / RUN):
         tensors, metadata = read_trained(source)
         place = check_base(source, metadata, model)
         return Tuned(source, place, tensors, _whole(metadata.get("steps")), {"method": "qzo"})
@@ -96,7 +97,7 @@ def read_tuned(source: Path, state: str = "best", model: str | None = None) -> T
         tensors = {name.removeprefix("value."): own for name, own in tensors.items() if name.startswith("value.")}
         return Tuned(source, place, tensors, _whole(metadata.get("steps")), settings)
     step = _whole(metadata.get("step"))
-    if settings["method"] in ZEROTH_ORDER and (source / JOURNAL).is_file():
+    if settings["method"] in ZEROTH_ORDER and is_there(source / JOURNAL):
         _check_journal(source, place, about, step, metadata.get("crc"))
     return Tuned(source, place, tensors, step, settings)
 
