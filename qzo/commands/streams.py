@@ -8,27 +8,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qzo.durable import reason
+from qzo.errors import QzoError
+
 
 class Tolerant:
-    """A text stream that is silent from the moment on at which its reader is gone; `errors`: what else is no matter."""
+    """A text stream that is silent from the moment on at which its reader is gone; `errors`: what else is no matter.
+
+    Any other failure is a QzoError, once, so that what is printed by argparse, which overlooks an OSError, is told too.
+    """
 
     def __init__(self, stream: Any, errors: type[OSError] = BrokenPipeError) -> None:
         self._stream, self._errors = stream, errors
 
     def write(self, text: str) -> int:
         """As the stream's."""
-        try:
-            return int(self._stream.write(text) or 0)
-        except self._errors:
-            self._silence()
-            return len(text)
+        with self._tolerated():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
         """As the stream's."""
-        try:
+        with self._tolerated():
             self._stream.flush()
-        except self._errors:
-            self._silence()
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._silence()  # else Python tries again when it ends, and fails
+            if not isinstance(error, self._errors):
+                raise QzoError(f"standard output could not be written: {reason(error)}; free some space") from error
 
     def _silence(self) -> None:
         """What waits in the stream, and all after it, goes nowhere."""
@@ -49,7 +60,11 @@ def tolerant_streams() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr, OSError)
     try:
-        yield
+        try:
+            yield
+        except SystemExit:  # of --help and --version
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     finally:
         sys.stdout, sys.stderr = before

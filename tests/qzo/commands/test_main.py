@@ -106,6 +106,15 @@ def test_module_runs_like_the_command():
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("buffering", [1, -1])  # argparse overlooks what fails at once
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "PLAIN"]])
+def test_a_full_standard_output_is_one_line_and_exit_code_2(plain, arguments, buffering, capsys, monkeypatch):
+    with open("/dev/full", "w", buffering) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main([str(plain) if argument == "PLAIN" else argument for argument in arguments]) == 2
+    assert capsys.readouterr().err.startswith("error: standard output could not be written: No space left")
+
+
 def test_what_libraries_say_does_not_come_before_the_error(plain, tmp_path):
     command = [sys.executable, "-m", "qzo", "quantize", str(plain), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
