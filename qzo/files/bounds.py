@@ -42,12 +42,17 @@ def check_folder(folder: Path) -> None:
     """
     for place in (folder, folder / "additional_chat_templates"):
         for file in sorted(place.iterdir()) if place.is_dir() else ():
-            if any(fnmatch(file.name, pattern) for pattern in READ) and file.exists() and not file.is_dir():
+            settings = fnmatch(file.name, "*config.json")  # a folder or a broken link is not as if there were none
+            if settings or (_is_read(file) and file.exists() and not file.is_dir()):
                 check_file(file)
                 if file.suffix == ".json":
                     _check_encoding(file)
-                if fnmatch(file.name, "*config.json"):
+                if settings:
                     _check_said_once(file)
+
+
+def _is_read(file: Path) -> bool:
+    return any(fnmatch(file.name, pattern) for pattern in READ)
 
 
 def _check_encoding(file: Path) -> None:

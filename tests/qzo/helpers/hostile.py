@@ -99,6 +99,10 @@ NODES = {
 }
 NODES |= {
     "generation_config.json is a FIFO": replaced("generation_config.json", os.mkfifo),
+    "generation_config.json is a folder": replaced("generation_config.json", Path.mkdir),
+    "generation_config.json is a link to itself": replaced(
+        "generation_config.json", lambda path: path.symlink_to(path)
+    ),
     "config.json is a link to itself": replaced("config.json", lambda path: path.symlink_to(path)),
 }
 COUNTS = {
