@@ -3,19 +3,20 @@
     python tests/attack/attack_environment.py [GROUP ...]
 
 Each case is a command that either works or says in one line why it does not (exit code 2), makes its result whole or
-leaves nothing, and does not touch what it reads. Where no file system may be mounted, disks are left to
-`attack_run_folder.py`, which limits the size of files instead.
+leaves nothing, and does not touch what it reads. Where no file system may be mounted, the cases that need one are told
+to be not run; `attack_run_folder.py` limits the size of files instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,17 +31,23 @@ from trainer_lives import live
 
 from qzo.commands.main import main
 
-SECONDS = 20  # of a command on a tiny model, on a busy machine
-WRONG = ("tracebacks", "wrong_codes", "more_than_a_line", "half", "changed", "silent", "hangs")
+SECONDS = 5  # of the processor, for a command on a tiny model, beyond what a new process needs to start
+KILLED_AFTER = 20  # seconds by the clock, for a command that waits for something
+STARTED_AFTER = 60  # for a process that is to start first, on a busy machine
+WRONG = ("tracebacks", "wrong_codes", "more_than_a_line", "half", "changed", "silent", "slow", "hangs")
 
 
 class Case(NamedTuple):
-    """A command in a child process; `out`: absent afterwards where it fails; `must`: it has to be refused."""
+    """A command in a child process; `out`: absent afterwards where it fails; `must`: it has to be refused.
+
+    `run` is None where it cannot be run here. `starts`: it starts a process of its own.
+    """
 
     name: str
-    run: Callable[[], int]
+    run: Callable[[], int] | None
     out: Path | None = None
     must: bool = False
+    starts: bool = False
 
 
 def commands(place: Path, out: Path) -> dict[str, list[str]]:
@@ -76,20 +83,17 @@ def disks(place: Path) -> Iterator[Case]:
     for size in ("4k", "16k", "32k", "64k", "128k", "256k"):
         for name in (*commands(place, place), "trainer", "journal"):
             with mounted(place / "disk", size) as there:
-                if there:
-                    out = place / "disk/out"
-                    run = running(commands(place, out)[name]) if name in commands(place, out) else None
-                    if name == "trainer":
-                        run = _trainer(place)
-                    elif name == "journal":
-                        run = _journal(place)
-                    yield Case(f"disk of {size}, {name}", run, None if name in ("train", "journal", "trainer") else out)
+                out = place / "disk/out"
+                made = {"trainer": _trainer(place), "journal": _journal(place)}
+                run = made[name] if name in made else running(commands(place, out)[name])
+                kept = name in ("train", "journal", "trainer")  # what was saved before the disk was full
+                yield Case(f"disk of {size}, {name}", run if there else None, None if kept else out)
             (place / "disk").rmdir()
     with mounted(place / "disk", "1m") as there:
         if there:
             subprocess.run(["mount", "-o", "remount,ro", str(place / "disk")], check=True)
-            for name, command in commands(place, place / "disk/out").items():
-                yield Case(f"read-only, {name}", running(command), place / "disk/out", must=True)
+        for name, command in commands(place, place / "disk/out").items():
+            yield Case(f"read-only, {name}", running(command) if there else None, place / "disk/out", must=True)
     (place / "disk").rmdir()
 
 
@@ -243,6 +247,14 @@ def _with(text: str, key: str, value: str) -> str:
     return json.dumps(content)[:-1] + f', "{key}": {value}' + "}"
 
 
+READ = {  # command -> files that it has to read
+    "inspect": {"config.json", "model.safetensors"},
+    "train": {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"},
+    "export": {"config.json", "model.safetensors", "run.json", "best.safetensors", "run.journal"},
+    "resume": {"run.json", "best.safetensors", "metrics.jsonl", "run.journal"},
+}
+
+
 def nodes(place: Path) -> Iterator[Case]:
     """A FIFO, a socket, a device or a circle of links in the place of every file of a model and of a run."""
     kinds = {"FIFO": os.mkfifo, "socket": hostile.a_socket, "device": hostile.a_link("/dev/zero")}
@@ -261,7 +273,7 @@ def nodes(place: Path) -> Iterator[Case]:
                     ("resume", ["train", str(place / "packed"), *TRAIN, "--out", str(copied), "--resume"]),
                 ):
                     if (name == "resume") == (source == "trained") or name == "export":
-                        yield Case(f"{source}/{file} is a {kind}, {name}", running(command))
+                        yield Case(f"{source}/{file} is a {kind}, {name}", running(command), must=file in READ[name])
                         shutil.rmtree(place / "out", ignore_errors=True)
                 shutil.rmtree(copied)
 
@@ -280,55 +292,93 @@ def processes(place: Path) -> Iterator[Case]:
     variables += ("TMPDIR=/proc", "HF_HOME=/proc/nothing", "LANG=xx_YY.nothing")
     for variable in variables:
         for command in (f"inspect {packed}", f"export {trained} {place}/ünï", f"inspect {place}/nö"):
-            yield Case(f"{variable} {command.split()[0]}", _shell(f"env {variable} {sys.executable} -m qzo {command}"))
+            run = _shell(f"env {variable} {sys.executable} -m qzo {command}")
+            yield Case(f"{variable} {command.split()[0]}", run, starts=True)
             shutil.rmtree(place / "ünï", ignore_errors=True)
     for stream in (">&-", "2>&-", ">&- 2>&-", "<&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1", "| true"):
         for command in (f"inspect {packed}", f"export {trained} {place}/out", "--help", "--version", "inspect nothing"):
-            yield Case(f"{command.split()[0]} {stream}", _shell(f"{sys.executable} -m qzo {command} {stream}"))
+            run = _shell(f"{sys.executable} -m qzo {command} {stream}")
+            full = stream.startswith(">/dev/full") and not command.startswith("export")  # whose files are whole
+            yield Case(f"{command.split()[0]} {stream}", run, must=full, starts=True)
             shutil.rmtree(place / "out", ignore_errors=True)
 
 
 def _shell(command: str) -> Callable[[], int]:
-    return lambda: subprocess.run(["bash", "-c", command], cwd=figures.ROOT).returncode
+    limited = ["timeout", "--signal", "KILL", str(STARTED_AFTER), "bash", "-c", command]  # with all that it starts
+    return lambda: subprocess.run(limited, cwd=figures.ROOT, check=False).returncode
 
 
 GROUPS = {group.__name__: group for group in (places, names, settings, nodes, disks, processes)}
 
 
-def problems(case: Case) -> dict[str, str]:
+def problems(case: Case, start_seconds: float) -> dict[str, str]:
     """What is wrong with what a case did."""
-    start = time.monotonic()
-    code, text = alive(case.run)
+    assert case.run is not None
+
+    def limited() -> int:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process wherever it waits
+        signal.alarm(STARTED_AFTER + KILLED_AFTER if case.starts else KILLED_AFTER)
+        return case.run()
+
+    before = _processor_seconds()
+    code, text = alive(limited)
+    seconds = _processor_seconds() - before - start_seconds * case.starts
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    hangs = code in (-signal.SIGALRM, -signal.SIGKILL, 128 + signal.SIGKILL)
     wrong = {
         "tracebacks": "Traceback" in text or "Exception ignored" in text,
-        "wrong_codes": code not in (0, 2),
+        "wrong_codes": code not in (0, 2) and not hangs,
         "more_than_a_line": code == 2 and len(errors) > 1,
-        "half": code != 0 and case.out is not None and case.out.exists(),
+        "half": code != 0 and not hangs and case.out is not None and case.out.exists(),
         "silent": code == 0 and case.must,
-        "hangs": time.monotonic() - start > SECONDS,
+        "slow": seconds > SECONDS,
+        "hangs": hangs,
     }
-    return {name: f"{code} {text[-300:]!r}" for name, is_wrong in wrong.items() if is_wrong}
+    return {name: f"{code} {seconds:.1f} s {text[-300:]!r}" for name, is_wrong in wrong.items() if is_wrong}
+
+
+def _processor_seconds() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def attack(group: str) -> Counter[str]:
+    """Try the cases of a group; how many were tried, not run, and wrong in which way."""
+    counts: Counter[str] = Counter()
+    before = _processor_seconds()
+    subprocess.run([sys.executable, "-m", "qzo", "--help"], cwd=figures.ROOT, capture_output=True, check=True)
+    subprocess.run([sys.executable, "-c", "import torch, transformers, qzo"], cwd=figures.ROOT, check=True)
+    start_seconds = _processor_seconds() - before
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        works_of[place] = works(place)
+        read = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        for case in GROUPS[group](place):
+            if case.run is None:
+                counts["not_run"] += 1
+                continue
+            found = problems(case, start_seconds)
+            if any(not path.is_file() or path.read_bytes() != data for path, data in read.items()):
+                found["changed"] = "what was there before"
+            counts.update(["tried", *found])
+            for what, about in found.items():
+                print(f"{group}: {case.name}: {what} {about}", file=sys.stderr, flush=True)
+            if counts["tried"] % 50 == 0:
+                print(f"{group}: {counts['tried']} so far", file=sys.stderr, flush=True)
+    not_run = f", {counts['not_run']} NOT RUN: no file system can be mounted here" if counts["not_run"] else ""
+    wrong = ", ".join(f"{counts[what]} {what.replace('_', ' ')}" for what in WRONG)
+    print(f"{group}: {counts['tried']} tried{not_run}, {wrong}", flush=True)
+    return counts
 
 
 def main_attack(wanted: list[str]) -> NoReturn:
     """All groups, or those named."""
     torch.set_num_threads(1)
-    counts, tried = Counter(), 0
+    counts: Counter[str] = Counter()
     for group in wanted or GROUPS:
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            works_of[place] = works(place)
-            read = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
-            for case in GROUPS[group](place):
-                found = problems(case)
-                if any(not path.is_file() or path.read_bytes() != data for path, data in read.items()):
-                    found["changed"] = "what was there before"
-                tried += 1
-                counts.update(list(found))
-                for what, about in found.items():
-                    print(f"{group}: {case.name}: {what} {about}", file=sys.stderr, flush=True)
-    figures.finish("environment", tried, **{what: counts[what] for what in WRONG})
+        counts += attack(group)
+    figures.finish("environment", counts["tried"], **{what: counts[what] for what in WRONG})
 
 
 if __name__ == "__main__":
