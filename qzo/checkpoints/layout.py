@@ -86,7 +86,7 @@ def _layers(model: nn.Module, checkpoint_format: str | None) -> tuple[Saver, dic
 def _config(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
     """The model's config.json with a `quantization_config`."""
     if not hasattr(model, "config"):
-        raise QzoError(f"{type(model).__name__} has no config; a checkpoint needs a transformers model")
+        raise QzoError(f"{type(model).__name__} has no config, which a checkpoint needs; pass a transformers model")
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))  # type: ignore[union-attr,operator]
     config["dtype"] = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     config["architectures"] = [type(model).__name__]

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qzo.durable import check_target, create_file, whole_folder
-from qzo.errors import QzoError
+from qzo.errors import QzoError, advised
 from qzo.files.folder import download, opened, weight_files
 from qzo.files.rewrite import Write, rewriting
 from qzo.files.settings import is_gguf, source_of
@@ -82,7 +82,9 @@ def checkpoint_folder(source: str) -> Path:
         raise QzoError(f"{source} is not in safetensors format; qzo export it first, and train what that writes")
     folder = Path(source) if Path(source).is_dir() else download(source)
     if not (folder / "config.json").is_file():
-        raise QzoError(f"{folder} is neither a run, nor a checkpoint of QZOTrainer, nor a model (no config.json)")
+        raise QzoError(
+            f"{folder} is neither a run, nor a checkpoint of QZOTrainer, nor a model (no config.json); give one"
+        )
     return folder
 
 
@@ -108,7 +110,8 @@ def _writing(source: Path, tensors: dict[str, Tensor]) -> Write:
     found = find(about)
     check_numbers(tensors, signed=found is None or may_be_negative(found))
     if found is not None:
-        return found.writing(tensors)
+        with advised("give the checkpoint that these tensors were tuned on"):
+            return found.writing(tensors)
     return rewriting(source, as_stored(source, about.config, tensors))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from qzo.errors import QzoError, named
+from qzo.errors import QzoError, advised, named
 from qzo.formats.table import LIBRARIES
 from qzo.models.origin import refuse_save_pretrained, replace_save_pretrained, restore_save_pretrained
 from qzo.models.walk import freeze, put
@@ -50,10 +50,12 @@ def release(model: nn.Module) -> nn.Module:
     return model
 
 
+@advised("load the model's files with qzo.load, or leave this layer unquantized")
 def _adopted(module: nn.Module) -> nn.Module | None:
     return next((layer for library in LIBRARIES if (layer := library.adopt(module)) is not None), None)
 
 
+@advised("write the model with qzo.save, which needs no library's module")
 def _released(module: nn.Module) -> nn.Module | None:
     return next((library.release(module) for library in LIBRARIES if isinstance(module, library.KINDS)), None)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo.errors import QzoError
+from qzo.errors import AGAIN, QzoError
 from qzo.files.finite import check_tensor
 from qzo.formats.gguf.codes import BLOCK_TYPES, BlockType
 from qzo.formats.gguf.experts import GgufExperts, expert_layers
@@ -149,7 +149,7 @@ def _finish(planned: Plan, device: torch.device) -> None:
     finish(model, device, tie=not tied)
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
-        raise QzoError(f"{planned.source.path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        raise QzoError(f"{planned.source.path}: {len(missing)} tensors are missing, the first is {missing[0]}; {AGAIN}")
     ends = ending_tokens(planned.source.header)
     if ends and model.generation_config is not None:
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
