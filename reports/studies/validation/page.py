@@ -148,9 +148,10 @@ def groups_table(part: Row) -> Table:
 
 
 def picture(compared: Sequence[Row]) -> bytes:
-    """Predicted over measured bytes of every row, a colour a source, as PNG; the line is where they are equal."""
+    """Predicted over measured bytes of every row, a colour and mark a source, as PNG; the line is where they are equal."""
     figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
-    colours = dict(zip(map(_source, compared), itertools.cycle(SERIES), strict=False))
+    looks = itertools.product(("o", "^"), SERIES)
+    look = dict(zip(map(_source, compared), itertools.cycle(looks), strict=False))
     for axis, kind in zip(figure.subplots(1, len(KINDS)), KINDS, strict=True):
         count = 0
         ends = [LOWEST_GIB, 2 * LOWEST_GIB]
@@ -162,8 +163,9 @@ def picture(compared: Sequence[Row]) -> bytes:
             ]
             count += len(points)
             ends[1] = max([ends[1], *(1.3 * value for point in points for value in point)])
-            options = {"color": colours[_source(part)], "label": _source(part), "markersize": 3.5, "alpha": 0.6}
-            axis.plot(*zip(*points, strict=True) if points else ((), ()), "o", markeredgewidth=0, **options)
+            mark, colour = look[_source(part)]
+            options = {"color": colour, "label": _source(part), "markersize": 3.5, "alpha": 0.6}
+            axis.plot(*zip(*points, strict=True) if points else ((), ()), mark, markeredgewidth=0, **options)
         axis.plot(ends, ends, color=QUIET, linewidth=0.8, zorder=0)
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
         axis.set(xlabel="measured, GiB", ylabel="predicted, GiB")
