@@ -148,7 +148,7 @@ def groups_table(part: Row) -> Table:
 
 
 def picture(compared: Sequence[Row]) -> bytes:
-    """Predicted over measured bytes of every row, a colour and mark a source, as PNG; the line is where they are equal."""
+    """Predicted over measured bytes of every row, a colour and mark a source; on the line they are equal. A PNG."""
     figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
     looks = itertools.product(("o", "^"), SERIES)
     look = dict(zip(map(_source, compared), itertools.cycle(looks), strict=False))
