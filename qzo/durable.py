@@ -166,6 +166,8 @@ def check_target(folder: Path) -> None:
         place = folder.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError until Python 3.13: links in a circle
         raise QzoError(f"{folder} cannot be written, its path is links in a circle; choose another place") from error
+    except ValueError as error:
+        raise QzoError(f"{folder} cannot be written, no file can have that name: {error}; choose another") from error
     if folder.is_symlink() and not folder.exists():
         raise QzoError(f"{folder} is a link to {folder.readlink()}, where nothing is; name the folder itself")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -165,6 +165,10 @@ class Run:
 
 def check_folder(folder: Path, settings: TrainSettings, about: Result, resume: bool) -> None:
     """Raise QzoError unless a run may be begun, or with `resume` taken up again, in `folder`."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise QzoError(f"{folder} is not UTF-8, which safetensors needs of a path; choose another --out") from error
     if folder.exists() and not folder.is_dir():
         raise QzoError(f"{folder} is a file; choose a folder for --out")
     there = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), folder)

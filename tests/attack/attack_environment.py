@@ -193,7 +193,8 @@ def names(place: Path) -> Iterator[Case]:
             ["export", str(place / "trained"), text],
             ["replay", str(place / "packed"), text],
         ):
-            yield Case(f"{command[0]} {text!r:.30}", running(command), must=True)
+            if text != "-" or command[0] == "inspect":  # else a folder of that name, in the one we are in
+                yield Case(f"{command[0]} {text!r:.30}", running(command), must=True)
 
 
 TWICE = {  # file -> what stands there first, and is then said again with another value

@@ -150,3 +150,9 @@ def test_every_bit_of_sealed_tensors_counts_and_unsealed_ones_are_read(tmp_path)
     save_file(tensors, path, {"step": "4"})
     assert read_tensors(path)[1] == {"step": "4"} and json.dumps(sorted(load_file(path))) == '["a", "b", "c"]'
     assert names(tmp_path) == ["t"] and Path(path).is_file()
+
+
+@pytest.mark.parametrize("name", ["\0", "\ud800"])
+def test_a_name_that_no_file_can_have_is_told(name, tmp_path):
+    with pytest.raises(QzoError, match="no file can have that name"):
+        check_target(tmp_path / name)

@@ -108,3 +108,9 @@ def test_what_is_far_too_large_is_not_read(tmp_path):
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
     (tmp_path / "run.json").write_text(json.dumps({"qzo_run": 1}))
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+
+
+def test_a_run_is_not_begun_where_its_states_could_not_be_read_again(place, tmp_path, capsys):
+    out = tmp_path / "\udcff"  # a byte that is no UTF-8, as Python has it
+    assert main(["train", str(place / "packed"), *TRAIN, "--out", str(out)]) == 2
+    assert "is not UTF-8" in capsys.readouterr().err and not out.exists()
