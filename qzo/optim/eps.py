@@ -30,17 +30,34 @@ def check_eps(named: Iterable[tuple[str, Tensor]], eps: float, relative: bool) -
         if eps > 1:
             raise QzoError(f"eps={eps:g} is more than each number itself, which it is a share of; choose e.g. 1e-2")
         return
-    medians = [(median, tensor.numel(), name) for name, tensor in named if (median := _median(tensor)) > 0]
+    medians = _medians(named)
     small = [found for found in medians if eps > found[0]]
     if sum(numel for _, numel, _ in small) > SHARE * sum(numel for _, numel, _ in medians):
         _refuse(eps, *min(small), len(small), len(medians))
+
+
+@torch.no_grad()
+def typical(named: Iterable[tuple[str, Tensor]]) -> float:
+    """A size that half of the numbers reach, by the medians of their tensors; 0 where nothing is known of them."""
+    medians = _medians(named)
+    half, passed = sum(numel for _, numel, _ in medians) / 2, 0
+    for median, numel, _ in sorted(medians):
+        passed += numel
+        if passed >= half:
+            return median
+    return 0.0
+
+
+def _medians(named: Iterable[tuple[str, Tensor]]) -> list[tuple[float, int, str]]:
+    """(median, size, name) of each tensor that has one."""
+    return [(median, tensor.numel(), name) for name, tensor in named if (median := _median(tensor)) > 0]
 
 
 def _refuse(eps: float, median: float, _: int, name: str, count: int, total: int) -> None:
     raise QzoError(
         f"eps={eps:g} is larger than the scales of {count} of {total} tensors, e.g. {name} with a median of "
         f"{median:.1e}, and would wipe them out; perturb them by relative amounts, relative=True with eps=1e-2 and an "
-        f"lr of about 0.1 (--relative --eps 1e-2 --lr 0.1), or give eps={median / 10:.0e}"
+        f"lr of about 1e-3 (--relative --eps 1e-2 --lr 1e-3), or give eps={median / 10:.0e}"
     )
 
 

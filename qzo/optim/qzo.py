@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.optim import offsets, rules
-from qzo.optim.eps import check_eps
+from qzo.optim.eps import check_eps, typical
 from qzo.optim.estimator import Estimator
 from qzo.optim.groups import Group, check_sign, has_negative
 from qzo.optim.noise import chunk_elements
 from qzo.optim.reach import largest_of
 from qzo.optim.spsa import Applied, Closure, Parameters, SpsaOptimizer, flat
+from qzo.optim.stride import Stride
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -57,6 +58,7 @@ class QZO(SpsaOptimizer):
         QzoError: an option out of range, nothing to train, a tensor that is not floating point or has no flat view.
     """
 
+    _strides: Sequence[Stride] = ()  # of each group, from the first step on; not of a run that is taken up
     least_noise = 2**14  # 64 KiB: the scales of a small layer at once, where starting an operator takes longest
 
     def __init__(
@@ -191,13 +193,26 @@ class QZO(SpsaOptimizer):
         return True
 
     def step(self, closure: Closure | Iterable[Closure] | None = None) -> float:  # type: ignore[override]
-        """As the base class. Raises QzoError before the first step for an eps that is larger than the scales too."""
+        """As the base class. Raises QzoError before the first step for an eps that is larger than the scales too.
+
+        Warns once of an lr that moves the scales too far, see `qzo.optim.stride`.
+        """
         if self.steps == 0:
-            for group in self.param_groups:
-                names = group.get("param_names") or [f"tensor {number}" for number in range(len(group["params"]))]
-                if group["nonnegative"] or all(name.endswith("scales") for name in names):
-                    check_eps(zip(names, group["params"], strict=True), group["eps"], group["relative"])
-        return super().step(closure)
+            self._strides = [self._begin(group) for group in self.param_groups]
+        loss = super().step(closure)
+        if self._strides and self.last is not None and not self.last.skipped:
+            for group, stride, applied in zip(self.param_groups, self._strides, self.last.applied, strict=False):
+                self.lr_told = stride.after(group, applied, self.last.step) or self.lr_told
+        return loss
+
+    def _begin(self, group: Group) -> Stride:
+        """Check the eps of a group of scales, and watch its lr."""
+        names = group.get("param_names") or [f"tensor {number}" for number in range(len(group["params"]))]
+        if not (group["nonnegative"] or all(name.endswith("scales") for name in names)):
+            return Stride(0.0)
+        named = list(zip(names, group["params"], strict=True))
+        check_eps(named, group["eps"], group["relative"])
+        return Stride(1.0 if group["relative"] else typical(named))
 
     def _check_places(self) -> None:
         for _, _, _, tensor in self._tensors():

@@ -61,6 +61,7 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
     """
 
     still_steps = 0  # in a row, whose losses were all the same to the bit
+    lr_told = False  # whether it warned of an lr that is too large
     least_noise = 0  # elements of z that exist at a time, where a tensor has as many, see qzo.optim.noise
 
     def __init__(

@@ -174,7 +174,7 @@ class QZOTrainer(ResumableTrainer):
         if last is None or optimizer.steps > FIRST or last.skipped or not is_plain:
             return
         notice = self._prospect.after(loss, last.directional_derivative, group["lr"])
-        if notice is not None:
+        if notice is not None and not optimizer.lr_told:
             warnings.warn(notice, stacklevel=2)
 
     def _loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:

@@ -85,7 +85,7 @@ def train(
         if progress is not None:
             progress.step(learner.steps, outcome, lr)
             notice = None if prospect is None else prospect.after(outcome.loss, outcome.slope, lr)
-            if notice is not None:
+            if notice is not None and isinstance(learner, ZerothOrder) and not learner.optimizer.lr_told:
                 progress.notice(notice)
     assert run.best is not None
     early, first = learner.steps < settings.steps, run.validations[0][1]
