@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _told(error: object, code: int) -> int:
     with suppress(OSError):  # nobody listens
-        print(f"error: {printable(error)}", file=sys.stderr)
+        if sys.stderr is not None:  # closed before the start
+            print(f"error: {printable(error)}", file=sys.stderr)
     return code
 
 

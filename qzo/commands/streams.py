@@ -58,7 +58,7 @@ def tolerant_streams() -> Iterator[None]:
     Standard error, which only tells how things go, may fail for any reason.
     """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr, OSError)
+    sys.stdout, sys.stderr = Tolerant(_opened(sys.stdout)), Tolerant(_opened(sys.stderr), OSError)
     try:
         try:
             yield
@@ -68,3 +68,8 @@ def tolerant_streams() -> Iterator[None]:
         sys.stdout.flush()
     finally:
         sys.stdout, sys.stderr = before
+
+
+def _opened(stream: Any) -> Any:
+    """A stream, or nowhere in the place of one that was closed before the start; so no file gets its number."""
+    return open(os.devnull, "w", encoding="utf-8") if stream is None else stream

@@ -106,6 +106,15 @@ def test_module_runs_like_the_command():
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_was_closed_before_the_start_is_no_error(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and getattr(sys, name) is None
+    assert main(["inspect", "nowhere"]) == 2
+
+
 @pytest.mark.parametrize("buffering", [1, -1])  # argparse overlooks what fails at once
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "PLAIN"]])
 def test_a_full_standard_output_is_one_line_and_exit_code_2(plain, arguments, buffering, capsys, monkeypatch):
