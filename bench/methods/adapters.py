@@ -10,7 +10,7 @@ from torch import nn
 
 from bench.cases.case import BenchCase
 from bench.cases.recipes.table import LORA, QLORA
-from bench.methods.checkpointing import checkpoint_options
+from bench.methods.activations.checkpointing import checkpoint_options
 from bench.methods.prepared import Prepared
 from bench.methods.recipes import recipe_method
 from bench.methods.world import World

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench.cases.case import BenchCase
-from bench.methods.checkpointing import enable_checkpointing
+from bench.methods.activations.checkpointing import enable_checkpointing
 from bench.methods.optimizers.adamw import MixedAdamW, fused_adamw
 from bench.methods.prepared import Prepared, first_order_step
 from bench.methods.world import World

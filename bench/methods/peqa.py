@@ -15,7 +15,7 @@ import qzo
 from bench.cases.case import BenchCase
 from bench.cases.group_sizes import default_group_size
 from bench.cases.text import Batch
-from bench.methods.checkpointing import enable_checkpointing
+from bench.methods.activations.checkpointing import enable_checkpointing
 from bench.methods.optimizers.adamw import fused_adamw
 from bench.methods.optimizers.factored import FactoredRms
 from bench.methods.prepared import Enter, Prepared, first_order_step

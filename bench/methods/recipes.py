@@ -17,8 +17,8 @@ from bench.cases.case import BenchCase
 from bench.cases.recipes.recipe import Recipe, differences
 from bench.cases.recipes.table import RECIPES, WHOLE
 from bench.cases.text import Batch
-from bench.methods.checkpointing import check_checkpointing, checkpoint_options, enable_checkpointing
-from bench.methods.compiled import MOST
+from bench.methods.activations.checkpointing import check_checkpointing, checkpoint_options, enable_checkpointing
+from bench.methods.activations.compiled import MOST
 from bench.methods.liger.layers import apply_liger
 from bench.methods.losses.choice import replace_loss
 from bench.methods.optimizers.made import name_of, optimizer_of

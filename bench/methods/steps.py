@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases.recipes.recipe import Recipe
-from bench.methods.offloading import offloading_of
+from bench.methods.activations.offloading import offloading_of
 from bench.methods.prepared import Enter
 from bench.methods.world import World
 

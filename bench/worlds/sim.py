@@ -18,7 +18,7 @@ from bench.ledger.ledger import Ledger
 from bench.ledger.repeat import repeated_layers
 from bench.ledger.repeat_training import NotAlike
 from bench.methods import METHODS
-from bench.methods.compiled import least_note, least_of
+from bench.methods.activations.compiled import least_note, least_of
 from bench.methods.quantized.int8 import int8_rules
 from bench.records.environment import environment
 from bench.records.record import Record

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.optim.estimator import Estimator
+from qzo.optim.guards.reach import LARGEST_Z, largest_of
 from qzo.optim.noise import chunk_elements
-from qzo.optim.reach import LARGEST_Z, largest_of
 from qzo.optim.spsa import Applied, Parameters, SpsaOptimizer, flat
 
 BITS_OF = {2: torch.int16, 4: torch.int32}  # integer dtype of the same size, in bytes

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.optim import offsets, rules
-from qzo.optim.eps import check_eps, typical
 from qzo.optim.estimator import Estimator
 from qzo.optim.groups import Group, check_sign, has_negative
+from qzo.optim.guards.eps import check_eps, typical
+from qzo.optim.guards.reach import largest_of
+from qzo.optim.guards.stride import Stride
 from qzo.optim.noise import chunk_elements
-from qzo.optim.reach import largest_of
 from qzo.optim.spsa import Applied, Closure, Parameters, SpsaOptimizer, flat
-from qzo.optim.stride import Stride
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -81,7 +81,7 @@ class QZO(SpsaOptimizer):
         max_skipped: int | None = 10,
     ) -> None:
         self._offsets: dict[Tensor, Tensor] = {}  # scale -> the live offset that follows it
-        self._limits: dict[int, float] = {}  # of each group, see qzo.optim.reach
+        self._limits: dict[int, float] = {}  # of each group, see qzo.optim.guards.reach
         rule: dict[str, Any] = {"momentum": momentum} if betas is None else {"betas": betas, "momentum": momentum}
         super().__init__(
             scales,
@@ -195,7 +195,7 @@ class QZO(SpsaOptimizer):
     def step(self, closure: Closure | Iterable[Closure] | None = None) -> float:  # type: ignore[override]
         """As the base class. Raises QzoError before the first step for an eps that is larger than the scales too.
 
-        Warns once of an lr that moves the scales too far, see `qzo.optim.stride`.
+        Warns once of an lr that moves the scales too far, see `qzo.optim.guards.stride`.
         """
         if self.steps == 0:
             self._strides = [self._begin(group) for group in self.param_groups]

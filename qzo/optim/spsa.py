@@ -15,11 +15,11 @@ from torch import Tensor
 from qzo.errors import QzoError
 from qzo.optim.estimator import Estimator, Losses, all_finite
 from qzo.optim.groups import Group, check_options, check_tensor, unique
+from qzo.optim.guards.reach import Reach, has_data
+from qzo.optim.guards.still import count_still
 from qzo.optim.noise import full_noise, mixed_chunks, noise_chunks
 from qzo.optim.randomness import same_masks
-from qzo.optim.reach import Reach, has_data
 from qzo.optim.rules import update_options
-from qzo.optim.still import count_still
 
 Closure = Callable[[], Tensor | float]
 Parameters = dict[str, Tensor] | Iterable[Any]
@@ -154,7 +154,7 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         self.last = LastStep(*first, self.seed, step, skipped, raw[0], () if skipped else applied, options)
 
     def _stays_finite(self, applied: Applied) -> bool:
-        """Whether the update by these d' leaves every number finite, see `qzo.optim.reach`."""
+        """Whether the update by these d' leaves every number finite, see `qzo.optim.guards.reach`."""
         if not all(has_data(tensor) for _, _, _, tensor in self._tensors()):
             return True
         while len(self._reach) < len(self.param_groups):

@@ -30,7 +30,7 @@ from qzo.trainer.collate import padding
 from qzo.trainer.resumable import ResumableTrainer
 from qzo.trainer.roles import TakenStep, said_to_train
 from qzo.training.checkpoints import OPTIMIZER, TRAINED, check, read_trained
-from qzo.training.prospect import FIRST, Prospect
+from qzo.training.telemetry.prospect import FIRST, Prospect
 
 with quiet_libraries():
     from accelerate.utils.memory import clear_device_cache

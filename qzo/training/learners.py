@@ -18,7 +18,7 @@ from qzo.live.adapters import adapters, put_adapters
 from qzo.live.scales import in_layers, quantized_layers, scales
 from qzo.live.trainable import scale_group
 from qzo.models.walk import freeze
-from qzo.optim import eps
+from qzo.optim.guards import eps
 from qzo.optim.mezo import MeZO
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import SpsaOptimizer, live_tensors

@@ -15,9 +15,9 @@ from torch import Tensor
 from qzo.errors import NotFinite
 from qzo.signals import held
 from qzo.training.learners import Learner, ZerothOrder
-from qzo.training.progress import Progress
-from qzo.training.prospect import Prospect
 from qzo.training.run import Result, Run
+from qzo.training.telemetry.progress import Progress
+from qzo.training.telemetry.prospect import Prospect
 
 
 @dataclass(frozen=True)

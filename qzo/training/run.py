@@ -5,7 +5,7 @@ r"""The folder of a training run.
     last.safetensors   first order: trained tensors and moments at the last validation
     best.safetensors   name -> trained tensor at the best validation: scales, not the model
     metrics.jsonl      {"step": n, "loss": ...} after n steps, {"step": n, "validation": {...}}; seconds
-                        count from the start of the process; see `qzo.training.metrics`
+                        count from the start of the process; see `qzo.training.telemetry.metrics`
 
 A line of metrics.jsonl is written before the step is recorded, so after a kill no recorded step lacks its line; lines
 of steps that are taken again are cut off on a resume. What decides which state is the best is sealed, and synced before
@@ -35,9 +35,9 @@ from qzo.files.bounds import AmbiguousKey, said_once
 from qzo.journal.header import carrier, differences
 from qzo.regular import check_regular, is_there
 from qzo.training.learners import JOURNAL
-from qzo.training.metrics import Metrics, finite
-from qzo.training.progress import TENSORBOARD
 from qzo.training.settings import DTYPES, METHODS, ZEROTH_ORDER, TrainSettings
+from qzo.training.telemetry.metrics import Metrics, finite
+from qzo.training.telemetry.progress import TENSORBOARD
 
 RUN, METRICS, BEST = "run.json", "metrics.jsonl", "best.safetensors"
 MOST_MIB = 8  # of run.json

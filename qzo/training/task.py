@@ -25,9 +25,9 @@ from qzo.training.batches import batch_numbers
 from qzo.training.learners import check_eps, check_model, make_learner
 from qzo.training.loop import Trained, train
 from qzo.training.own import OwnData, fingerprint
-from qzo.training.progress import Progress, lines_of, tell
 from qzo.training.run import RUN, Result, Run, check_folder, dtype_of, read_run
 from qzo.training.settings import QUANTIZED, TrainSettings
+from qzo.training.telemetry.progress import Progress, lines_of, tell
 from qzo.training.tuned import put_best
 
 RESULT = "result.json"

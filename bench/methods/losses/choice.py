@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bench.cases.recipes.recipe import Recipe
-from bench.methods.checkpointing import checkpoint_options
+from bench.methods.activations.checkpointing import checkpoint_options
 from bench.methods.losses.chunked import ChunkedLoss
 from bench.methods.losses.fused import FusedLoss
 from bench.methods.losses.tiled import TiledLoss

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.cases.recipes.recipe import Recipe
 from bench.ledger.ledger import Ledger
+from bench.methods.activations.offloading import offloading_of
 from bench.methods.liger.layers import FAMILIES, apply_liger
 from bench.methods.losses import tiled
 from bench.methods.losses.choice import loss_of, replace_loss
 from bench.methods.losses.fused import fused_chunk
-from bench.methods.offloading import offloading_of
 from bench.methods.optimizers.in_place import numbers, write
 from bench.methods.steps import RecipeStep
 from bench.simulator.cuda.kernels import read_scalar

@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from qzo import QZO, quantize, scales
 from qzo.errors import QzoError
-from qzo.optim.eps import check_eps
+from qzo.optim.guards.eps import check_eps
 
 
 def loss():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qzo import QZO, MeZO, QzoError
-from qzo.optim.reach import adam_ratio
+from qzo.optim.guards.reach import adam_ratio
 
 RULES = {
     "plain": {},

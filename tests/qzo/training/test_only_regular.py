@@ -17,7 +17,7 @@ from qzo.commands.main import main
 from qzo.durable import read_tensors, write_tensors
 from qzo.journal.lines import read
 from qzo.training import checkpoints
-from qzo.training.metrics import MOST_MIB, Metrics
+from qzo.training.telemetry.metrics import MOST_MIB, Metrics
 
 KINDS = {"FIFO": os.mkfifo, "socket": hostile.a_socket, "device": hostile.a_link("/dev/zero"), "folder": Path.mkdir}
 READ = {  # file of a run -> commands that read it

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from qzo.training.progress import SILENCE, Progress, lines_of
+from qzo.training.telemetry.progress import SILENCE, Progress, lines_of
 
 
 class Clock:

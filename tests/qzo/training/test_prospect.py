@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from qzo import QZOTrainer, load
-from qzo.training.prospect import FIRST, Prospect
+from qzo.training.telemetry.prospect import FIRST, Prospect
 
 
 def told(steps, lr, d, loss=1.0, clip=math.inf):

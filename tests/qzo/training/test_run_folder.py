@@ -21,8 +21,8 @@ from qzo import QzoError, export, load, scales
 from qzo.checkpoints.identity import base_identity
 from qzo.commands.main import main
 from qzo.durable import read_tensors, write_tensors
-from qzo.training.metrics import Metrics
 from qzo.training.run import read_run
+from qzo.training.telemetry.metrics import Metrics
 
 SMALL = ["--task", "words", "--batch-size", "4", "--lr", "1e-4", "--eval-every", "2"]
 

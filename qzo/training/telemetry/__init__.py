@@ -1,0 +1,1 @@
+"""What a run tells of itself: a bar or lines, its sealed metrics.jsonl, and what its learning rate can reach."""
