@@ -89,22 +89,18 @@ def _words_file(file: Path) -> Mapping[str, str]:
     return words
 
 
-def examples_of(rows: Sequence[Row], labels: Sequence[str], words: tuple[str, ...], asked: str) -> list[Example]:
-    """One example a row: the text, a line that asks for the label, and the label's words.
+def example_of(row: Row, numbers: Mapping[str, int], words: tuple[str, ...], asked: str) -> Example:
+    """Of a row: the text, a line that asks for the label, and the labels' words; `numbers` gives the label's place.
 
     Raises QzoError for an empty text and a label that no training row has.
     """
-    numbers = {label: number for number, label in enumerate(labels)}
-    made = []
-    for row in rows:
-        text, label = row.get("text").strip(), label_of(row)
-        if not text:
-            raise QzoError(f'{row.where}: "text" is empty')
-        if label not in numbers:
-            known = ", ".join(shown(name) for name in labels[:10]) + (", ..." if len(labels) > 10 else "")
-            raise QzoError(f"{row.where}: no training row has the label {shown(label)}; they have {known}")
-        made.append(Example(text, f"\n{asked}:", words, numbers[label]))
-    return made
+    text, label = row.get("text").strip(), label_of(row)
+    if not text:
+        raise QzoError(f'{row.where}: "text" is empty')
+    if label not in numbers:
+        known = ", ".join(map(shown, list(numbers)[:10])) + (", ..." if len(numbers) > 10 else "")
+        raise QzoError(f"{row.where}: no training row has the label {shown(label)}; they have {known}")
+    return Example(text, f"\n{asked}:", words, numbers[label])
 
 
 def asked_by(column: str) -> str:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
-
 from qzo.tasks.own.sequence import Sequence
 
 PIECE = 4000  # characters, about a thousand tokens
 
 
-def pieces(texts: Several[Sequence]) -> list[Sequence]:
-    """The texts, long ones cut at ends of paragraphs or lines into pieces of about 4,000 characters."""
-    return [
-        Sequence(text.where, "", (piece,)) for text in texts for answer in text.answers for piece in _cut(str(answer))
-    ]
+def pieces(text: Sequence) -> list[Sequence]:
+    """The text, a long one cut at ends of paragraphs or lines into pieces of about 4,000 characters."""
+    return [Sequence(text.where, "", (piece,)) for answer in text.answers for piece in _cut(str(answer))]
 
 
 def _cut(text: str) -> list[str]:

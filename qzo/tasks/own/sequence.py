@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,46 +51,41 @@ class Sequence:
         return "".join(letter for letter in text.lower() if letter.isalnum()) or self.where
 
 
-def text_rows(rows: Several[Row]) -> list[Sequence]:
-    """Of rows with text. Raises QzoError."""
-    return [Sequence(row.where, "", (_string(row, "text"),)) for row in rows]
+def text_row(row: Row) -> Sequence:
+    """Of a row with text. Raises QzoError."""
+    return Sequence(row.where, "", (_string(row, "text"),))
 
 
-def completion_rows(rows: Several[Row]) -> list[Sequence]:
-    """Of rows with prompt and completion, both text or both messages. Raises QzoError."""
-    made = []
-    for row in rows:
+def completion_row(row: Row) -> Sequence:
+    """Of a row with prompt and completion, both text or both messages. Raises QzoError."""
+    prompt = _either(row, "prompt")
+    return Sequence(row.where, prompt, (_answer(row, "completion", isinstance(prompt, str)),))
+
+
+def chat_row(row: Row) -> Sequence:
+    """Of a row with messages. Raises QzoError where no turn is the assistant's."""
+    return Sequence(row.where, (), (_spoken(row, "messages"),))
+
+
+def preference_row(row: Row) -> Sequence:
+    """Of a row with chosen and rejected; without a prompt, what both begin with is the prompt. Raises QzoError."""
+    prompt: Text
+    pair: list[Text]
+    if "prompt" in row.fields:
         prompt = _either(row, "prompt")
-        answer = _answer(row, "completion", isinstance(prompt, str))
-        made.append(Sequence(row.where, prompt, (answer,)))
-    return made
-
-
-def chat_rows(rows: Several[Row]) -> list[Sequence]:
-    """Of rows with messages. Raises QzoError where no turn is the assistant's."""
-    return [Sequence(row.where, (), (_spoken(row, "messages"),)) for row in rows]
-
-
-def preference_rows(rows: Several[Row]) -> list[Sequence]:
-    """Of rows with chosen and rejected; without a prompt, what both begin with is the prompt. Raises QzoError."""
-    made = []
-    for row in rows:
-        if "prompt" in row.fields:
-            prompt = _either(row, "prompt")
-            pair = [_answer(row, name, isinstance(prompt, str)) for name in ("chosen", "rejected")]
-        else:
-            both = [_either(row, name) for name in ("chosen", "rejected")]
-            if isinstance(both[0], str) is not isinstance(both[1], str):
-                raise QzoError(f'{row.where}: of "chosen" and "rejected", one is text and one is messages')
-            count = _common(both[0], both[1])
-            prompt, pair = both[0][:count], [text[count:] for text in both]
-        if pair[0] == pair[1]:
-            raise QzoError(f'{row.where}: "chosen" and "rejected" are the same')
-        for name, answer in zip(("chosen", "rejected"), pair, strict=True):
-            if not answer:
-                raise QzoError(f'{row.where}: nothing of "{name}" is left behind what both begin with')
-        made.append(Sequence(row.where, prompt, (pair[0], pair[1])))
-    return made
+        pair = [_answer(row, name, isinstance(prompt, str)) for name in ("chosen", "rejected")]
+    else:
+        both = [_either(row, name) for name in ("chosen", "rejected")]
+        if isinstance(both[0], str) is not isinstance(both[1], str):
+            raise QzoError(f'{row.where}: of "chosen" and "rejected", one is text and one is messages')
+        count = _common(both[0], both[1])
+        prompt, pair = both[0][:count], [text[count:] for text in both]
+    if pair[0] == pair[1]:
+        raise QzoError(f'{row.where}: "chosen" and "rejected" are the same')
+    for name, answer in zip(("chosen", "rejected"), pair, strict=True):
+        if not answer:
+            raise QzoError(f'{row.where}: nothing of "{name}" is left behind what both begin with')
+    return Sequence(row.where, prompt, (pair[0], pair[1]))
 
 
 def _common(one: Text, other: Text) -> int:

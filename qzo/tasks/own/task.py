@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qzo.errors import QzoError
 from qzo.tasks import metrics
 from qzo.tasks.catalog import Task
+from qzo.tasks.example import Example
 from qzo.tasks.own import kinds
-from qzo.tasks.own.classes import asked_by, examples_of, labels_of, read_words
+from qzo.tasks.own.classes import asked_by, example_of, labels_of, read_words
 from qzo.tasks.own.pieces import pieces
-from qzo.tasks.own.sequence import chat_rows, completion_rows, preference_rows, text_rows
+from qzo.tasks.own.sequence import Sequence, chat_row, completion_row, preference_row, text_row
 from qzo.tasks.sampling import Pools, draw
 from qzo.tasks.source.files import Rows, read
 from qzo.tasks.source.row import Row
@@ -21,7 +23,7 @@ from qzo.tasks.source.row import Row
 Sizes = Mapping[str, int | None]
 SIZES: Sizes = {"train": None, "validation": 500, "test": 1000}
 SHARE = 10  # a split that is not given gets one row of so many, at most its size above
-READERS = {kinds.CHAT: chat_rows, kinds.COMPLETION: completion_rows, kinds.PREFERENCE: preference_rows}
+READERS = {kinds.CHAT: chat_row, kinds.COMPLETION: completion_row, kinds.PREFERENCE: preference_row}
 METRICS = {
     kinds.CLASSES: ("accuracy", "macro_f1", "loss"),
     kinds.COMPLETION: ("loss", "exact_match", "f1"),
@@ -73,12 +75,14 @@ class SequenceTask:
         name: of the file or folder.
         kind: what was recognised.
         metric: tells the best state; "loss", the lower.
+        read: a row -> its sequences. Raises QzoError.
     """
 
     name: str
     kind: kinds.Kind
     metric: str
-    pools: Any = field(repr=False)
+    read: Callable[[Row], list[Sequence]] = field(repr=False)
+    pools: Any = field(default=None, repr=False)
     words = ()
     written = ("exact_match", "f1")  # metrics of answers that the model writes
 
@@ -129,28 +133,40 @@ def from_data(
     Raises:
         QzoError: with file and line or row, for what is missing, damaged, of another encoding or kind.
     """
-    columns, sizes = columns or {}, sizes or {}
+    columns = columns or {}
     rows = _rows({"train": data, "validation": validation, "test": test}, columns)
+    return task_of(rows, Path(data).name, columns, label_words, metric, sizes)
+
+
+def task_of(
+    rows: Rows,
+    name: str,
+    columns: Mapping[str, str] | None = None,
+    label_words: str | None = None,
+    metric: str | None = None,
+    sizes: Sizes | None = None,
+) -> LabelTask | SequenceTask:
+    """A task of rows by split, with their fields under the names known here; what it is, "train" tells.
+
+    For the arguments, and what it raises, see `from_data`.
+    """
     kind = kinds.kind_of(rows["train"])
     chosen = metric or METRICS[kind][0]
     if chosen not in METRICS[kind]:
         raise QzoError(f'metric "{metric}" is not measured on {kind.text}; choose {", ".join(METRICS[kind])}')
     if label_words is not None and kind is not kinds.CLASSES:
-        raise QzoError(f"label words are for texts with labels, and {data} holds {kind.text}")
-    name = Path(data).name
-    if kind is not kinds.CLASSES:
-        return SequenceTask(name, kind, chosen, _Splits(sizes, _sequences(rows, kind)))
-    labels = labels_of(rows["train"])
-    words = read_words(label_words, labels)
-    asked = asked_by(columns.get("label", "label"))
-    source = {split: examples_of(of_split, labels, words, asked) for split, of_split in rows.items()}
-    return LabelTask(
-        name, chosen, _no_reader, words, metrics.of_classes(labels), pools=_Splits(sizes, source), kind=kind
-    )
-
-
-def _no_reader(row: Row) -> list[Any]:
-    raise AssertionError("rows are examples already")
+        raise QzoError(f"label words are for texts with labels, and {name} holds {kind.text}")
+    task: LabelTask | SequenceTask
+    if kind is kinds.CLASSES:
+        labels = labels_of(rows["train"])
+        words = read_words(label_words, labels)
+        numbers = {label: number for number, label in enumerate(labels)}
+        read = partial(_examples, numbers, words, asked_by((columns or {}).get("label", "label")))
+        task = LabelTask(name, chosen, read, words, metrics.of_classes(labels))
+    else:
+        task = SequenceTask(name, kind, chosen, partial(_sequences, kind))
+    source: Any = {split: [example for row in found for example in task.read(row)] for split, found in rows.items()}
+    return replace(task, pools=_Splits(sizes or {}, source))
 
 
 def _rows(places: Mapping[str, str | None], columns: Mapping[str, str]) -> Rows:
@@ -162,8 +178,9 @@ def _rows(places: Mapping[str, str | None], columns: Mapping[str, str]) -> Rows:
     return {split: kinds.renamed(of_split, columns) for split, of_split in rows.items()}
 
 
-def _sequences(rows: Rows, kind: kinds.Kind) -> Pools:
-    if kind is kinds.TEXT:
-        made = {split: text_rows(of_split) for split, of_split in rows.items()}
-        return {split: pieces(texts) for split, texts in made.items()}  # type: ignore[misc]
-    return {split: READERS[kind](of_split) for split, of_split in rows.items()}  # type: ignore[misc]
+def _examples(numbers: Mapping[str, int], words: tuple[str, ...], asked: str, row: Row) -> list[Example]:
+    return [example_of(row, numbers, words, asked)]
+
+
+def _sequences(kind: kinds.Kind, row: Row) -> list[Sequence]:
+    return pieces(text_row(row)) if kind is kinds.TEXT else [READERS[kind](row)]

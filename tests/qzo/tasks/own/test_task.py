@@ -13,7 +13,7 @@ from qzo.models.loss import IGNORED
 from qzo.tasks.own.classes import asked_by, label_of, labels_of
 from qzo.tasks.own.kinds import parse_columns
 from qzo.tasks.own.scoring import sequence_loss, token_losses
-from qzo.tasks.own.sequence import preference_rows
+from qzo.tasks.own.sequence import preference_row
 from qzo.tasks.source.row import Row
 
 KINDS = ("classes", "completion", "chat", "preference", "text")
@@ -141,8 +141,7 @@ def test_messages_may_be_prompt_and_completion_and_only_the_latter_is_learnt(tmp
 
 
 def test_a_prompt_that_stands_in_both_answers_is_found():
-    rows = [Row("here", {"chosen": "Q: hue?\nA: blue sky", "rejected": "Q: hue?\nA: bluish"})]
-    (pair,) = preference_rows(rows)
+    pair = preference_row(Row("here", {"chosen": "Q: hue?\nA: blue sky", "rejected": "Q: hue?\nA: bluish"}))
     assert pair.prompt == "Q: hue?\nA:" and pair.answers == (" blue sky", " bluish")
 
 
