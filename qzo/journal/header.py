@@ -136,12 +136,26 @@ def check_same(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
             f"{own.get('source')} has {own['base'][:12]}: the codes are the same, other tensors are not; give "
             "the model it was begun on"
         )
-    for key in ("optimizer", "seed", "estimator", "offsets"):
+    for key in ("optimizer", "seed", "estimator"):
         if saved[key] != own[key]:
             raise QzoError(f"{path} was begun with {key}={saved[key]}, not {own[key]}")
+    _check_offsets(path, saved["offsets"], own["offsets"])
     fixed = [[_fixed(group) for group in header["groups"]] for header in (saved, own)]
     if fixed[0] != fixed[1]:
         raise QzoError(f"{path} was begun with other parameter groups or options; give the optimizer the same")
+
+
+def _check_offsets(path: Path, saved: list[str], own: list[str]) -> None:
+    """Raise QzoError where other offsets followed their scales in a journal's run than do here."""
+    if saved == own:
+        return
+    remedy = "what it was begun with"
+    if not saved or not own:
+        remedy = "qzo.scales(model)" if saved else "qzo.trainable(model, follow=False)"
+    raise QzoError(
+        f"{path} is of a run in which {len(saved)} offsets (GGUF Q4_1, Q5_1, torchao int4) followed their scales, and "
+        f"{len(own)} do here; make the optimizer of {remedy}"
+    )
 
 
 def rebuild(model: nn.Module, header: dict[str, Any]) -> SpsaOptimizer:
@@ -162,7 +176,9 @@ def rebuild(model: nn.Module, header: dict[str, Any]) -> SpsaOptimizer:
                 f"the journal moves an offset with {alone[0]}, which has none in this model; give the one it was begun "
                 "with"
             )
-        groups.append({**group, **({"offsets": {name: followers[name] for name in following}} if following else {})})
+        if header["optimizer"] == QZO.__name__:  # no others, whatever the tensors are bound to
+            group["offsets"] = {name: followers[name] for name in following}
+        groups.append(group)
     estimator = dict(header["estimator"])
     try:
         measured = {"estimator": estimator.pop("sides"), **estimator}

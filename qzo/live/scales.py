@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.formats.layer import Quantized
+from qzo.optim.offsets import bind
 
 COMPONENT = {"qweight": "codes", "qzeros": "zero_points", "blocks": "codes"}  # other buffers are called what they are
 COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
@@ -16,9 +17,12 @@ COMPONENTS = ("codes", "scales", "zero_points", "g_idx", "codebooks")
 def scales(model: nn.Module, layers: tuple[int, int] | None = None, vocabulary: bool = False) -> dict[str, Tensor]:
     """Name -> scale tensor of every quantized linear layer; the next forward sees what is written into one in place.
 
-    This is what `qzo train` and `QZOTrainer` train. The scales of a quantized vocabulary (embedding, and head where the
-    two share a table) are left out: those of 8-bit codes are 17 times smaller than those of 4-bit ones, and no one eps
-    and lr suit both.
+    This is what `qzo train` and `QZOTrainer` train. In formats with offsets (w = q s + m: GGUF Q4_1 and Q5_1, torchao
+    int4) each of these tensors knows its own, and `qzo.QZO` moves it along by the same relative amount, whether it is
+    given this dict, some of the tensors or a list; `qzo.trainable(model, follow=False)` leaves them still.
+
+    The scales of a quantized vocabulary (embedding, and head where the two share a table) are left out: those of 8-bit
+    codes are 17 times smaller than those of 4-bit ones, and no one eps and lr suit both.
 
     Args:
         model: with quantized layers.
@@ -39,10 +43,10 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None, vocabulary: 
     if not every:
         names = sorted({layer.type_name for layer in quantized.values()})
         raise QzoError(f"the scales of {', '.join(names)} are quantized themselves; take a Q4_0, Q4_1 or Q8_0 file")
-    found: dict[str, Tensor] = {
-        f"{path}.scales" if path else "scales": layer.scales
+    found = {
+        f"{path}.scales" if path else "scales": scale
         for path, layer in every.items()
-        if layer.scales is not None and (vocabulary or not layer.is_table)
+        if (vocabulary or not layer.is_table) and (scale := bound_scales(layer)) is not None
     }
     if not found:
         raise QzoError(
@@ -50,6 +54,14 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None, vocabulary: 
             "qzo.scales(model, vocabulary=True); or take a Q4_0, Q4_1 or Q8_0 file"
         )
     return found if layers is None else in_layers(found, *layers, paths=[name for name, _ in model.named_modules()])
+
+
+def bound_scales(layer: Quantized) -> Tensor | None:
+    """The live scales of a layer, bound to the offsets beside them, where it has some."""
+    scale, offset = layer.scales, getattr(layer, "offsets", None)
+    if scale is not None and isinstance(offset, Tensor):
+        bind(scale, offset)
+    return scale
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Quantized]:

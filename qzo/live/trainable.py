@@ -14,15 +14,16 @@ PARTS = ("scales", "offsets", "vocabulary", "codebooks", "unquantized")
 CALLED = {"vocabulary": "quantized vocabulary", "codebooks": "codebook", "unquantized": "unquantized parameter"}
 
 
-def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
+def trainable(model: nn.Module, what: str = "scales", follow: bool = True) -> list[dict[str, Any]]:
     """Parameter groups of a quantized model for `qzo.QZO`.
 
-        "scales"               Δ of every quantized linear layer, `qzo.scales(model)`
-        "scales+offsets"       the same, and in offset formats (w = q s + m, layers with a tensor `offsets` beside
-                               `scales`) each offset follows its scale by the same relative amount, one z a scale: the
-                               paper's Δ ⊙ W_int, see `qzo.optim.offsets`. With "scales" alone such an offset stays
-                               where it is, which is another perturbation. Integer zero points always move with their
-                               scale, so for GPTQ layers, symmetric or not, both sets are the same.
+        "scales"               Δ of every quantized linear layer, `qzo.scales(model)`. In offset formats (w = q s + m,
+                               layers with a tensor `offsets` beside `scales`) each offset follows its scale by the same
+                               relative amount, one z a scale: the paper's Δ ⊙ W_int, see `qzo.optim.offsets`. With
+                               `follow=False` it stays where it is, which is another perturbation, and a rougher one:
+                               each weight then moves in proportion to its distance from the offset. Integer zero points
+                               always move with their scale, so for GPTQ layers it is all the same.
+        "scales+offsets"       the same under its old name, from when offsets had to be asked for.
         "scales+vocabulary"    also the scales of a quantized vocabulary, in a group of their own: give it an eps that
                                suits them, or train all by relative amounts.
         "scales+codebooks"     also the codebooks of AQLM layers by plain SPSA, without max(., 0): 65,536 entries of 8
@@ -38,13 +39,14 @@ def trainable(model: nn.Module, what: str = "scales") -> list[dict[str, Any]]:
     their own before they are given to QZO: `groups[-1]["lr"] = 1e-7`. QZO keeps fp32 masters of all it trains: 4 bytes
     a number, for an embedding table too. Adapters are left out.
 
-    Raises QzoError for an unknown set and for a model without quantized layers.
+    Raises QzoError for an unknown set, offsets asked for with follow=False, and a model without quantized layers.
     """
     parts = what.split("+")
     if "scales" not in parts or not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
         sets = ", ".join(f'"scales+{part}"' for part in PARTS[1:])
         raise QzoError(f'what="{what}" is not known; choose "scales", {sets}')
-    follow = "offsets" in parts
+    if "offsets" in parts and not follow:
+        raise QzoError(f'what="{what}" moves the offsets, follow=False does not; choose one')
     groups = [scale_group(model, scales(model), follow)]
     if "vocabulary" in parts:
         groups.append(scale_group(model, _of_vocabulary(model), follow))
@@ -65,13 +67,13 @@ def _of_vocabulary(model: nn.Module) -> dict[str, Tensor]:
 def scale_group(model: nn.Module, named: dict[str, Tensor], follow: bool = True) -> dict[str, Any]:
     """Parameter group of some of a model's scales: name -> live scale, as from `qzo.scales`.
 
-    With `follow`, the offsets beside these scales move with them, as in "scales+offsets" of `trainable`.
+    With `follow`, the offsets beside these scales move with them, see `trainable`; without, they stay.
     """
     group: dict[str, Any] = {"params": named}
     if has_signed_scales(model):
         group["nonnegative"] = False
-    if follow:
-        group["offsets"] = {name: offset for name, offset in offsets(model).items() if name in named}
+    beside = offsets(model) if follow else {}
+    group["offsets"] = {name: offset for name, offset in beside.items() if name in named}
     return group
 
 

@@ -29,7 +29,7 @@ class Inspection:
         trainable: set of `qzo.trainable` -> how many numbers it trains; empty for foreign formats.
         reason: why QZO cannot train it here; None where it can.
         finite: False where the reason is a number in the files that is NaN or infinite; not in the record.
-        moving: what the set "scales+offsets" moves beside scales, in words for people; not in the record.
+        moving: what moves along with scales, counted in "scales+offsets", in words for people; not in the record.
     """
 
     model: str

@@ -12,6 +12,10 @@ does its offset, and both come back together.
 
 Integer zero points need none of this: w = (q - zero) s, as in GPTQ checkpoints and QuantLinear, moves as a whole when s
 does.
+
+`qzo.scales` binds each live scale to its offset, on the tensor itself: however it reaches the optimizer (in a dict, a
+list, some of them, a parameter group), the offset follows. A group that names its "offsets" has those and no others, {}
+none.
 """
 
 from __future__ import annotations
@@ -25,19 +29,31 @@ from qzo.errors import QzoError
 from qzo.optim.groups import check_tensor
 
 OFFSET_STATE = ("scale_start", "offset_start")
+BOUND = "qzo_offset"  # attribute of a live scale
 
 
-def take_offsets(offsets: dict[str, Tensor], group: dict[str, Any]) -> dict[Tensor, Tensor]:
-    """Scale -> its live offset, for the named scales of a parameter group. Raises QzoError where one does not fit."""
-    scales = dict(zip(group.get("param_names", ()), group["params"], strict=False))
-    for name, offset in offsets.items():
+def bind(scale: Tensor, offset: Tensor) -> None:
+    """Let an offset follow this very tensor in every `qzo.QZO` that is given it and no offsets by name."""
+    setattr(scale, BOUND, offset)
+
+
+def take_offsets(named: dict[str, Tensor] | None, group: dict[str, Any]) -> dict[Tensor, Tensor]:
+    """Scale -> its live offset: of the named scales of a parameter group or, with None, what its tensors are bound to.
+
+    Raises QzoError where one does not fit.
+    """
+    names = group.get("param_names") or [str(number) for number in range(len(group["params"]))]
+    scales = dict(zip(names, group["params"], strict=True))
+    if named is None:
+        named = {name: getattr(scale, BOUND) for name, scale in scales.items() if hasattr(scale, BOUND)}
+    for name, offset in named.items():
         if name not in scales:
             raise QzoError(f'offsets["{name}"] belongs to no scale of that name in the same parameter group')
         check_tensor((f'offsets["{name}"]', offset))
         if offset.shape != scales[name].shape:
             found, wanted = tuple(offset.shape), tuple(scales[name].shape)
             raise QzoError(f'offsets["{name}"] has shape {found}, its scale {wanted}; they must be the same')
-    return {scales[name]: offset for name, offset in offsets.items()}
+    return {scales[name]: offset for name, offset in named.items()}
 
 
 def start(scale: Tensor, offset: Tensor) -> dict[str, Tensor]:

@@ -35,8 +35,9 @@ class QZO(SpsaOptimizer):
 
     Args:
         scales: `qzo.scales(model)`, `qzo.trainable(model, ...)`, or tensors, (name, tensor) pairs, parameter groups. A
-            tensor named twice is trained once. Tensors change in place. A group with named scales may hold "offsets",
-            name -> tensor, which follow them, see `qzo.optim.offsets`.
+            tensor named twice is trained once. Tensors change in place. Offsets of formats that have them (GGUF Q4_1,
+            Q5_1, torchao int4) follow their scales, see `qzo.optim.offsets`; a group with "offsets", name -> tensor,
+            has those and no others: {} leaves all of them where they are.
         lr: η. Groups may have their own `lr`, `eps`, `clip_threshold`, and all options below down to `adam_eps`; any
             torch.optim.lr_scheduler works.
         eps: ε, step of the finite difference; larger than the scales themselves it is refused at the first step.
@@ -104,12 +105,12 @@ class QZO(SpsaOptimizer):
         rules.check_rule({**self.defaults, **group})
         super().add_param_group(group)
         try:
-            self._take_over(self.param_groups[-1], param_group.get("offsets") or {})
+            self._take_over(self.param_groups[-1], param_group.get("offsets"))
         except BaseException:
             self.param_groups.pop()
             raise
 
-    def _take_over(self, group: Group, following: dict[str, Tensor]) -> None:
+    def _take_over(self, group: Group, following: dict[str, Tensor] | None) -> None:
         pairs = offsets.take_offsets(following, group)
         if group["nonnegative"] is None:
             group["nonnegative"] = not any(has_negative(tensor) for tensor in group["params"])
@@ -306,5 +307,16 @@ def _saved_states(state_dict: dict[str, Any], owned: list[dict[str, Any]]) -> li
             raise QzoError(f"scale {number} has shape {tuple(shape)} in the state dict, {tuple(wanted)} in the model")
         for key in offsets.OFFSET_STATE:
             if (key in values) != (key in state):
-                raise QzoError(f"scale {number} is saved {'with' if key in values else 'without'} an offset")
+                raise QzoError(_unlike_offsets(number, key in values))
     return saved
+
+
+def _unlike_offsets(number: int, is_saved: bool) -> str:
+    if is_saved:
+        return (
+            f"scale {number} is saved with an offset that follows it, and none does here; make QZO of qzo.scales(model)"
+        )
+    return (
+        f"scale {number} is saved without an offset, and one follows it here; make QZO of "
+        "qzo.trainable(model, follow=False), as the state's was"
+    )

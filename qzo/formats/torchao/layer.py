@@ -134,7 +134,7 @@ class AoInt4Linear(_AoLinear):
 
     Buffers: codes in one of the three orders of `qzo.formats.torchao.codes`; scales and offsets [K / g, N] in one
     floating dtype, of "tiles" with padding. Where the library keeps both in one tensor, they are copies of its parts.
-    An offset is no multiple of a scale: to move a weight as a whole, train "scales+offsets", see `qzo.optim.offsets`.
+    An offset is no multiple of a scale: for a weight to move as a whole it follows, see `qzo.optim.offsets`.
     """
 
     offsets: Tensor

@@ -97,3 +97,26 @@ def test_a_journal_of_offsets_is_refused_by_a_model_without(tmp_path):
     Journal(tmp_path / "j", with_offsets, QZO(trainable(with_offsets, "scales+offsets"))).close()
     with pytest.raises(QzoError, match=r"moves an offset with first\.scales, which has none in this model"):
         replay(Tiny(torch.float16), tmp_path / "j")
+
+
+def test_a_run_whose_offsets_stayed_is_rebuilt_so_and_goes_on_only_so(tmp_path):
+    """As runs of one's own were, before offsets followed by default; and the other way round."""
+    for follow, other, remedy in (
+        (False, lambda model: scales(model), r"qzo\.trainable\(model, follow=False\)"),
+        (True, lambda model: trainable(model, follow=False), r"qzo\.scales\(model\)"),
+    ):
+        path, model = tmp_path / f"{follow}.journal", Tiny(torch.float16, offset=True)
+        before = model.first.offsets.clone()
+        optimizer = QZO(trainable(model, follow=follow), lr=1e-3)
+        with Journal(path, model, optimizer) as journal:
+            optimizer.step(model.loss)
+            journal.record()
+        again = Tiny(torch.float16, offset=True)
+        scales(again)  # binds them
+        replay(again, path)
+        assert torch.equal(again.first.scales, model.first.scales)
+        assert torch.equal(again.first.offsets, model.first.offsets)
+        assert torch.equal(again.first.offsets, before) != follow
+        fresh = Tiny(torch.float16, offset=True)
+        with pytest.raises(QzoError, match=f"make the optimizer of {remedy}"):
+            Journal(path, fresh, QZO(other(fresh)))

@@ -88,8 +88,63 @@ def test_offset_format_and_zero_points_train_alike():
     torch.testing.assert_close(scales(plain), scales(offset), rtol=1e-3, atol=1e-5)
     alone = Tiny(offset=True)
     still = alone.first.offsets.clone()
-    QZO(trainable(alone), lr=1e-4).step(alone.loss)
+    QZO(trainable(alone, follow=False), lr=1e-4).step(alone.loss)
     assert torch.equal(alone.first.offsets, still)
+
+
+WAYS = {
+    "as the README does": scales,
+    "pairs": lambda model: scales(model).items(),
+    "without names": lambda model: list(scales(model).values()),
+    "some of them": lambda model: {name: scale for name, scale in scales(model).items() if "first" in name},
+    "of a group": lambda model: [{"params": list(scales(model).values()), "lr": 1e-4}],
+    "a set": trainable,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_offsets_follow_however_the_scales_are_given(way):
+    model, wanted = Tiny(offset=True), Tiny(offset=True)
+    optimizers = [QZO(WAYS[way](model), lr=1e-4), QZO(trainable(wanted, "scales+offsets"), lr=1e-4)]
+    optimizers[1].step(wanted.loss)
+    optimizers[0].step(model.loss)
+    assert not torch.equal(model.first.offsets, Tiny(offset=True).first.offsets)
+    torch.testing.assert_close(
+        model.first.offsets / model.first.scales, Tiny(offset=True).first.offsets / Tiny(offset=True).first.scales
+    )
+    if way != "some of them":
+        assert torch.equal(model.first.offsets, wanted.first.offsets)
+        assert torch.equal(model.second.offsets, wanted.second.offsets)
+
+
+def test_offsets_that_a_group_names_are_all_of_it_and_none_can_be():
+    model = Tiny(offset=True)
+    own = scales(model)
+    assert not QZO([{"params": own, "offsets": {}}])._offsets and len(QZO(own)._offsets) == 2
+    one = QZO([{"params": own, "offsets": {"first.scales": model.first.offsets}}])
+    assert list(one._offsets.values()) == [model.first.offsets]
+    assert not QZO(scales(Tiny()))._offsets
+    with pytest.raises(QzoError, match=r"follow=False does not; choose one"):
+        trainable(model, "scales+offsets", follow=False)
+
+
+def test_the_copy_of_a_model_moves_its_own_offsets():
+    model = Tiny(offset=True)
+    scales(model)
+    twin = copy.deepcopy(model)
+    before = model.first.offsets.clone()
+    QZO(list(scales(twin).values()), lr=1e-3).step(twin.loss)
+    assert torch.equal(model.first.offsets, before) and not torch.equal(twin.first.offsets, before)
+    twin.load_state_dict({name: tensor.clone() for name, tensor in twin.state_dict().items()}, assign=True)
+    assert QZO(scales(twin))._offsets[twin.first.scales] is twin.first.offsets
+
+
+def test_a_state_from_when_offsets_stayed_names_what_goes_on_with_it():
+    model = Tiny(offset=True)
+    old = QZO(trainable(model, follow=False)).state_dict()
+    with pytest.raises(QzoError, match=r"without an offset, .* qzo\.trainable\(model, follow=False\)"):
+        QZO(scales(model)).load_state_dict(old)
+    QZO(trainable(model, follow=False)).load_state_dict(old)
 
 
 def test_resume_and_copies_keep_what_offsets_start_from(tmp_path):
@@ -105,7 +160,7 @@ def test_resume_and_copies_keep_what_offsets_start_from(tmp_path):
     other.step(twin.loss)
     assert torch.equal(twin.second.offsets, model.second.offsets)
     with pytest.raises(QzoError, match="saved with an offset"):
-        QZO(trainable(twin)).load_state_dict(torch.load(tmp_path / "state.pt"))
+        QZO(trainable(twin, follow=False)).load_state_dict(torch.load(tmp_path / "state.pt"))
     copied = copy.deepcopy(other)
     assert len(copied._offsets) == 2 and all(t in copied.state for t in copied._offsets)
 

@@ -198,7 +198,8 @@ def test_scales_and_offsets_in_one_tensor_of_a_file_are_written_back(tmp_path, t
     config.quantization_config = {"quant_method": "torchao", "quant_type": {"default": {}}}
     config.to_json_file(tmp_path / "plain" / "config.json")
     model = qzo.load(tmp_path / "plain", torch.float32)
-    optimizer = qzo.QZO(qzo.trainable(model, tuned), lr=0.1, relative=True, clip_threshold=None)
+    sets = qzo.trainable(model, follow=tuned == "scales+offsets")
+    optimizer = qzo.QZO(sets, lr=0.1, relative=True, clip_threshold=None)
     ids = torch.randint(5, 96, (2, 12))
     optimizer.step(lambda: model(ids, labels=ids).loss)
     parts = {
