@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from qzo.training.own import OwnData
 
 SPLITS = ("train", "validation", "test")
-OF_OWN = ("validation", "test", "columns", "label_words", "metric", *(f"{split}_samples" for split in SPLITS))
+REWARD = ("temperature", "max_new_tokens", "generations", "keep_weights")
+SAMPLES = tuple(f"{split}_samples" for split in SPLITS)
+OF_OWN = ("validation", "test", "columns", "label_words", "metric", *SAMPLES, "reward", *REWARD)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +31,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--test", metavar="PLACE", help="its test rows; default: a tenth where validation is drawn too")
     group.add_argument("--columns", metavar="FIELD=COLUMN,...", help="columns of other names: prompt=question")
     group.add_argument("--label-words", metavar="FILE", help="what the model is to say for each label, JSON or TSV")
-    group.add_argument("--metric", help="tells the best state: accuracy, macro_f1, loss, exact_match, f1")
+    group.add_argument("--metric", help="tells the best state: accuracy, macro_f1, loss, exact_match, f1, reward")
     for split in SPLITS:
         group.add_argument(f"--{split}-samples", type=int, metavar="N", help=f"{split} rows at most")
+    group = parser.add_argument_group("a reward: what the model answers to the field prompt, scored by a function")
+    group.add_argument(
+        "--reward",
+        metavar="MODULE:FUNCTION",
+        help="a .py file or module, and its function of prompts, completions and further columns that returns numbers, "
+        "as TRL's reward functions do; the mean is raised",
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="of the answers (default 1); 0, the likeliest")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer, at most (default 64)")
+    group.add_argument("--generations", type=int, metavar="N", help="answers to each prompt (default 1)")
+    group.add_argument(
+        "--keep-weights",
+        action="store_true",
+        default=None,
+        help="rebuild packed weights once an answer, not once a token: faster, and the memory of a dense model",
+    )
 
 
 def own_data(options: argparse.Namespace) -> OwnData | None:
@@ -58,7 +76,20 @@ def own_data(options: argparse.Namespace) -> OwnData | None:
         options.label_words,
         options.metric,
         sizes,
+        _reward(options),
     )
+
+
+def _reward(options: argparse.Namespace) -> Any:
+    """The reward that was asked for, its function found; None without. Raises QzoError."""
+    asked = {name: getattr(options, name) for name in REWARD if getattr(options, name) is not None}
+    if options.reward is None:
+        if asked:
+            raise QzoError(f"--{next(iter(asked)).replace('_', '-')} is for --reward MODULE:FUNCTION; leave it out")
+        return None
+    from qzo.tasks.own.reward import Reward
+
+    return Reward(options.reward, **asked)
 
 
 def device(name: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,22 @@ from qzo.kernels.instructions import has_bf16
 
 CHUNK_ELEMENTS = 2**22  # weights that are rebuilt at a time
 Rebuild = Callable[..., Tensor]
+_kept: dict[Any, Tensor] | None = None  # chunks, within `kept_weights`
+
+
+@contextmanager
+def kept_weights() -> Iterator[None]:
+    """Within, a chunk that was rebuilt is kept, and used by every product that needs it again; to the bit the same.
+
+    For several passes through weights that nobody changes meanwhile, as when a model writes: each of its tokens would
+    rebuild all of them. Extra memory: the dense weights of all layers that rebuild theirs. Not for several threads.
+    """
+    global _kept
+    before, _kept = _kept, {}
+    try:
+        yield
+    finally:
+        _kept = before
 
 
 def chunked_linear(x: Tensor, rebuild: Rebuild, shape: tuple[int, int], *tensors: Tensor) -> Tensor:
@@ -39,13 +56,23 @@ def _product(x: Tensor, rebuild: Rebuild, shape: tuple[int, int], *tensors: Tens
     y = x.new_empty(*x.shape[:-1], shape[0])
     columns = y.view(-1, shape[0])
     for start, stop in _walked(shape, x):
-        weight = rebuild(start, stop, dtype, *tensors)
+        weight = _weight(rebuild, start, stop, dtype, *tensors)
         if dtype == x.dtype:
             torch.mm(flat, weight.t(), out=columns[:, start:stop])
         else:
             columns[:, start:stop].copy_(flat @ weight.t())
         del weight  # before the next chunk is born
     return y
+
+
+def _weight(rebuild: Rebuild, start: int, stop: int, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+    """A chunk, rebuilt or from the last time; `rebuild` is a bound method, so it tells whose chunk it is."""
+    if _kept is None:
+        return rebuild(start, stop, dtype, *tensors)
+    key = rebuild, start, stop, dtype
+    if key not in _kept:
+        _kept[key] = rebuild(start, stop, dtype, *tensors)
+    return _kept[key]
 
 
 def chunk_bounds(n_rows: int, n_columns: int) -> list[tuple[int, int]]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from qzo.errors import QzoError
 
 DISTRIBUTIONS = ("gaussian", "rademacher")  # of z
-SIDES = ("two-sided", "one-sided")
-Losses = tuple[float, float]  # of one direction: at θ + eps z, and at θ - eps z or θ
+SIDES = ("two-sided", "one-sided", "population")
+Losses = tuple[float, float]  # of one direction: at θ + eps z, and at θ - eps z, at θ, or the mean of the others'
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Estimator:
 
         two-sided  d_j = (L(θ + eps z_j) - L(θ - eps z_j)) / (2 eps)      2n evaluations, Eq. 5 for n = 1
         one-sided  d_j = (L(θ + eps z_j) - L(θ)) / eps                    n + 1 evaluations
+        population d_j = (L(θ + eps z_j) - mean_i≠j L(θ + eps z_i)) / eps n evaluations
         d'_j = clamp(d_j, -C, C)                                          Eq. 6
         d'_j = d'_j / std(L(θ + eps z_1), ..., L(θ + eps z_n))            with `normalize`
 
@@ -27,6 +28,10 @@ class Estimator:
     then moves each number by about lr / (eps sqrt(n)), whatever the loss, so lr is to be chosen anew. The perturbed
     models are evaluated one after the other, not in one batch: each has scales of its own. Where all losses are the
     same to the bit, d' = 0.
+
+    Population, normalized, is an evolution strategy with scores standardized over its population (Salimans et al.,
+    arXiv 1703.03864; the mean of the others is RLOO's baseline). What a loss owes to chance, as one of sampled texts
+    does, counts once for each direction; against one common evaluation it counts twice.
 
     Raises QzoError for values out of range and options that do not fit together.
     """
@@ -43,19 +48,26 @@ class Estimator:
             raise QzoError(f'distribution="{self.distribution}" is not known; choose "gaussian" or "rademacher"')
         if self.sides not in SIDES:
             raise QzoError(f'estimator="{self.sides}" is not known; choose "two-sided" or "one-sided"')
-        if self.normalize and (self.sides != "one-sided" or self.directions < 2):
-            raise QzoError('normalize=True needs estimator="one-sided" and directions >= 2, for a spread of losses')
+        if self.sides == "population" and self.directions < 2:
+            raise QzoError('estimator="population" compares directions with one another and needs directions >= 2')
+        if self.normalize and (self.sides == "two-sided" or self.directions < 2):
+            raise QzoError(
+                'normalize=True needs estimator="one-sided" or "population" and directions >= 2, for a spread of losses'
+            )
 
     def measure(self, loss_at: Callable[[int, int], float]) -> list[Losses]:
         """Losses of each direction; `loss_at(direction, sign)` evaluates at θ + sign * eps * z, θ itself for 0."""
         if self.sides == "one-sided":
             base = loss_at(0, 0)
             return [(loss_at(direction, 1), base) for direction in range(self.directions)]
+        if self.sides == "population":
+            found = [loss_at(direction, 1) for direction in range(self.directions)]
+            return [(loss, _mean_of_others(found, number)) for number, loss in enumerate(found)]
         return [(loss_at(direction, 1), loss_at(direction, -1)) for direction in range(self.directions)]
 
     def derivatives(self, losses: list[Losses], eps: float) -> tuple[float, ...]:
         """d of each direction, neither clipped nor normalized."""
-        distance = eps if self.sides == "one-sided" else 2 * eps
+        distance = 2 * eps if self.sides == "two-sided" else eps
         return tuple((plus - minus) / distance for plus, minus in losses)
 
     def applied(self, raw: tuple[float, ...], losses: list[Losses], bound: float) -> tuple[float, ...]:
@@ -70,7 +82,15 @@ class Estimator:
         """The loss of the step: at θ where it was evaluated, else the mean of all evaluations."""
         if self.sides == "one-sided":
             return losses[0][1]
+        if self.sides == "population":
+            return sum(plus for plus, _ in losses) / len(losses)
         return sum(plus + minus for plus, minus in losses) / (2 * len(losses))
+
+
+def _mean_of_others(losses: list[float], number: int) -> float:
+    """Of all losses but one; where all are the same to the bit, so is it."""
+    others = losses[:number] + losses[number + 1 :]
+    return others[0] if len(set(others)) == 1 else sum(others) / len(others)
 
 
 def all_finite(losses: list[Losses]) -> bool:

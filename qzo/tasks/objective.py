@@ -11,7 +11,9 @@ from qzo.errors import QzoError
 from qzo.tasks.catalog import Task
 from qzo.tasks.encoding import Batch, Encoder
 from qzo.tasks.evaluation import Watch, evaluate
+from qzo.tasks.own.completions import RewardObjective
 from qzo.tasks.own.encoding import Row, SequenceEncoder
+from qzo.tasks.own.reward import RewardTask
 from qzo.tasks.own.scoring import evaluate_sequences, sequence_loss
 from qzo.tasks.own.task import SequenceTask
 from qzo.tasks.scoring import loss
@@ -113,11 +115,11 @@ class SequenceObjective:
         return told
 
 
-Objective = LabelObjective | SequenceObjective
+Objective = LabelObjective | SequenceObjective | RewardObjective
 
 
 def objective(
-    task: Task | SequenceTask, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    task: Task | SequenceTask | RewardTask, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> Objective:
     """What to train and score a model by.
 
@@ -126,6 +128,8 @@ def objective(
         tokenizer: a transformers tokenizer.
         max_length: tokens a row may have; None, any number.
     """
+    if isinstance(task, RewardTask):
+        return RewardObjective(task, tokenizer, max_length)
     if isinstance(task, SequenceTask):
         return SequenceObjective(task, tokenizer, max_length)
     return LabelObjective(task, tokenizer, max_length)

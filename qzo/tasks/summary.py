@@ -8,6 +8,8 @@ from statistics import median
 from typing import Any
 
 from qzo.tasks.objective import Objective
+from qzo.tasks.own.completions import RewardObjective
+from qzo.tasks.own.reward import RewardTask
 from qzo.tasks.own.task import LabelTask, SequenceTask
 
 Splits = Mapping[str, Sequence[Any]]
@@ -15,7 +17,9 @@ SHOWN = 400  # characters of the example
 MOST_SHARES = 12  # labels whose shares are told one by one
 
 
-def summary(task: LabelTask | SequenceTask, splits: Splits, objective: Objective, rows: Splits) -> list[str]:
+def summary(
+    task: LabelTask | SequenceTask | RewardTask, splits: Splits, objective: Objective, rows: Splits
+) -> list[str]:
     """Lines: the kind, rows and lengths of each split, shares of the labels, and one example as the model sees it."""
     lines = [f"data: {task.name}, {task.kind.text}; metric {task.metric}"]
     for split, found in rows.items():
@@ -26,6 +30,8 @@ def summary(task: LabelTask | SequenceTask, splits: Splits, objective: Objective
         )
     if isinstance(task, LabelTask):
         lines.append(f"labels: {_shares(task, splits['train'])}")
+    if isinstance(task, RewardTask):
+        lines.append(f"reward: {task.reward.told()}")
     lines.append(f"an example: {_example(objective, rows['train'][0])}")
     return lines
 
@@ -39,7 +45,9 @@ def _shares(task: LabelTask, examples: Sequence[Any]) -> str:
 
 def _example(objective: Any, row: Any) -> str:
     """What the model reads, with what it is to learn in brackets; the middle of a long one is left out."""
-    if not isinstance(row, tuple):
+    if isinstance(objective, RewardObjective):
+        text = f"{objective.shown(row)}[...]"
+    elif not isinstance(row, tuple):
         text = f"{row.text}{row.ask}[{row.answers[row.label]}]"
     else:
         decode, tokens = objective.encoder.tokenizer.decode, row[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -34,7 +34,7 @@ def continued(model: nn.Module, batch: Batch, tokenizer: Any, stops: list[int], 
     batch = batch.to(next(model.parameters()).device)
     check_columns(model, batch.input_ids.shape[1] + most)
     written = _greedy(model, batch, torch.tensor(stops, dtype=torch.int64, device=batch.input_ids.device), most)
-    return [str(tokenizer.decode(_until(row, stops), skip_special_tokens=True)) for row in written.tolist()]
+    return [str(tokenizer.decode(until(row, stops), skip_special_tokens=True)) for row in written.tolist()]
 
 
 def _greedy(model: nn.Module, batch: Batch, stops: Tensor, most: int) -> Tensor:
@@ -49,13 +49,16 @@ def _greedy(model: nn.Module, batch: Batch, stops: Tensor, most: int) -> Tensor:
     return torch.stack(written, 1)
 
 
-def tokens_behind(model: nn.Module, batch: Batch, choose: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """The tokens behind the prompts of a batch, one column [R] after another, without end, with a key/value cache.
+def tokens_behind(
+    model: nn.Module, batch: Batch, choose: Callable[[Tensor], Tensor], copies: int = 1
+) -> Iterator[Tensor]:
+    """The tokens behind the prompts of a batch, one column [R * copies] after another, without end, with a cache.
 
     Args:
         model: a transformers causal language model.
-        batch: prompts, on the model's device.
-        choose: logits [R, V] -> tokens [R].
+        batch: R prompts, on the model's device.
+        choose: logits [R * copies, V] -> tokens [R * copies].
+        copies: texts behind each prompt, one below the other; the prompts are read once for all of them.
     """
     ids, mask, cache = known_tokens(model, batch), batch.attention_mask, None
     while True:
@@ -64,11 +67,29 @@ def tokens_behind(model: nn.Module, batch: Batch, choose: Callable[[Tensor], Ten
             output = model(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **options
             )
-            chosen = choose(output.logits[:, -1])
+            logits, cache = output.logits[:, -1], output.past_key_values
+            if copies > 1:
+                repeated, mask = _repeated(cache, copies), mask.repeat_interleave(copies, 0)
+                ids, logits, copies = ids.repeat_interleave(copies, 0), logits.repeat_interleave(copies, 0), 1
+                if not repeated:
+                    cache = None
+                    continue
+            chosen = choose(logits)
         yield chosen
-        cache, ids = output.past_key_values, chosen[:, None]
+        ids = chosen[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
 
 
-def _until(row: list[int], stops: list[int]) -> list[int]:
+def _repeated(cache: Any, copies: int) -> bool:
+    """Repeat the rows of a cache; False for one that holds more than keys and values, which stays as it is."""
+    from transformers.cache_utils import DynamicLayer
+
+    if not all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", [None])):
+        return False
+    cache.batch_repeat_interleave(copies)
+    return True
+
+
+def until(row: list[int], stops: Collection[int]) -> list[int]:
+    """What stands in front of the first of some tokens."""
     return row[: next((n for n, token in enumerate(row) if token in stops), len(row))]

@@ -62,7 +62,7 @@ def train(
     settings = run.settings
     run.begin(learner.steps)
     started = time.monotonic()
-    plain = isinstance(learner, ZerothOrder) and settings.update == "sgd"
+    plain = isinstance(learner, ZerothOrder) and settings.update == "sgd" and not settings.normalize
     clip = math.inf if settings.clip_threshold is None else settings.clip_threshold
     prospect = Prospect(settings.steps, clip) if plain and not learner.steps else None
     while True:

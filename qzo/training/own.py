@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qzo.checkpoints.identity import place_of
+from qzo.tasks.own.reward import Reward
 from qzo.tasks.source.files import HUB
+
+REWARD, SOURCE = "reward", "reward_source"  # in run.json: its function, and SHA-256 of the file that has it
+WRITING = ("temperature", "max_new_tokens", "generations")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class OwnData:
     label_words: str | None = None
     metric: str | None = None
     sizes: Mapping[str, int | None] = field(default_factory=dict)
+    reward: Reward | None = None
 
     def options(self) -> dict[str, Any]:
         """As keyword arguments."""
@@ -31,7 +36,8 @@ class OwnData:
         """As a run remembers it; files by their absolute paths."""
         places = {name: _place(getattr(self, name)) for name in ("data", "validation", "test", "label_words")}
         sizes = {split: size for split, size in self.sizes.items() if size is not None}
-        return {"task": None, **places, "columns": dict(self.columns), "asked_metric": self.metric, "sizes": sizes}
+        asked = {"columns": dict(self.columns), "asked_metric": self.metric, "sizes": sizes}
+        return {"task": None, **places, **asked, **({} if self.reward is None else _about_reward(self.reward))}
 
     @staticmethod
     def of_run(about: Mapping[str, Any]) -> OwnData | None:
@@ -45,7 +51,26 @@ class OwnData:
             columns=about.get("columns") or {},
             metric=about.get("asked_metric"),
             sizes=about.get("sizes") or {},
+            reward=_reward_of(about),
         )
+
+
+def _about_reward(reward: Reward) -> dict[str, Any]:
+    """As a run remembers it; a file by its absolute path, and what is in it by a hash. Raises QzoError."""
+    module, colon, name = reward.scorer.name.rpartition(":")
+    return {
+        REWARD: f"{place_of(module)}{colon}{name}" if module.endswith(".py") else reward.scorer.name,
+        SOURCE: reward.scorer.digest,
+        **{name: getattr(reward, name) for name in WRITING},
+    }
+
+
+def _reward_of(about: Mapping[str, Any]) -> Reward | None:
+    """The reward of a run, found again. Raises QzoError where it is not there any more."""
+    if about.get(REWARD) is None:
+        return None
+    ways: Any = {name: about[name] for name in WRITING if name in about}
+    return Reward(about[REWARD], **ways)
 
 
 def _place(path: str | None) -> str | None:

@@ -35,6 +35,7 @@ from qzo.files.bounds import AmbiguousKey, said_once
 from qzo.journal.header import carrier, differences
 from qzo.regular import check_regular, is_there
 from qzo.training.learners import JOURNAL
+from qzo.training.own import SOURCE
 from qzo.training.settings import DTYPES, METHODS, ZEROTH_ORDER, TrainSettings
 from qzo.training.telemetry.metrics import Metrics, finite
 from qzo.training.telemetry.progress import TENSORBOARD
@@ -188,6 +189,11 @@ def check_folder(folder: Path, settings: TrainSettings, about: Result, resume: b
     by_numbers = known or settings.method in ZEROTH_ORDER  # the model is known by them, wherever it lies now
     for name, value in about.items():
         if name != BASE and not (name == MODEL and by_numbers) and saved.get(name) != value:
+            if name == SOURCE and saved.get(name):
+                raise QzoError(
+                    f"{folder}: the file of the reward has changed since the run was begun (SHA-256 {saved[name][:12]} "
+                    f"then, {str(value)[:12]} now); restore it, or begin anew in another --out"
+                )
             raise QzoError(f"{folder}: the run was begun with {name}={saved.get(name)}, not {value}; give the same")
     try:
         settings.check_resume(saved["settings"])

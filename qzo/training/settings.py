@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from qzo.errors import QzoError
-from qzo.optim.estimator import SIDES
+from qzo.optim.estimator import SIDES, Estimator
 
 # lr and C of a method where none is given: of the paper, of MeZO's, and what is usual for AdamW
 DEFAULTS: dict[str, tuple[float, float]] = {
@@ -45,6 +45,9 @@ class TrainSettings:
             clip_threshold None is the method's, 100 for qzo and none for mezo; inf is none.
         estimator: zeroth order only: "two-sided" as in the paper, 2 evaluations a direction; "one-sided" takes them
             against one common evaluation, so that n directions cost n + 1.
+            "population" takes each against the mean of the others, so that n directions cost n.
+        normalize: zeroth order only: divide d by the spread of the losses over the directions of a step, whatever size
+            they have; a step then moves each number by about lr / (eps sqrt(directions)).
         centering: share of the label words' mean over the batch that the loss leaves out, see `qzo.tasks.loss`.
         update: qzo only: "sgd" as in the paper, "momentum" 0.9, or "adam" with betas 0.9 and 0.999.
         scheduler: of the learning rate over `steps`: "constant", "linear" down to 0, or half a "cosine" down to 0.
@@ -69,6 +72,7 @@ class TrainSettings:
     clip_threshold: float | None = None
     directions: int = 1
     estimator: str = "two-sided"
+    normalize: bool = False
     centering: float = 0.0
     update: str = "sgd"
     scheduler: str = "constant"
@@ -106,6 +110,7 @@ class TrainSettings:
         if not 0 <= self.centering < 1:
             raise QzoError(f"centering={self.centering} is not in [0, 1); choose e.g. 0.7, or 0 for none")
         self._check_method()
+        self._check_estimator()
         _ = self.layer_range
 
     @property
@@ -121,13 +126,17 @@ class TrainSettings:
     def _check_method(self) -> None:
         """Options that a method would silently ignore."""
         unused: dict[str, tuple[str, ...]] = {"update": ("qzo",), "relative": ("qzo",)}
-        unused |= dict.fromkeys(("eps", "directions", "estimator", "layers"), ZEROTH_ORDER)
+        unused |= dict.fromkeys(("eps", "directions", "estimator", "normalize", "layers"), ZEROTH_ORDER)
         for name, methods in unused.items():
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default and self.method not in methods:
                 raise QzoError(f'{name}={getattr(self, name)} is for {" and ".join(methods)}, not for "{self.method}"')
         if self.method not in ZEROTH_ORDER and not math.isinf(self.clip_threshold or 0):
             raise QzoError(f'clip_threshold={self.clip_threshold} is for qzo and mezo, not for "{self.method}"')
+
+    def _check_estimator(self) -> None:
+        """Ways to measure d that do not fit together."""
+        Estimator(self.directions, sides=self.estimator, normalize=self.normalize)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step `step`, which counts from 0: a function of the step, so a resume needs no state."""
@@ -141,7 +150,8 @@ class TrainSettings:
         clip = None if math.isinf(self.clip_threshold or math.inf) else self.clip_threshold
         common = {"lr": self.lr, "eps": self.eps, "clip_threshold": clip, "seed": self.seed}
         own = {"relative": self.relative, **UPDATES[self.update]} if self.method == "qzo" else {}
-        return {**common, "directions": self.directions, "estimator": self.estimator, **own}
+        measured = {"directions": self.directions, "estimator": self.estimator, "normalize": self.normalize}
+        return {**common, **measured, **own}
 
     def to_json(self) -> dict[str, Any]:
         """Name -> value as JSON holds it; no clipping is null."""

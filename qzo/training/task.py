@@ -19,8 +19,10 @@ from qzo.errors import QzoError
 from qzo.live.check import check_live
 from qzo.models.positions import row_length
 from qzo.models.prefix import SharedPrefix
+from qzo.optim.noise import mix_seed
 from qzo.regular import is_there
 from qzo.signals import Stopped, held, interruptible
+from qzo.tasks.own.prompts import RewardBatch
 from qzo.training.batches import batch_numbers
 from qzo.training.learners import check_eps, check_model, make_learner
 from qzo.training.loop import Trained, train
@@ -90,7 +92,7 @@ def train_task(
         tell(line)
     for notice in work.objective.notices(splits):
         tell(f"notice: {notice}")
-    first = (settings.layer_range or (0, 0))[0]
+    first = 0 if own and own.reward else (settings.layer_range or (0, 0))[0]  # a cache remembers the layers below too
     run = Run(out, settings, about, task.metric, resume)
     with interruptible():
         trained = _run(source, run, work, SharedPrefix(model, work.loss, first) if first else work.loss)
@@ -126,7 +128,8 @@ class _Work:
     def batch_at(self, step: int) -> Any:
         """The batch of a step."""
         numbers = batch_numbers(*self._known, self.settings.batch_size, self.settings.seed, step)
-        return self.objective.batch([self.rows["train"][number] for number in numbers]).to(self.device)
+        batch = self.objective.batch([self.rows["train"][number] for number in numbers]).to(self.device)
+        return batch.seeded(mix_seed(self.settings.seed, step)) if isinstance(batch, RewardBatch) else batch
 
     def loss(self, batch: Any) -> torch.Tensor:
         """The training loss of the model as it stands."""

@@ -31,6 +31,7 @@ CHAT = Kind("chat", ("messages",), "conversations, of which the assistant's turn
 COMPLETION = Kind("completion", ("prompt", "completion"), "prompts with completions, which are learnt")
 CLASSES = Kind("classes", ("text", "label"), "texts with labels")
 TEXT = Kind("text", ("text",), "plain text, all of it learnt")
+PROMPTS = Kind("prompts", ("prompt",), "prompts, whose completions a function scores")  # where there is a reward
 KINDS = (PREFERENCE, CHAT, COMPLETION, CLASSES, TEXT)  # the first whose fields are there
 FIELDS = tuple(dict.fromkeys(name for kind in KINDS for name in (*kind.needs, *kind.may_have)))
 

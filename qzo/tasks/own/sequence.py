@@ -58,7 +58,7 @@ def text_row(row: Row) -> Sequence:
 
 def completion_row(row: Row) -> Sequence:
     """Of a row with prompt and completion, both text or both messages. Raises QzoError."""
-    prompt = _either(row, "prompt")
+    prompt = text_or_messages(row, "prompt")
     return Sequence(row.where, prompt, (_answer(row, "completion", isinstance(prompt, str)),))
 
 
@@ -72,10 +72,10 @@ def preference_row(row: Row) -> Sequence:
     prompt: Text
     pair: list[Text]
     if "prompt" in row.fields:
-        prompt = _either(row, "prompt")
+        prompt = text_or_messages(row, "prompt")
         pair = [_answer(row, name, isinstance(prompt, str)) for name in ("chosen", "rejected")]
     else:
-        both = [_either(row, name) for name in ("chosen", "rejected")]
+        both = [text_or_messages(row, name) for name in ("chosen", "rejected")]
         if isinstance(both[0], str) is not isinstance(both[1], str):
             raise QzoError(f'{row.where}: of "chosen" and "rejected", one is text and one is messages')
         count = _common(both[0], both[1])
@@ -97,7 +97,8 @@ def _common(one: Text, other: Text) -> int:
     return count
 
 
-def _either(row: Row, name: str) -> Text:
+def text_or_messages(row: Row, name: str) -> Text:
+    """A field of text, which may be empty, or of messages. Raises QzoError."""
     return _messages(row, name) if isinstance(row.fields.get(name), list) else _string(row, name, may_be_empty=True)
 
 

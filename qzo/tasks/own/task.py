@@ -15,6 +15,7 @@ from qzo.tasks.example import Example
 from qzo.tasks.own import kinds
 from qzo.tasks.own.classes import asked_by, example_of, labels_of, read_words
 from qzo.tasks.own.pieces import pieces
+from qzo.tasks.own.reward import Reward, RewardTask, reward_prompts
 from qzo.tasks.own.sequence import Sequence, chat_row, completion_row, preference_row, text_row
 from qzo.tasks.sampling import Pools, draw
 from qzo.tasks.source.files import Rows, read
@@ -110,7 +111,8 @@ def from_data(
     label_words: str | None = None,
     metric: str | None = None,
     sizes: Sizes | None = None,
-) -> LabelTask | SequenceTask:
+    reward: Reward | None = None,
+) -> LabelTask | SequenceTask | RewardTask:
     """A task of your own data, recognised by its fields, whose names are those of TRL's data set formats.
 
         text, label               any number of classes, told apart by the likelihood of their words
@@ -118,6 +120,7 @@ def from_data(
         messages                  conversations, in the words of the tokenizer's own chat template
         text                      plain text, packed
         chosen, rejected, prompt  a better and a worse answer; the prompt may stand in both instead
+        prompt                    text, or messages, with a `reward` for what the model answers
 
     Args:
         data: .jsonl, .json, .csv, .tsv, .parquet or .txt file (.gz too, where it is text); a folder of one kind of
@@ -129,12 +132,18 @@ def from_data(
             None, the labels themselves.
         metric: what tells the best state, of `METRICS`; None, accuracy of labels and preferences, else loss.
         sizes: examples of "train", "validation" and "test", at most.
+        reward: what scores the answers to prompts; the other fields of their rows go to it, none of them is learnt.
 
     Raises:
         QzoError: with file and line or row, for what is missing, damaged, of another encoding or kind.
     """
     columns = columns or {}
     rows = _rows({"train": data, "validation": validation, "test": test}, columns)
+    if reward is not None:
+        if label_words is not None:
+            raise QzoError("label words are for texts with labels, and a reward scores what the model writes")
+        prompts: Any = reward_prompts(rows, reward, metric)
+        return RewardTask(Path(data).name, reward, _Splits(sizes or {}, prompts))
     return task_of(rows, Path(data).name, columns, label_words, metric, sizes)
 
 
