@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qzo.training.settings import DTYPES
 
 SIZES = {"train": 1000, "validation": 500, "test": 1000}  # as in the papers
 PERCENT = ("accuracy", "f1", "em", "macro_f1", "exact_match")
+NUMBERS = ("reward", "greedy_reward", "spread", "ended", "tokens", "loss", "perplexity", "margin")
 MOST_LABELS = 12  # of a confusion matrix that is shown
 
 
@@ -81,8 +83,9 @@ def _task(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The task that was asked for, or the one of a run, and its splits; `options` get the run's settings."""
     from qzo import tasks
     from qzo.regular import is_there
-    from qzo.training.own import OwnData, fingerprint
+    from qzo.training.own import SOURCE, OwnData, fingerprint
     from qzo.training.run import RUN, read_run
+    from qzo.training.telemetry.progress import tell
 
     about: dict[str, Any] = {}
     if options.task is None and options.data is None and is_there(Path(options.model) / RUN):
@@ -93,6 +96,10 @@ def _task(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         options.max_length = options.max_length or settings.get("max_length")
     options.seed = options.seed or 0
     own = OwnData.of_run(about) or (None if options.task else data.own_data(options))
+    if own is not None and own.reward is not None and about:
+        own = replace(own, reward=replace(own.reward, keep_weights=bool(options.keep_weights)))
+        if own.about()[SOURCE] != about.get(SOURCE):
+            tell(f"notice: the file of {own.reward.scorer.name} has changed since {options.model} was trained")
     if options.task:
         data.own_data(options)  # options that are for others
     task: Any = tasks.from_data(**own.options()) if own else tasks.get(options.task, options.data)
@@ -131,8 +138,8 @@ def _table(record: dict[str, Any], cuts: tuple[str, str]) -> str:
     if record["cut"]:
         lines["cut"] = f"{record['cut']:,} {cuts[0]}, longer than {record['max_length']} tokens: {cuts[1]}"
     scores = [record["metric"], *(name for name in PERCENT if name in record and name != record["metric"])]
-    lines |= {name: f"{100 * record[name]:.1f} %" for name in scores if name != "loss"}
-    lines |= {name: f"{record[name]:.4f}" for name in ("loss", "perplexity", "margin") if name in record}
+    lines |= {name: f"{100 * record[name]:.1f} %" for name in scores if name not in NUMBERS}
+    lines |= {name: f"{record[name]:.4f}" for name in NUMBERS if name in record}
     if "predictions" in record:
         lines["predictions"] = ", ".join(f"{word} {count:,}" for word, count in record["predictions"].items())
     if record["prior"] is not None:

@@ -17,9 +17,9 @@ def count_still(count: int, losses: list[Losses], step: int) -> int:
         warnings.warn(
             f"{MANY} steps in a row, up to step {step}, the loss was {losses[0][0]:g} on both sides, to the bit: the "
             "model does not compute with these tensors (it was moved or rebuilt after they were taken, or a kernel "
-            "keeps a copy; qzo.check_live tells), eps is too small for their dtype, or the loss cannot move, as a reward "
-            "that is the same for all texts (it needs a larger eps, more prompts, or a score with more values); so "
-            "nothing is learned",
+            "keeps a copy; qzo.check_live tells), eps is too small for their dtype, or the loss cannot move, as a "
+            "reward that is the same for all texts (it needs a larger eps, more prompts, or a score with more values); "
+            "so nothing is learned",
             stacklevel=5,
         )
     return count

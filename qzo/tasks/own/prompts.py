@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, text or messages; `columns` holds the other fields of its row, as JSON, `where` its place, for errors."""
+    """A prompt, text or messages, with the other fields of its row as JSON, and its place, for errors."""
 
     where: str
     prompt: Text

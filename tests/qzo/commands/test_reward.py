@@ -1,4 +1,4 @@
-"""`qzo train --reward`: a function of what the model writes is raised, resumed to the bit, scored; told what is wrong."""
+"""`qzo train --reward`: a function of what a model writes is trained on, resumed, scored; told what is wrong."""
 
 import json
 
@@ -29,7 +29,19 @@ def needy(completions, answer):
 
 number = 3
 """
-SHORT = ["--batch-size", "4", "--lr", "1e-3", "--relative", "--eps", "5e-2", "--eval-every", "2", "--max-new-tokens", "3"]
+SHORT = [
+    "--batch-size",
+    "4",
+    "--lr",
+    "1e-3",
+    "--relative",
+    "--eps",
+    "5e-2",
+    "--eval-every",
+    "2",
+    "--max-new-tokens",
+    "3",
+]
 SPLITS = ["--validation-samples", "4", "--test-samples", "3"]
 
 
@@ -81,7 +93,20 @@ def test_a_reward_is_trained_resumed_to_the_bit_and_scored(model, data, capsys):
     assert result["first"]["count"] == 4 and result["test"]["count"] == 3
     assert main(["eval", str(data / "run"), "--json", str(data / "eval.json")]) == 0
     assert json.loads((data / "eval.json").read_text())["reward"] == result["test"]["reward"]
-    assert "reward " in capsys.readouterr().out
+    assert f"\nreward       {result['test']['reward']:.4f}\n" in capsys.readouterr().out
+
+
+def test_a_model_and_a_run_are_scored_and_a_changed_function_is_told(model, data, capsys):
+    assert command(model, data, "run", "--steps", "1") == 0
+    result = json.loads((data / "run/result.json").read_text())
+    (data / "score.py").write_text(SCORES + "\n")
+    capsys.readouterr()
+    assert main(["eval", str(data / "run"), "--split", "validation"]) == 0
+    assert "score.py:vowels has changed since" in capsys.readouterr().err
+    asked = ["--data", str(data / "asked.jsonl"), "--reward", f"{data / 'score.py'}:vowels", "--max-new-tokens", "3"]
+    asked += ["--split", "validation", *SPLITS, "--json", str(data / "eval.json")]
+    assert main(["eval", model, *asked, "--keep-weights"]) == 0
+    assert json.loads((data / "eval.json").read_text())["reward"] == result["first"]["reward"]
 
 
 def test_a_function_whose_file_changed_does_not_go_on(model, data, capsys):

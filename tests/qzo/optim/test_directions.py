@@ -241,3 +241,48 @@ def test_the_way_of_measuring_is_saved_and_resumed():
     other.step(quadratic(twin))
     assert optimizer.last == other.last
     assert all(torch.equal(live[name], twin[name]) for name in live)
+
+
+def test_population_takes_each_direction_against_the_mean_of_the_others():
+    live = some_scales()
+    losses = iter([1.0, 2.0, 6.0])
+    seen = []
+
+    def loss():
+        seen.append(live["a"].clone())
+        return next(losses)
+
+    optimizer = QZO(live, lr=0.0, eps=1e-3, clip_threshold=None, directions=3, estimator="population")
+    assert optimizer.step(loss) == 3.0 and len(seen) == 3
+    assert optimizer.last.derivatives == pytest.approx([-3e3, -1.5e3, 4.5e3])
+    normal = QZO(live, lr=0.0, eps=1e-3, clip_threshold=None, directions=3, estimator="population", normalize=True)
+    losses = iter([1.0, 2.0, 6.0])
+    normal.step(loss)
+    assert normal.last.applied[0] == pytest.approx([d / statistics.stdev([1, 2, 6]) for d in (-3e3, -1.5e3, 4.5e3)])
+
+
+def test_population_measures_a_gradient_without_bias_and_nothing_where_all_losses_are_the_same():
+    live = some_scales()
+    optimizer = QZO(live, lr=0.0, eps=1e-4, clip_threshold=None, directions=64, estimator="population")
+    loss = quadratic(live)
+    start, gradient = clones(live), {name: 2 * (tensor - 0.013) for name, tensor in live.items()}
+    optimizer.step(lambda: loss().double())
+    exact = [sum((gradient[n] * z).sum().item() for n, z in optimizer.direction(j).items()) for j in range(64)]
+    mean = statistics.fmean(exact)
+    wanted = [(d - mean) * 64 / 63 for d in exact]
+    assert optimizer.last.derivatives == pytest.approx(wanted, rel=0.02, abs=0.02 * max(map(abs, wanted)))
+    optimizer = QZO(live, lr=1.0, eps=1e-4, clip_threshold=None, directions=7, estimator="population", normalize=True)
+    optimizer.step(lambda: 0.1)
+    assert optimizer.last.applied == ((0.0,) * 7,) and all(torch.equal(live[name], start[name]) for name in live)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"directions": 1}, "compares directions with one another"),
+        ({"directions": 4, "estimator": "two-sided", "normalize": True}, 'needs estimator="one-sided" or "population"'),
+    ],
+)
+def test_population_needs_several_directions(options, message):
+    with pytest.raises(QzoError, match=message):
+        QZO(some_scales(), **{"estimator": "population", **options})

@@ -1,13 +1,16 @@
 """Answers that a model writes."""
 
+from itertools import islice
+
 import pytest
 import torch
 from task_files import make_model, make_tokenizer, write_task
 from torch import nn
 
 from qzo import tasks
-from qzo.tasks.encoding import MAX_ANSWER
-from qzo.tasks.writing import write_answers
+from qzo.tasks.encoding import MAX_ANSWER, Batch, padded
+from qzo.tasks.sampled import drawn
+from qzo.tasks.writing import tokens_behind, write_answers
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +49,36 @@ def test_no_token_is_written_once_all_answers_have_ended(tmp_path, tokenizer):
     with torch.no_grad():
         model.lm_head.bias.zero_()[newline] = 1e4
     assert write_answers(model, encoder, splits["test"][:3]) == ["", "", ""] and len(calls) == 1
+
+
+def batch_of(rows, copies=1):
+    ids, mask = padded([row for row in rows for _ in range(copies)], 0)
+    return Batch(ids, mask, torch.zeros(len(ids), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("cached", [True, False], ids=["keys and values", "another cache"])
+def test_copies_of_a_prompt_read_it_once_and_write_what_repeated_prompts_do(
+    tokenizer, monkeypatch, temperature, cached
+):
+    model, rows = make_model(len(tokenizer)), [[5, 6, 7, 8], [9, 5]]
+    if not cached:
+        monkeypatch.setattr("qzo.tasks.writing._repeated", lambda *_: False)
+
+    def columns(batch, copies):
+        dice = torch.Generator().manual_seed(3)
+        written = tokens_behind(model, batch, lambda logits: drawn(logits, temperature, dice), copies)
+        return torch.stack(list(islice(written, 6)), 1)
+
+    assert torch.equal(columns(batch_of(rows), 3), columns(batch_of(rows, 3), 1))
+
+
+def test_tokens_are_drawn_by_their_probability_and_stay_where_little_changes():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).repeat(20_000, 1)
+    first, again = (drawn(logits, 0.5, torch.Generator().manual_seed(0)) for _ in range(2))
+    shares = torch.bincount(first, minlength=4) / len(first)
+    assert torch.equal(first, again) and torch.allclose(shares, (logits[0] / 0.5).softmax(0), atol=0.01)
+    moved = logits + 0.05 * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    far = ((moved[0] / 0.5).softmax(0) - (logits[0] / 0.5).softmax(0)).abs().sum() / 2
+    differ = (drawn(moved, 0.5, torch.Generator().manual_seed(0)) != first).float().mean()
+    assert 0 < differ < 2 * far
