@@ -97,9 +97,10 @@ def _task(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     options.seed = options.seed or 0
     own = OwnData.of_run(about) or (None if options.task else data.own_data(options))
     if own is not None and own.reward is not None and about:
-        own = replace(own, reward=replace(own.reward, keep_weights=bool(options.keep_weights)))
-        if own.about()[SOURCE] != about.get(SOURCE):
-            tell(f"notice: the file of {own.reward.scorer.name} has changed since {options.model} was trained")
+        reward = replace(own.reward, keep_weights=bool(options.keep_weights))
+        own = replace(own, reward=reward)
+        if reward.scorer.digest != about.get(SOURCE):
+            tell(f"notice: the file of {reward.scorer.name} has changed since {options.model} was trained")
     if options.task:
         data.own_data(options)  # options that are for others
     task: Any = tasks.from_data(**own.options()) if own else tasks.get(options.task, options.data)
