@@ -56,7 +56,7 @@ def recipe_method(
         def bench_step(batch: Batch, enter: Enter) -> float:
             return float(step([part.tensors() for part in batch.parts()], enter))
 
-        dtype = f"{settled.autocast}-autocast" if settled.autocast else settled.dtype
+        dtype = f"{settled.autocast}-autocast" if step.autocast else settled.dtype
         name = name_of(optimizer, settled)
         prepared = Prepared(model, optimizer, bench_step, dtype, name, quantized(settled), recipe=settled)
         if case.recipe is not None and case.method in RECIPES:

@@ -26,7 +26,8 @@ Autocast = Callable[[], AbstractContextManager]
 
 def step_of(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> RecipeStep:
     """The step that a recipe states, for its model and optimizer."""
-    autocast = partial(world.autocast, getattr(torch, recipe.autocast)) if recipe.autocast else None
+    dtype = getattr(torch, recipe.autocast) if recipe.autocast else None
+    autocast = partial(world.autocast, dtype) if dtype and world.autocasts(dtype) else None
     step = STEP_OF[recipe.loop](model, optimizer, autocast, recipe.arguments.get("max_grad_norm", 1.0))
     step.clear_every, step.clear = recipe.arguments.get("torch_empty_cache_steps", 0), world.empty_cache
     if recipe.activation_offloading:

@@ -24,6 +24,11 @@ class World(Protocol):
     def autocast(self, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager:
         """Autocast of this world to bf16, or to fp16."""
 
+    def autocasts(self, dtype: torch.dtype) -> bool:
+        """Whether a Trainer that is told so runs its forward under autocast to `dtype` here: on a CPU accelerate leaves
+        fp16 out (accelerate/accelerator.py, `native_amp`).
+        """
+
     def recomputing(self) -> AbstractContextManager:
         """What a checkpointed layer's recomputation needs beyond what torch restores by itself."""
 

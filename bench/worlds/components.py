@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from bench.methods.quantized.int8 import int8_tensors
 from bench.methods.quantized.nf4 import nf4_tensors
 from qzo.live.scales import quantized_tensors
 
@@ -19,8 +20,9 @@ def components(model: nn.Module) -> dict[str, list[Tensor]]:
     adapters, linears, saved buffers, and `working_buffers` (rotary tables and the like: in no checkpoint).
     """
     parts = {name: list(tensors) for name, tensors in quantized_tensors(model).items()}
-    for name, tensors in nf4_tensors(model).items():
-        parts.setdefault(name, []).extend(tensors)
+    for low_bit in (nf4_tensors(model), int8_tensors(model)):
+        for name, tensors in low_bit.items():
+            parts.setdefault(name, []).extend(tensors)
     seen = {_storage(tensor) for tensors in parts.values() for tensor in tensors}
     for name, tensor in _unquantized(model):
         if _storage(tensor) not in seen:

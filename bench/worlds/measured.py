@@ -48,6 +48,9 @@ class MeasuredWorld:
     def autocast(self, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager:
         return torch.autocast(self.device, dtype)
 
+    def autocasts(self, dtype: torch.dtype) -> bool:
+        return self.device == "cuda" or dtype is not torch.float16
+
     def recomputing(self) -> AbstractContextManager:
         return nullcontext()
 

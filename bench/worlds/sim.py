@@ -60,6 +60,9 @@ class SimWorld:
         self.amp = dtype
         return MetaAutocast(dtype=dtype)
 
+    def autocasts(self, dtype: torch.dtype) -> bool:
+        return True
+
     def empty_cache(self) -> None:
         if self.ledger is not None:
             self.ledger.empty_cache()

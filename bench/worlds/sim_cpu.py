@@ -52,6 +52,9 @@ class SimCpuWorld(SimWorld):
     def autocast(self, dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager:
         return torch.autocast(DEVICE, dtype)
 
+    def autocasts(self, dtype: torch.dtype) -> bool:
+        return dtype is not torch.float16
+
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """Nothing: the CPU's backward runs in the thread of the forward, modes and all."""
@@ -105,6 +108,8 @@ def _moved(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, nn.Parameter):
         return _fake(tensor)
     parameter = nn.Parameter(_fake(tensor), requires_grad=tensor.requires_grad)
+    if getattr(tensor, "SCB", None) is not None:  # bitsandbytes' int8: the codes are the weight's own data
+        parameter.CB, parameter.SCB = parameter.data, _fake(tensor.SCB)  # type: ignore[attr-defined]
     state = getattr(tensor, "quant_state", None)
     if state is not None:  # all that bitsandbytes reads of a weight is this attribute and its data
         for part in (state, state.state2) if state.nested else (state,):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.cases.messages import one_line
@@ -89,11 +88,11 @@ def _without_devices(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _low_bit(kind: Any, options: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module) -> Any:
-    """An optimizer of bitsandbytes without its kernels, which allocate nothing. Paged states lie in managed memory,
-    which PyTorch's allocator knows nothing of. Embeddings keep fp32 states, as the Trainer asks for.
+    """An optimizer of bitsandbytes, on a GPU without its kernels, which allocate nothing there. Paged states lie in
+    managed memory, which PyTorch's allocator knows nothing of. Embeddings keep fp32 states, as the Trainer asks for.
     """
 
-    class LowBit(kind):
+    class OnGpu(kind):
         def update_step(self, *arguments: Any) -> None:
             """What the kernels do is done in place."""
 
@@ -101,9 +100,8 @@ def _low_bit(kind: Any, options: dict[str, Any], groups: list[dict[str, Any]], m
             paged = self.is_paged and p.numel() >= 1e5
             return torch.zeros(p.shape, dtype=dtype, device="cpu" if paged else p.device)
 
-    trained = [parameter for group in groups for parameter in group["params"]]
-    if any(parameter.is_meta or isinstance(parameter.data, FakeTensor) for parameter in trained):
-        kind = LowBit
+    if any(parameter.is_meta for group in groups for parameter in group["params"]):
+        kind = OnGpu
     with _disable_current_modes():  # a table of the 256 numbers is worked out, which takes numbers
         optimizer = kind(groups, **options)
     return _with_fp32_embeddings(optimizer, options, model)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.ledger.ledger import Ledger, Rule
+from bench.simulator.cpu.bitsandbytes import optimizer_rules
 from bench.simulator.cpu.scratch import inside, takes_scratch
 from bench.simulator.shared import IN_PLACE, OUT, grouped_product, route_evenly, write
 
@@ -54,6 +55,7 @@ def rules(experts: int = 1, padded: bool = False) -> dict[Any, Rule]:
             table[packet.Tensor] = mixed_arithmetic
     for product in PRODUCTS:
         table[product] = partial(scratch_of, run)
+    table |= optimizer_rules()
     if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # there once the package is imported
         table[torch.ops.bitsandbytes.gemm_4bit.default] = partial(scratch_of, nf4_product)
     return table

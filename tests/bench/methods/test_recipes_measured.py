@@ -3,28 +3,30 @@
 Nothing of ours takes part in the measured step but PyTorch's allocation events: PEFT adapts the model, Trainer.train
 runs two steps.
 
-What bitsandbytes does on a CPU is not what it does on a GPU, whose facts are taken from its source: int8 layers
-(bench/methods/quantized/int8.py), 8-bit and paged states (bench/methods/optimizers/made.py; their bytes in
-tests/bench/validation/test_recipes.py). Losses, Liger's kernels, packing, offloading and emptied caches are in
-test_recipe_options.py here and in tests/bench/worlds, low-rank and offloaded states in optimizers/test_made.py.
+What holds each option, these steps or another test, and the source of what only CUDA has: test_options_held.py.
 """
 
 import gc
+import sys
+import tempfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import SequentialSampler
-from transformers import AutoConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments, trainer_optimizer
 
 from bench.cases.case import BenchCase
 from bench.cases.recipes.settings import apply, parse_settings
 from bench.cases.recipes.table import RECIPES
 from bench.ledger.events import highest_rise
 from bench.ledger.ledger import Ledger
-from bench.methods.quantized.nf4 import nf4_tensors, to_nf4
+from bench.methods.optimizers.galore import GaLore
+from bench.methods.quantized.int8 import int8_tensors
+from bench.methods.quantized.nf4 import nf4_tensors
 from bench.simulator.cpu.gemm import fast_bf16
 from bench.worlds import sim_cpu
 
@@ -48,12 +50,23 @@ OPTIONS = [
     ("qlora", "r=4"),
     ("qlora", "bf16=false", "bnb_4bit_use_double_quant=true"),
     ("qlora", "prepare_model_for_kbit_training=false"),
+    ("qlora", "use_gradient_checkpointing=true"),
+    ("qlora", "load_in_8bit=true"),
+    ("lora", "fp16=true"),
     ("ft-bf16", "optim=adamw_torch"),
     ("ft-bf16", "optim=sgd", "max_grad_norm=0"),
     ("ft-bf16", "optim=rmsprop"),
     ("ft-amp", "optim=adafactor"),
     ("ft-amp", "gradient_accumulation_steps=2"),
+    ("ft-bf16", "optim=adamw_bnb_8bit"),
+    ("ft-bf16", "optim=ademamix_8bit"),
+    ("ft-amp", "optim=lion_32bit"),
+    ("ft-bf16", "optim=galore_adamw", "optim_target_modules=all-linear", "optim_args=rank=4"),
+    ("ft-amp", "optim=galore_adamw_layerwise", "optim_target_modules=[mlp]", "optim_args=rank=8"),
 ]
+
+
+GALORE_CLASSES = ("GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreAdafactor")
 
 
 class InOrder(Trainer):
@@ -69,7 +82,7 @@ def recipe_of(method, *settings):
 
 def measured(recipe, folder, tmp_path):
     """Bytes at the peak of two steps."""
-    model = adapted(recipe, LlamaForCausalLM(AutoConfig.from_pretrained(folder)).to(getattr(torch, recipe.dtype)))
+    model = adapted(recipe, loaded(recipe, folder))
     arguments = TrainingArguments(
         str(tmp_path), max_steps=STEPS, per_device_train_batch_size=BATCH, report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, use_cpu=True, **recipe.arguments,
@@ -78,18 +91,29 @@ def measured(recipe, folder, tmp_path):
     trainer = InOrder(model=model, args=arguments, train_dataset=[row(recipe, number) for number in range(count)])
     ledger = Ledger("cpu")
     ledger.assign("weights", [*model.parameters(), *model.buffers()])
-    for tensors in nf4_tensors(model).values():
-        ledger.assign("quantization", tensors)
+    for parts in (nf4_tensors(model), int8_tensors(model)):
+        for tensors in parts.values():
+            ledger.assign("quantization", tensors)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, fast_bf16():
         trainer.train()
     return ledger.live_bytes() + highest_rise(profiler)
 
 
+def loaded(recipe, folder):
+    """As `from_pretrained` leaves it; quantized weights are those of a checkpoint, read by transformers."""
+    config, dtype = AutoConfig.from_pretrained(folder), getattr(torch, recipe.dtype)
+    model = LlamaForCausalLM(config).to(dtype)
+    if not recipe.quantization:
+        return model
+    with tempfile.TemporaryDirectory() as checkpoint:
+        model.save_pretrained(checkpoint)
+        asked = BitsAndBytesConfig(**recipe.quantization)
+        return LlamaForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=asked, device_map="cpu")
+
+
 def adapted(recipe, model):
     model.config.use_cache = recipe.use_cache
-    if recipe.quantization:
-        model = to_nf4(model, nested=recipe.quantization.get("bnb_4bit_use_double_quant", False))
     if recipe.kbit is not None:
         model = peft.prepare_model_for_kbit_training(model, **recipe.kbit)
     if recipe.peft is None:
@@ -115,7 +139,22 @@ def row(recipe, number):
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
+@pytest.fixture
+def galore(monkeypatch):
+    """The Trainer's own groups and hooks, whose class is ours where the library is not there: same bytes as its."""
+    monkeypatch.setitem(sys.modules, "galore_torch", SimpleNamespace(**dict.fromkeys(GALORE_CLASSES, GaLoreAdamW)))
+    monkeypatch.setattr(trainer_optimizer, "is_galore_torch_available", lambda: True)
+
+
+class GaLoreAdamW(GaLore):
+    """With the options that the library's class takes besides."""
+
+    def __init__(self, params, weight_decay=0.0, **options):
+        super().__init__(params, **options)
+
+
 @pytest.mark.parametrize("option", OPTIONS, ids=", ".join)
+@pytest.mark.usefixtures("galore")
 def test_the_simulated_step_has_the_bytes_of_a_step_of_the_trainer(option, llama_folder, tmp_path):
     method, recipe = option[0], recipe_of(*option)
     case = BenchCase(
