@@ -100,7 +100,10 @@ def loaded(recipe: Recipe, world: World) -> PreTrainedModel:
     asked = recipe.quantization or {}
     if asked.get("load_in_8bit"):
         return to_int8(model)
-    return to_nf4(model, bool(asked.get("bnb_4bit_use_double_quant"))) if asked.get("load_in_4bit") else model
+    if not asked.get("load_in_4bit"):
+        return model
+    computed = asked.get("bnb_4bit_compute_dtype")
+    return to_nf4(model, bool(asked.get("bnb_4bit_use_double_quant")), getattr(torch, computed) if computed else None)
 
 
 def with_adapters(recipe: Recipe, model: PreTrainedModel, world: World) -> nn.Module:

@@ -3,8 +3,8 @@
     R = P^T G (tall: G P^T), AdamW's step N of R, W -= lr * scale * P N
 
 P [rank x the smaller side] are singular vectors of a gradient, taken anew every `update_proj_gap` steps. Of an fp32
-gradient P is a view, so all singular vectors of that side stay. cuSOLVER's workspace for them is not counted. Beside the
-library's own class on a CPU the bytes of three steps are the same, in fp32 and in bf16.
+gradient P is a view, so all singular vectors of that side stay. cuSOLVER's workspace for them is not counted. On a CPU
+three steps of the library's own class have the same bytes, in fp32 and in bf16.
 
 Source: galore_torch 1.0, galore_torch/{adamw,galore_projector}.py; groups of parameters and defaults as in transformers
 5.23, trainer_optimizer.py, `_setup_low_rank_optimizer`.

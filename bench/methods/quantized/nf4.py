@@ -21,22 +21,27 @@ BLOCK_SIZE = 64  # weights that share an absmax
 NESTED_BLOCK_SIZE = 256  # absmax that share one of their own
 
 
-def to_nf4(model: PreTrainedModel, nested: bool = False) -> PreTrainedModel:
-    """Replace the layers that transformers would (see `low_bit`) in place; they compute in the model's dtype.
+def to_nf4(
+    model: PreTrainedModel, nested: bool = False, compute_dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Replace the layers that transformers would (see `low_bit`) in place; they compute in `compute_dtype`, or in the
+    model's dtype.
 
     `nested` quantizes the absmax too, in 8 bits ("double quantization").
     """
-    quantize_layers(model, partial(_nf4_linear, nested))
+    quantize_layers(model, partial(_nf4_linear, nested, compute_dtype))
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what transformers sets; PEFT looks at it
     return model
 
 
-def _nf4_linear(nested: bool, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+def _nf4_linear(
+    nested: bool, compute_dtype: torch.dtype | None, weight: torch.Tensor, bias: torch.Tensor | None
+) -> nn.Module:
     bnb = _library()
     out_features, in_features = weight.shape
     with torch.device("meta"):
         quantized: Any = bnb.nn.Linear4bit(
-            in_features, out_features, bias is not None, compute_dtype=weight.dtype,
+            in_features, out_features, bias is not None, compute_dtype=compute_dtype or weight.dtype,
             compress_statistics=nested, quant_type="nf4",
         )  # fmt: skip
     quantized.weight = _nf4_weight(weight.contiguous(), nested)

@@ -18,9 +18,15 @@ def cell(folder, device="sim", arguments=None, **changes):
     return BenchCase(str(folder), "lora", device, gpu, 2, 64, recipe=recipe, steps=3)
 
 
-def test_options_hold_on_a_cpu_what_is_predicted_for_it(llama_folder):
-    options = {"packing": True, "activation_offloading": True, "trained_dtype": "bfloat16"}
-    case = cell(llama_folder, "cpu", LIGER, **options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arguments": LIGER, "packing": True, "activation_offloading": True, "trained_dtype": "bfloat16"},
+        {"loop": "plain", "loss": "chunked", "loss_chunk": 16},
+    ],
+)
+def test_options_hold_on_a_cpu_what_is_predicted_for_it(llama_folder, options):
+    case = cell(llama_folder, "cpu", **options)
     assert sim_cpu.run(case)["peak"]["allocated"] == pytest.approx(cpu.run(case)["peak"]["allocated"], rel=0.001)
 
 
