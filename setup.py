@@ -18,6 +18,7 @@ if FROM_A_CHECKOUT:
         entry_points={
             "console_scripts": [*SCRIPTS, "qzo-bench = bench.__main__:main"],
             "pytest11": ["qzo-memory = bench.pytest_plugin"],
+            "qzo.peaks": ["bench = bench.commands.peaks:peaks"],
         },
     )
 else:

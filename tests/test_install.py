@@ -20,7 +20,7 @@ runpy.run_path("setup.py")
     ("command", "packages", "groups"),
     [
         ("bdist_wheel", {"qzo"}, ["console_scripts"]),
-        ("editable_wheel", {"qzo", "bench", "reports"}, ["console_scripts", "pytest11"]),
+        ("editable_wheel", {"qzo", "bench", "reports"}, ["console_scripts", "pytest11", "qzo.peaks"]),
     ],
 )
 def test_a_wheel_holds_qzo_alone_and_an_editable_installation_the_bench_too(command, packages, groups):

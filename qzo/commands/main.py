@@ -10,13 +10,13 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from qzo import __version__
-from qzo.commands import evaluate, export, generate, inspect, quantize, replay, train
+from qzo.commands import evaluate, export, generate, inspect, quantize, replay, report, train
 from qzo.commands.streams import tolerant_streams
 from qzo.errors import QzoError, printable
 from qzo.kernels.heap import keep_freed_memory
 from qzo.signals import Stopped, interruptible, number_of
 
-COMMANDS = (quantize, replay, evaluate, generate, inspect, train, export)  # in the order of `qzo --help`
+COMMANDS = (quantize, replay, evaluate, generate, inspect, train, report, export)  # in the order of `qzo --help`
 
 
 class _Parser(argparse.ArgumentParser):

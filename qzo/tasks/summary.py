@@ -1,4 +1,4 @@
-"""What was recognised in a user's data, in a few lines, before the first step."""
+"""What was recognised in a user's data: as numbers, and in a few lines that are told before the first step."""
 
 from __future__ import annotations
 
@@ -17,28 +17,64 @@ SHOWN = 400  # characters of the example
 MOST_SHARES = 12  # labels whose shares are told one by one
 
 
+def described(task: Any, splits: Splits, objective: Any, rows: Splits) -> dict[str, Any]:
+    """What the data of a task are, as JSON holds it.
+
+    Returns "name", "kind" (in words; None of a task that is known by name), "metric", "splits" ({split: {"rows",
+    "texts", "median", "longest"}}, the last two in tokens), "labels" ({label: training rows}, the most frequent first;
+    None where there are no label words), "reward" (in words, or None), "example" (as the model sees it) and "notices"
+    (what is cut).
+    """
+    counted = {}
+    for split, found in rows.items():
+        lengths = [objective.length(row) for row in found]
+        counted[split] = {
+            "rows": len(found),
+            "texts": len(splits[split]),
+            "median": median(lengths),
+            "longest": max(lengths),
+        }
+    kind = getattr(task, "kind", None)
+    return {
+        "name": task.name,
+        "kind": None if kind is None else kind.text,
+        "metric": task.metric,
+        "splits": counted,
+        "labels": _counts(task.words, splits["train"]) if task.words else None,
+        "reward": task.reward.told() if isinstance(task, RewardTask) else None,
+        "example": _example(objective, rows["train"][0]),
+        "notices": objective.notices(splits),
+    }
+
+
 def summary(
     task: LabelTask | SequenceTask | RewardTask, splits: Splits, objective: Objective, rows: Splits
 ) -> list[str]:
     """Lines: the kind, rows and lengths of each split, shares of the labels, and one example as the model sees it."""
-    lines = [f"data: {task.name}, {task.kind.text}; metric {task.metric}"]
-    for split, found in rows.items():
-        lengths = [objective.length(row) for row in found]
-        of = f" of {len(splits[split]):,} texts" if getattr(task, "packed", False) else ""
+    about = described(task, splits, objective, rows)
+    lines = [f"data: {about['name']}, {about['kind']}; metric {about['metric']}"]
+    for split, found in about["splits"].items():
+        of = f" of {found['texts']:,} texts" if getattr(task, "packed", False) else ""
         lines.append(
-            f"{split}: {len(found):,} rows{of}, tokens: median {median(lengths):,.0f}, longest {max(lengths):,}"
+            f"{split}: {found['rows']:,} rows{of}, tokens: median {found['median']:,.0f}, longest {found['longest']:,}"
         )
-    if isinstance(task, LabelTask):
-        lines.append(f"labels: {_shares(task, splits['train'])}")
-    if isinstance(task, RewardTask):
-        lines.append(f"reward: {task.reward.told()}")
-    lines.append(f"an example: {_example(objective, rows['train'][0])}")
+    if about["labels"]:
+        lines.append(f"labels: {_shares(about['labels'])}")
+    if about["reward"]:
+        lines.append(f"reward: {about['reward']}")
+    lines.append(f"an example: {about['example']}")
     return lines
 
 
-def _shares(task: LabelTask, examples: Sequence[Any]) -> str:
+def _counts(words: Sequence[str], examples: Sequence[Any]) -> dict[str, int]:
+    """Label -> its training rows."""
     counts = Counter(example.label for example in examples)
-    parts = [f"{task.words[label].strip()} {count / len(examples):.0%}" for label, count in counts.most_common()]
+    return {words[label].strip(): count for label, count in counts.most_common()}
+
+
+def _shares(counts: Mapping[str, int]) -> str:
+    total = sum(counts.values())
+    parts = [f"{label} {count / total:.0%}" for label, count in counts.items()]
     more = f", and {len(parts) - MOST_SHARES} more" if len(parts) > MOST_SHARES else ""
     return ", ".join(parts[:MOST_SHARES]) + more
 

@@ -16,6 +16,7 @@ from qzo.errors import NotFinite
 from qzo.signals import held
 from qzo.training.learners import Learner, ZerothOrder
 from qzo.training.run import Result, Run
+from qzo.training.telemetry.memory import peak_bytes
 from qzo.training.telemetry.progress import Progress
 from qzo.training.telemetry.prospect import Prospect
 
@@ -99,7 +100,8 @@ def _due(taken: int, steps: int, every: int) -> bool:
 @torch.no_grad()
 def _validate(learner: Learner, run: Run, evaluate: Callable[[], Result], progress: Progress | None) -> None:
     result = _result(learner.steps, run.metric, evaluate)
-    better = run.add_validation(learner.steps, result, learner.tensors(), learner.mark())
+    memory = peak_bytes(learner.optimizer)
+    better = run.add_validation(learner.steps, result, learner.tensors(), learner.mark(), memory)
     if progress is not None:
         progress.validation(learner.steps, result, better)
 

@@ -4,8 +4,9 @@ r"""The folder of a training run.
     run.journal        zeroth order: one line a step, with a snapshot beside it; see `qzo.journal`
     last.safetensors   first order: trained tensors and moments at the last validation
     best.safetensors   name -> trained tensor at the best validation: scales, not the model
-    metrics.jsonl      {"step": n, "loss": ...} after n steps, {"step": n, "validation": {...}}; seconds
-                        count from the start of the process; see `qzo.training.telemetry.metrics`
+    metrics.jsonl      {"step": n, "loss": ...} after n steps, {"step": n, "validation": {...}, "memory": {...}};
+                        seconds count from the start of the process; see `qzo.training.telemetry.metrics`
+    facts.json         what was found before the first step: the data, sizes of the model, the device
 
 A line of metrics.jsonl is written before the step is recorded, so after a kill no recorded step lacks its line; lines
 of steps that are taken again are cut off on a resume. What decides which state is the best is sealed, and synced before
@@ -40,7 +41,8 @@ from qzo.training.settings import DTYPES, METHODS, ZEROTH_ORDER, TrainSettings
 from qzo.training.telemetry.metrics import Metrics, finite
 from qzo.training.telemetry.progress import TENSORBOARD
 
-RUN, METRICS, BEST = "run.json", "metrics.jsonl", "best.safetensors"
+RUN, METRICS, BEST, FACTS = "run.json", "metrics.jsonl", "best.safetensors", "facts.json"
+RESULT = "result.json"  # written when the run has ended
 MOST_MIB = 8  # of run.json
 Result = dict[str, Any]  # what an evaluation returned: the metric, "loss", "count"
 
@@ -111,6 +113,10 @@ class Run:
                 )
         _write_json(self.folder / RUN, self._about)
 
+    def keep_facts(self, facts: Result) -> None:
+        """Write down what was found before the first step. Raises QzoError where the disk is full."""
+        _write_json(self.folder / FACTS, facts)
+
     def write(self, entry: Result) -> None:
         """Append a line to the metrics. Raises QzoError where the disk is full; no half line is left."""
         self._metrics.write(entry)
@@ -120,17 +126,24 @@ class Run:
         return any(step == steps for step, _ in self.validations)
 
     def add_validation(
-        self, steps: int, result: Result, tensors: dict[str, Tensor], mark: dict[str, str] | None = None
+        self,
+        steps: int,
+        result: Result,
+        tensors: dict[str, Tensor],
+        mark: dict[str, str] | None = None,
+        memory: dict[str, int] | None = None,
     ) -> bool:
         """Record a validation, on the disk when this returns; where it is the best so far, keep the tensors first.
 
-        `mark`: what is kept with the tensors to tell whose they are. Returns whether it is the best.
+        `mark`: what is kept with the tensors to tell whose they are; `memory`: peaks so far, in bytes. Returns whether
+        it is the best.
         """
         best = self.best
         better = best is None or self._score(result) > self._score(best[1])
         if better:
             write_tensors(self.folder / BEST, tensors, {"step": str(steps), **(mark or {})})
-        self._metrics.write({"step": steps, "validation": result}, durable=True)
+        taken = {} if memory is None else {"memory": memory}
+        self._metrics.write({"step": steps, "validation": result, **taken}, durable=True)
         self.validations.append((steps, finite(result)))
         return better
 
@@ -154,7 +167,7 @@ class Run:
             return
         shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
         with suppress(OSError):  # something of others' making is in the folder
-            for name in (METRICS, BEST, JOURNAL, RUN):
+            for name in (METRICS, BEST, JOURNAL, FACTS, RUN):
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
 

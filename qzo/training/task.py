@@ -23,16 +23,16 @@ from qzo.optim.noise import mix_seed
 from qzo.regular import is_there
 from qzo.signals import Stopped, held, interruptible
 from qzo.tasks.own.prompts import RewardBatch
+from qzo.tasks.summary import described
 from qzo.training.batches import batch_numbers
 from qzo.training.learners import check_eps, check_model, make_learner
 from qzo.training.loop import Trained, train
 from qzo.training.own import OwnData, fingerprint
-from qzo.training.run import RUN, Result, Run, check_folder, dtype_of, read_run
+from qzo.training.run import RESULT, RUN, Result, Run, check_folder, dtype_of, read_run
 from qzo.training.settings import QUANTIZED, TrainSettings
+from qzo.training.telemetry.memory import packed_as, resident_bytes
 from qzo.training.telemetry.progress import Progress, lines_of, tell
 from qzo.training.tuned import put_best
-
-RESULT = "result.json"
 
 
 def train_task(
@@ -125,6 +125,20 @@ class _Work:
         train = self.rows["train"]
         self._known = [objective.length(row) for row in train], [getattr(row, "label", 0) for row in train]
 
+    def facts(self, model: Result, trained: dict[str, torch.Tensor]) -> Result:
+        """What is known before the first step, as `facts.json` holds it."""
+        reward = getattr(self.objective.task, "reward", None)  # of answers to prompts, which are written
+        longest = max(self._known[0]) + (reward.max_new_tokens if reward else 0)
+        rows = getattr(self.objective.batch(self.rows["train"][:1]), "input_ids", ())
+        each = reward.generations if reward else max(1, len(rows))
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return {
+            "data": described(self.objective.task, self.splits, self.objective, self.rows),
+            "model": {**model, "trained": sum(tensor.numel() for tensor in trained.values())},
+            "batch": {"rows": self.settings.batch_size * each, "tokens": longest},
+            "device": {"type": self.device.type, "name": name},
+        }
+
     def batch_at(self, step: int) -> Any:
         """The batch of a step."""
         numbers = batch_numbers(*self._known, self.settings.batch_size, self.settings.seed, step)
@@ -145,7 +159,9 @@ class _Work:
 def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
     """Make what the loop needs, and release it whatever happens."""
     try:
+        model = {**resident_bytes(work.model), "packed": packed_as(work.model)}  # before adapters are put in
         learner = make_learner(work.model, run.settings, run.folder, source)
+        run.keep_facts(work.facts(model, learner.tensors()))
         progress = Progress(run.settings.steps, learner.steps, learner.slope_name, run.folder)
         if run.resumed:
             progress.notice(f"going on after step {learner.steps} of {run.settings.steps}")

@@ -13,8 +13,9 @@ import math
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qzo.errors import QzoError
 from qzo.regular import check_regular, is_there
@@ -43,44 +44,15 @@ class Metrics:
         Raises QzoError, with the number of the line, for one that is damaged or says what cannot be.
         """
         entries: list[Entry] = []
-        end, crc, sealed = 0, 0, False
-        self.sealed = True
-        *lines, _ = self.path.read_bytes().split(b"\n")  # the last is torn by a kill: its step is taken again
-        for number, text in enumerate(lines, 1):
-            line = text + b"\n"
-            found = SEALED.fullmatch(line)
-            crc = zlib.crc32(found[1] + b"}" if found else line, crc)
-            if (found and found[2] != b"%08x" % crc) or (sealed and not found):
-                raise QzoError(
-                    f"{self.path}: line {number} is damaged, its checksum does not fit; restore the file from a copy"
-                )
-            sealed = bool(found)
-            entry = self._checked(line, number, entries[-1]["step"] if entries else 0)
-            if entry["step"] > steps:
+        end, self._crc, self.sealed = 0, 0, True
+        for line in _lines(self.path, self.metric):
+            if line.entry["step"] > steps:
                 break
-            entries.append(entry)
-            self.sealed = self.sealed and sealed
-            end, self._crc = end + len(line), crc
-        if not entries:
-            self._crc = 0
+            entries.append(line.entry)
+            self.sealed = self.sealed and line.sealed
+            end, self._crc = line.end, line.crc
         self._file.truncate(end)
         return entries
-
-    def _checked(self, line: bytes, number: int, least: int) -> Entry:
-        try:
-            entry = json.loads(line)
-            step = entry["step"]
-            if type(step) is not int or step < least:
-                raise ValueError(f"step {step!r} after step {least}")
-            result = entry.get("validation", {self.metric: None})
-            for value in (result[self.metric], result.get("loss")):
-                if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                    raise ValueError(f"{value!r} is no number")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
-            raise QzoError(f"{self.path}: line {number} {what}; restore the file from a copy") from error
-        entry.pop("crc", None)
-        return dict(entry)
 
     def write(self, entry: Entry, durable: bool = False) -> None:
         """Append a line, with `durable` down to the disk. Raises QzoError for a full one; no half line is left."""
@@ -104,6 +76,57 @@ class Metrics:
     def close(self) -> None:
         """Release the file."""
         self._file.close()
+
+
+class _Line(NamedTuple):
+    """A line that was read, where it ends, and the checksum that the next one starts from."""
+
+    entry: Entry
+    end: int
+    crc: int
+    sealed: bool
+
+
+def read_metrics(path: Path, metric: str) -> list[Entry]:
+    """All whole lines of a file that may be written to meanwhile; nothing of it is changed.
+
+    Raises QzoError as `Metrics.read`, and where there is no such file.
+    """
+    check_regular(path, MOST_MIB)
+    return [line.entry for line in _lines(path, metric)]
+
+
+def _lines(path: Path, metric: str) -> Iterator[_Line]:
+    """The lines, each checked when it is asked for. Raises QzoError."""
+    end, crc, sealed, least = 0, 0, False, 0
+    *lines, _ = path.read_bytes().split(b"\n")  # the last is torn by a kill: its step is taken again
+    for number, text in enumerate(lines, 1):
+        line = text + b"\n"
+        found = SEALED.fullmatch(line)
+        crc = zlib.crc32(found[1] + b"}" if found else line, crc)
+        if (found and found[2] != b"%08x" % crc) or (sealed and not found):
+            raise QzoError(f"{path}: line {number} is damaged, its checksum does not fit; restore the file from a copy")
+        sealed, end = bool(found), end + len(line)
+        entry = _checked(path, metric, line, number, least)
+        least = entry["step"]
+        yield _Line(entry, end, crc, sealed)
+
+
+def _checked(path: Path, metric: str, line: bytes, number: int, least: int) -> Entry:
+    try:
+        entry = json.loads(line)
+        step = entry["step"]
+        if type(step) is not int or step < least:
+            raise ValueError(f"step {step!r} after step {least}")
+        result = entry.get("validation", {metric: None})
+        for value in (result[metric], result.get("loss")):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{value!r} is no number")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
+        raise QzoError(f"{path}: line {number} {what}; restore the file from a copy") from error
+    entry.pop("crc", None)
+    return dict(entry)
 
 
 def finite(value: Any) -> Any:

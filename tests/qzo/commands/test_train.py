@@ -108,6 +108,21 @@ def test_the_run_tells_what_it_was(task, models, tmp_path):
     assert journal_lines.read(out / "run.journal").header["groups"][0]["clip_threshold"] is None
     result = json.loads((out / "result.json").read_text())
     assert result["steps"] == 6 and result["test"]["count"] == 16
+
+
+def test_the_run_records_data_sizes_and_peaks_of_memory(task, models, tmp_path):
+    out = tmp_path / "run"
+    assert main(["train", models["quantized"], *SMALL, "--out", str(out)]) == 0
+    facts = json.loads((out / "facts.json").read_text())
+    assert facts["data"]["splits"]["train"] == {"rows": 64, "texts": 64, "median": 8, "longest": 8}
+    assert sum(facts["data"]["labels"].values()) == 64 and facts["data"]["example"] == "words[w0]"
+    scales = sum(tensor.numel() for tensor in read_tensors(out / "best.safetensors")[0].values())
+    assert facts["model"]["trained"] == scales and facts["device"] == {"type": "cpu", "name": "cpu"}
+    assert facts["model"]["packed"] == {"layer": "QuantLinear", "type": "QuantLinear", "bits": 4, "group_size": 32}
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    peaks = [entry["memory"] for entry in entries if "validation" in entry]
+    resident = facts["model"]["weights"] + facts["model"]["quantization"]
+    assert all(peak["process"] > resident and peak["optimizer"] == 4 * scales for peak in peaks)  # masters in fp32
     sizes = (out / "best.safetensors").stat().st_size
     assert sizes < sum(scale.nbytes for scale in qzo.scales(load(models["quantized"])).values()) + 4096
 

@@ -24,6 +24,8 @@ LENGTH = 8
 class Example(list):
     """Numbers of words, the last of which is the label."""
 
+    text, ask, answers = "words", "", ("w0", "w1")
+
     @property
     def label(self):
         return self[-1]
@@ -120,9 +122,10 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics, without times and the seals, which cover them."""
+    """The lines of a run's metrics, without times, memory and the seals, which cover them."""
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in entry.items() if name not in ("seconds", "crc")} for entry in entries]
+    told = ("seconds", "memory", "crc")
+    return [{name: value for name, value in entry.items() if name not in told} for entry in entries]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

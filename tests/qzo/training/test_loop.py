@@ -42,7 +42,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_stopped(tmp_path, method
 class Scripted:
     """A learner of one number, which counts steps."""
 
-    slope_name, skipped = "d", 0
+    slope_name, skipped, optimizer = "d", 0, torch.optim.SGD([torch.zeros(1)], lr=1.0)
 
     def __init__(self):
         self.steps = 0
