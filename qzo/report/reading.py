@@ -97,9 +97,8 @@ class Story:
         if not self.zeroth_order:
             return 1
         directions = int(self.settings.get("directions", 1))
-        return {"one-sided": directions + 1, "population": directions}.get(
-            self.settings.get("estimator"), 2 * directions
-        )
+        by_estimator = {"one-sided": directions + 1, "population": directions}
+        return by_estimator.get(str(self.settings.get("estimator")), 2 * directions)
 
     @property
     def passes(self) -> str:

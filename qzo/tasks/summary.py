@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qzo.tasks.objective import Objective
 from qzo.tasks.own.completions import RewardObjective
 from qzo.tasks.own.reward import RewardTask
 from qzo.tasks.own.task import LabelTask, SequenceTask
+
+if TYPE_CHECKING:
+    from qzo.tasks.objective import Objective
 
 Splits = Mapping[str, Sequence[Any]]
 SHOWN = 400  # characters of the example
