@@ -13,6 +13,7 @@ from qzo.optim import offsets, rules
 from qzo.optim.estimator import Estimator
 from qzo.optim.groups import Group, check_sign, has_negative
 from qzo.optim.guards.eps import check_eps, typical
+from qzo.optim.guards.idle import Idle
 from qzo.optim.guards.reach import largest_of
 from qzo.optim.guards.stride import Stride
 from qzo.optim.noise import chunk_elements
@@ -60,6 +61,8 @@ class QZO(SpsaOptimizer):
     """
 
     _strides: Sequence[Stride] = ()  # of each group, from the first step on; not of a run that is taken up
+    _idle: Idle | None = None
+    foresees = True  # whether it tells of an lr that is too small; a loop that knows its steps tells better
     least_noise = 2**14  # 64 KiB: the scales of a small layer at once, where starting an operator takes longest
 
     def __init__(
@@ -196,14 +199,19 @@ class QZO(SpsaOptimizer):
     def step(self, closure: Closure | Iterable[Closure] | None = None) -> float:  # type: ignore[override]
         """As the base class. Raises QzoError before the first step for an eps that is larger than the scales too.
 
-        Warns once of an lr that moves the scales too far, see `qzo.optim.guards.stride`.
+        Warns once of an lr that moves the scales too far while the loss rises, or with which no run learns anything,
+        see `qzo.optim.guards`.
         """
         if self.steps == 0:
             self._strides = [self._begin(group) for group in self.param_groups]
+            self._idle = Idle() if self.foresees else None
         loss = super().step(closure)
-        if self._strides and self.last is not None and not self.last.skipped:
-            for group, stride, applied in zip(self.param_groups, self._strides, self.last.applied, strict=False):
-                self.lr_told = stride.after(group, applied, self.last.step) or self.lr_told
+        last = self.last
+        if self._strides and last is not None and not last.skipped:
+            for group, stride, applied in zip(self.param_groups, self._strides, last.applied, strict=False):
+                self.lr_told = stride.after(group, applied, loss, last.step) or self.lr_told
+            if self._idle is not None:
+                self.lr_told |= self._idle.after(self.param_groups, last.derivatives, last.applied, loss)
         return loss
 
     def _begin(self, group: Group) -> Stride:

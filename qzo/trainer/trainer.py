@@ -120,6 +120,8 @@ class QZOTrainer(ResumableTrainer):
             raise QzoError(
                 f"the optimizer's tensors are on {places}, the Trainer on {self.args.device}; load them there"
             )
+        if isinstance(made, QZO):
+            made.foresees = False  # as `_foresee` does, which knows how many steps there are
         self.zeroth_order = made
         if self.journal_path is not None:
             self._open_journal(target, made)

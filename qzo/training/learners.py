@@ -48,6 +48,8 @@ class ZerothOrder:
 
     def __init__(self, model: nn.Module, optimizer: SpsaOptimizer, folder: Path) -> None:
         self.optimizer = optimizer
+        if isinstance(optimizer, QZO):
+            optimizer.foresees = False  # the loop does, see qzo.training.telemetry.prospect
         self.journal = Journal(folder / JOURNAL, model, optimizer, snapshot_every=SNAPSHOT_EVERY)
         self.notices = _resume(self.journal)
 

@@ -39,7 +39,9 @@ def test_steps_that_are_not_finite_or_flat_tell_nothing():
     assert told(100, 1e-7, 0.0) is None
 
 
-@pytest.mark.parametrize(("lr", "message"), [(1e-12, "nothing would be learned"), (10.0, "diverges"), (3e-5, None)])
+@pytest.mark.parametrize(
+    ("lr", "message"), [(1e-12, "nothing would be learned"), (10.0, "lr 10 is too large; begin"), (3e-5, None)]
+)
 def test_the_trainer_warns_of_the_lr_it_was_given(make_model, tmp_path, recwarn, lr, message):
     folder = standin.write_model(make_model(dtype=torch.bfloat16), tmp_path / "model", True)
     dice = random.Random(0)
@@ -52,3 +54,10 @@ def test_the_trainer_warns_of_the_lr_it_was_given(make_model, tmp_path, recwarn,
     QZOTrainer(load(folder), arguments, train_dataset=data).train()
     found = [str(one.message) for one in recwarn if "an lr of about" in str(one.message)]
     assert len(found) == (message is not None) and all(message in text for text in found)
+
+
+def test_the_lr_named_is_of_the_model_before_it_was_wrecked():
+    """As MeZO's first steps with an lr far too large: d of 10, and of thousands from the second step on."""
+    prospect = Prospect(100)
+    (notice,) = filter(None, [prospect.after(2.0, d, 1.0) for d in [10.0] + [3000.0] * (FIRST - 1)])
+    assert "give an lr of about 1e-04" in notice and "lower the loss, which is 2, by 7.9e+06" in notice
