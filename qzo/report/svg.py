@@ -9,8 +9,9 @@ from qzo.report.curves import Curve, Panel
 from qzo.report.html import Html, element, join, legend
 
 WIDTH, HEIGHT = 440, 232
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 26, 28
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 24, 22
 BASE = HEIGHT - BOTTOM
+STEPS, PASSES = HEIGHT - 5, 11  # lines of the two axes' numbers
 
 
 class _Frame:
@@ -31,14 +32,14 @@ class _Frame:
         return f"{self.x(x)},{self.y(y)}"
 
 
-def drawing(panel: Panel, passes_a_step: int, passes: str) -> Html:
-    """The panel, steps below and `passes` above it."""
+def drawing(panel: Panel, passes_a_step: int) -> Html:
+    """The panel, steps below and forward passes above it."""
     frame = _Frame(panel)
     return element(
         "svg",
         element("title", f"{panel.title}: {panel.text}"),
         *_grid(panel, frame),
-        *_steps_axis(panel, frame, passes_a_step, passes),
+        *_steps_axis(panel, frame, passes_a_step),
         *(_level(level.name, level.y, level.kind, frame) for level in panel.levels),
         *(_drawn(curve, frame) for curve in panel.curves),
         None if panel.best is None else element(
@@ -68,21 +69,21 @@ def _grid(panel: Panel, frame: _Frame) -> list[Html]:
     return made
 
 
-def _steps_axis(panel: Panel, frame: _Frame, passes_a_step: int, passes: str) -> list[Html]:
+def _steps_axis(panel: Panel, frame: _Frame, passes_a_step: int) -> list[Html]:
     made = [element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=BASE, y2=BASE, klass="axis")]
     for value in whole_ticks(panel.end):
-        made.append(_label(f"{value:,}", frame.x(value), HEIGHT - 13, value, panel.end))
+        made.append(_label(f"{value:,}", frame.x(value), STEPS, value, panel.end))
     for value in whole_ticks(panel.end * passes_a_step, 4):
-        made.append(_label(f"{value:,}", frame.x(value / passes_a_step), 20, value / passes_a_step, panel.end, "upper"))
-    made.append(element("text", "steps", x=LEFT, y=HEIGHT - 1, klass="unit"))
-    made.append(element("text", passes, x=LEFT, y=8, klass="unit"))
+        made.append(_label(f"{value:,}", frame.x(value / passes_a_step), PASSES, value / passes_a_step, panel.end))
+    for name, y in (("steps", STEPS), ("passes", PASSES)):
+        made.append(element("text", name, x=LEFT - 8, y=y, text_anchor="end", klass="unit"))
     return made
 
 
-def _label(label: str, x: str, y: float, value: float, end: float, klass: str | None = None) -> Html:
+def _label(label: str, x: str, y: float, value: float, end: float) -> Html:
     """Centred on its place, but for the last, which would stand out."""
     anchor = "end" if value > 0.97 * end else "middle"
-    return element("text", label, x=x, y=y, text_anchor=anchor, klass=klass)
+    return element("text", label, x=x, y=y, text_anchor=anchor)
 
 
 def _level(name: str, value: float, kind: str, frame: _Frame) -> Html | None:

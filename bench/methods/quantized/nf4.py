@@ -21,9 +21,7 @@ BLOCK_SIZE = 64  # weights that share an absmax
 NESTED_BLOCK_SIZE = 256  # absmax that share one of their own
 
 
-def to_nf4(
-    model: PreTrainedModel, nested: bool = False, compute_dtype: torch.dtype | None = None
-) -> PreTrainedModel:
+def to_nf4(model: PreTrainedModel, nested: bool = False, compute_dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Replace the layers that transformers would (see `low_bit`) in place; they compute in `compute_dtype`, or in the
     model's dtype.
 

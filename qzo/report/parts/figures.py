@@ -30,7 +30,7 @@ def _scores(story: Story) -> list[Html]:
     percent = metric in PERCENT
     before = math.nan if first is None else first.scores.get(metric, math.nan)
     after = best.scores.get(metric, math.nan)
-    note = f"before training {score(before, percent)}" if first is not None else "no baseline was recorded"
+    note = f"before: {score(before, percent)}" if first is not None else "no baseline was recorded"
     count = f", {best.count:,} rows" if best.count else ""
     better = (after < before) if metric == "loss" else (after > before)
     kind = "good" if better else "level" if after == before or not math.isfinite(before + after) else "bad"
@@ -47,7 +47,7 @@ def _scores(story: Story) -> list[Html]:
 def _loss(story: Story) -> Html:
     assert story.best is not None
     before = math.nan if story.first is None else story.first.scores.get("loss", math.nan)
-    return _card("validation loss", score(story.best.scores["loss"], False), f"before training {score(before, False)}")
+    return _card("validation loss", score(story.best.scores["loss"], False), f"before: {score(before, False)}")
 
 
 def _steps(story: Story) -> Html:
@@ -57,7 +57,7 @@ def _steps(story: Story) -> Html:
 
 
 def _time(story: Story) -> Html:
-    each = f"{story.seconds / story.taken:.2f} s a step, validations in" if story.taken else "no step was taken"
+    each = f"{story.seconds / story.taken:.2f} s a step, all in" if story.taken else "no step was taken"
     return _card("time", duration(story.seconds), each)
 
 

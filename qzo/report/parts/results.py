@@ -21,12 +21,14 @@ def curves_section(story: Story, panels: Sequence[Panel]) -> Html:
         element(
             "figure",
             element("figcaption", panel.title),
-            drawing(panel, story.passes_a_step, story.passes),
+            drawing(panel, story.passes_a_step),
             keys(panel),
         )
         for panel in panels
     ]
-    return element("section", element("h2", "Curves"), element("div", *made, klass="panels"))
+    note = f"Below each drawing steps, above it {story.passes}, {story.passes_a_step:,} a step."
+    shown = element("p", note, klass="quiet"), element("div", *made, klass="panels")
+    return element("section", element("h2", "Curves"), *shown)
 
 
 def validations_table(story: Story) -> Html | None:
