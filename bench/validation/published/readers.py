@@ -18,11 +18,9 @@ READERS: dict[str | None, Callable[[Row], Published]] = {
     "litgpt": litgpt.read,
     "QwenLM/Qwen": qwen.read_qwen,
     "modelscope/ms-swift": qwen.read_swift,
+    "princeton-nlp/MeZO": zeroth_order.read,
 }
-PREDICTORS: dict[str | None, Callable[[Row], dict[str, int]]] = {  # of rows that are no recipe
-    "princeton-nlp/MeZO": zeroth_order.predict,
-    "liangyuwang/zo2": zeroth_order.predict,
-}
+ZEROTH_ORDER = ("princeton-nlp/MeZO", "liangyuwang/zo2")  # sources whose rows are no recipes, but for Adam's
 # What a source's rows do not state of the step that was measured, or of how; the others' pages, code and data state all
 # of it. Of rows that come without a repository a fork's code is known and nothing of the card's other programs.
 UNSTATED: dict[str | None, str] = {
@@ -59,6 +57,5 @@ def read(row: Row) -> Published:
 
 def predictor_of(row: Row) -> Callable[[Row], dict[str, int]] | None:
     """The function that predicts a row which no recipe says, a zeroth-order step; None for the others."""
-    if row.get("method", "").startswith("mezo"):
-        return zeroth_order.predict
-    return PREDICTORS.get((row.get("source") or {}).get("repo"))
+    own = row.get("method", "").startswith("mezo") or (row.get("source") or {}).get("repo") in ZEROTH_ORDER
+    return zeroth_order.predictor(row) if own else None

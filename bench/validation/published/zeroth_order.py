@@ -18,6 +18,7 @@ import torch
 from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.cases.models import ModelSource
+from bench.cases.recipes.recipe import Recipe
 from bench.cases.text import Batch
 from bench.ledger.ledger import Ledger
 from bench.methods.as_released import full_loss, mezo_reference
@@ -25,9 +26,10 @@ from bench.methods.prepared import Prepared
 from bench.simulator.allocator.replay import ROUND_BYTES, replay
 from bench.simulator.cuda.kernels import rules
 from bench.simulator.shared import collector_off
+from bench.validation.frameworks.mezo import bound_scores, score_answers
 from bench.validation.frameworks.streams import replay_streams
 from bench.validation.frameworks.zo2 import resident_steps, streamed_step
-from bench.validation.published.row import Row, model_of
+from bench.validation.published.row import Published, Row, model_of
 from bench.worlds.sim import SimWorld
 from bench.worlds.watch import register_resident, run_steps
 from qzo.errors import QzoError
@@ -38,15 +40,30 @@ EAGER = "eager"
 Figures = dict[str, int]
 
 
-def predict(row: Row) -> Figures:
-    """The process's bytes. Raises QzoError for several GPUs and for a method that no code is known of."""
+def read(row: Row) -> Published:
+    """A row of Adam, by finetune.sh: fp32 weights, fp16 autocast, all weights or MeZO's own five prefix tokens."""
+    prefix = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM"} if row["method"].startswith("prefix") else None
+    recipe = Recipe(
+        row["method"], {"fp16": True, "optim": "adamw_mixed"}, prefix, "PrefixTuningConfig", dtype="float32",
+        attention=EAGER, batch_size=CANDIDATES, lengths=(TRAINED,), use_cache=True,
+    )  # fmt: skip
+    return Published(recipe, model_of(row), changes=(score_answers, bound_scores))
+
+
+def predictor(row: Row) -> Callable[[Row], Figures] | None:
+    """The function that predicts the row; None for one that a recipe says.
+
+    Raises QzoError for several GPUs and for a method that no code is known of.
+    """
     if row.get("gpus", 1) > 1:
         raise QzoError(f"the sum over {row['gpus']} GPUs: how the model is divided among them is not known here")
     method = row["method"]
+    if method.endswith("(Adam)"):
+        return None
     run = next((run for name, run in METHODS if method.startswith(name)), None)
     if run is None:
         raise QzoError(f"how MeZO's scripts run {method} is not known here")
-    return run(row)
+    return run
 
 
 @collector_off()

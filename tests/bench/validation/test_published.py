@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from bench.cases import gpus
 from bench.ledger.ledger import Ledger
 from bench.validation.compare import compare_row
+from bench.validation.frameworks.mezo import bound_scores, score_answers
 from bench.validation.frameworks.transformers_4 import repeat_keys, shift
 from bench.validation.measurement import MIB, measured_bytes
 from bench.validation.published.peft_comparison import AROUND, LONGEST
 from bench.validation.published.qwen import drawn_lengths
-from bench.validation.published.readers import read, unstated
+from bench.validation.published.readers import predictor_of, read, unstated
 from qzo.errors import QzoError
 
 SIZES = {
@@ -211,3 +213,23 @@ def test_keys_are_repeated_within_an_attention_alone():
     model, before = torch.nn.Sequential(SomeAttention()), sdpa_attention.use_gqa_in_sdpa
     repeat_keys(model)
     assert model[0].forward() is False and sdpa_attention.use_gqa_in_sdpa is before
+
+
+def test_mezos_adam_scores_two_answers_with_the_attention_of_its_day():
+    row = OPT | {"source": {"repo": "princeton-nlp/MeZO"}, "method": "prefix-tuning (Adam)", "attention": "eager"}
+    said = read(row)
+    assert predictor_of(row) is None and said.recipe.autocast == "float16" and said.recipe.batch_size == 2
+    with pytest.raises(QzoError, match="the sum over 4 GPUs"):
+        predictor_of(row | {"gpus": 4})
+    model = OPTForCausalLM(OPTConfig(
+        vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, attn_implementation="eager",
+    )).eval()  # fmt: skip
+    ids, mask = torch.arange(2, 18).view(2, 8), torch.ones(2, 8, dtype=torch.long)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    bound_scores(model)
+    assert torch.allclose(model(input_ids=ids, attention_mask=mask).logits, logits, atol=1e-6)
+    score_answers(model)
+    picked = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1).mean(-1)
+    loss = model(input_ids=ids, attention_mask=mask)["loss"]
+    assert torch.allclose(loss, -picked.log_softmax(0)[0], atol=1e-6)
