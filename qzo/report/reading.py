@@ -140,12 +140,9 @@ def read_story(folder: Path) -> Story:
     """All that a run's folder tells. Raises QzoError, in one line, for what is damaged or is no run."""
     about = read_run(folder)
     metric = about.get("metric", "loss")
-    try:
-        taken = int(about["settings"].get("steps", 0)), int(about["settings"].get("directions", 1))
-        if min(taken) < 0 or not isinstance(metric, str):
-            raise ValueError
-    except (TypeError, ValueError) as error:
-        raise QzoError(f"{folder}: metric or settings of run.json cannot be read; restore it from a copy") from error
+    counts = [about["settings"].get(name, 1) for name in ("steps", "directions")]
+    if not isinstance(metric, str) or not all(_is_count(count) for count in counts):
+        raise QzoError(f"{folder}: metric or settings of run.json cannot be read; restore it from a copy")
     entries = read_metrics(folder / METRICS, metric) if is_there(folder / METRICS) else []
     slope = "d" if about["settings"]["method"] in ZEROTH_ORDER else "gradient_norm"
     steps = [_step(entry, slope) for entry in entries if "validation" not in entry]
