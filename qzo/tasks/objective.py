@@ -71,7 +71,7 @@ class SequenceObjective:
 
     def __init__(self, task: SequenceTask, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
         self.task, self.asked = task, max_length
-        self.encoder = SequenceEncoder(tokenizer, max_length, task.packed)
+        self.encoder = SequenceEncoder(tokenizer, max_length, task.packed, task.whole)
         self.batch, self.length = self.encoder.batch, self.encoder.length
 
     def fitted(self, max_length: int | None) -> SequenceObjective:

@@ -27,18 +27,21 @@ from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
 from qzo.quiet import quiet_libraries
 from qzo.trainer.arguments import SHARDED, check_arguments, check_optimizer, check_reference
 from qzo.trainer.collate import padding
+from qzo.trainer.given import Formatting
 from qzo.trainer.resumable import ResumableTrainer
 from qzo.trainer.roles import TakenStep, said_to_train
+from qzo.trainer.rows import RowsTrainer, is_own, items_in, take_rows
 from qzo.training.checkpoints import OPTIMIZER, TRAINED, check, read_trained
 from qzo.training.telemetry.prospect import FIRST, Prospect
 
 with quiet_libraries():
     from accelerate.utils.memory import clear_device_cache
+    from transformers import Trainer
 
 DEFAULT_COLLATORS = "transformers.data.data_collator"  # the module of those that Trainer takes by itself
 
 
-class QZOTrainer(ResumableTrainer):
+class QZOTrainer(RowsTrainer):
     """transformers' Trainer with zeroth-order steps: two evaluations of the loss for each, no backward pass.
 
         trainer = qzo.QZOTrainer(model, TrainingArguments("out", learning_rate=1e-5), train_dataset=data)
@@ -53,6 +56,8 @@ class QZOTrainer(ResumableTrainer):
       on_pre_optimizer_step and on_optimizer_step both come after it.
     - Before the first step `qzo.check_live` proves, on its first micro-batch, that the scales are live (QZO).
     - Rows whose `input_ids` differ in length are padded (labels with -100) where no `data_collator` is given.
+    - Raw rows, in the shapes that TRL documents and text with labels, are encoded as in `qzo train --data`, with the
+      loss and the scores of their kind: see `qzo.trainer.rows`.
     - The model stays in eval mode: both evaluations must see the same function.
     - Logs hold d of the last step, the share of clipped steps since the last log and the number of skipped ones, and
       no norm of a gradient.
@@ -64,6 +69,8 @@ class QZOTrainer(ResumableTrainer):
         model: from `qzo.load`, quantized; a model that transformers' own quantizers made is refused by Trainer.
         qzo_options: for the QZO that is made: eps, clip_threshold, relative, betas, ...
         journal: file for a `qzo.Journal`, QZO only; a resume from a checkpoint cuts it there.
+        formatting_func: raw row -> the text that is learnt in its place.
+        data_options: of raw rows: columns, label_words, max_length, packing, centering; before those of an SFTConfig.
         arguments: of Trainer.
 
     Raises QzoError for an optimizer without closures, several processes, arguments that a training without gradients
@@ -76,24 +83,31 @@ class QZOTrainer(ResumableTrainer):
         *arguments: Any,
         qzo_options: dict[str, Any] | None = None,
         journal: str | os.PathLike[str] | None = None,
+        formatting_func: Formatting | None = None,
+        data_options: dict[str, Any] | None = None,
         **named: Any,
     ) -> None:
         self.qzo_options, self.journal_path = qzo_options or {}, journal
         self.journal: Journal | None = None
         self.zeroth_order: SpsaOptimizer | None = None
-        self._closures: list[Closure] = []
+        self._batches: list[tuple[dict[str, Any], Any]] = []
         self._clipped: list[bool] = []
         self._checked = False
         self._prospect: Prospect | None = None
         self._base: dict[str, str] | None = None
         signature = inspect.signature(_mixed_in(type(self)).__init__)
-        given = signature.bind_partial(self, *arguments, **named).arguments
+        bound = signature.bind_partial(self, *arguments, **named)
+        given = bound.arguments
         if given.get("args") is not None:
             check_arguments(given["args"])
         check_optimizer(given, self.qzo_options)
         if "ref_model" in signature.parameters:
             check_reference(given)
-        super().__init__(*arguments, **named)
+        if _mixed_in(type(self)) is Trainer:
+            self._encoding = take_rows(given, data_options or {}, formatting_func)
+        else:
+            given |= _for_mixed(type(self), signature, formatting_func, data_options)
+        super().__init__(*bound.args[1:], **bound.kwargs)
         if self.args.world_size > 1:
             raise QzoError(f"world_size={self.args.world_size}: {SHARDED}")
         collate: Any = self.data_collator
@@ -148,10 +162,10 @@ class QZOTrainer(ResumableTrainer):
         """Collect a micro-batch; with the last one of a step, take it. Returns the step's loss then, 0 before."""
         model.eval()
         prepared = self._prepare_inputs(inputs)
-        self._closures.append(partial(self._loss_of, model, prepared, num_items_in_batch))
+        self._batches.append((prepared, num_items_in_batch))
         if not self.accelerator.sync_gradients:
             return torch.tensor(0.0, device=self.args.device)
-        closures, self._closures = self._closures, []
+        closures = self._losses_of(model)
         assert self.zeroth_order is not None
         if not self._checked and isinstance(self.zeroth_order, QZO):
             check_live(model, closures[0], self.args.seed)
@@ -179,13 +193,23 @@ class QZOTrainer(ResumableTrainer):
         if notice is not None and not optimizer.lr_told:
             warnings.warn(notice, stacklevel=2)
 
+    def _losses_of(self, model: nn.Module) -> list[Closure]:
+        """The losses of a step's micro-batches, which are let go; of raw rows, each weighs as many items as it has."""
+        batches, self._batches = self._batches, []
+        if all(is_own(inputs) for inputs, _ in batches):
+            items = sum(items_in(inputs) for inputs, _ in batches)
+            batches = [(inputs, items) for inputs, _ in batches]
+        return [partial(self._loss_of, model, inputs, items) for inputs, items in batches]
+
     def _loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """A micro-batch's share of the step's loss, as Trainer's own training_step has it."""
         with self.compute_loss_context_manager(), said_to_train(self.model):  # it may take labels out of its inputs
             loss: Any = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
         loss = loss.mean() if self.args.n_gpu > 1 else loss
         scaled: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # transformers >= 5.23
-        if scaled is None:
+        if is_own(inputs):
+            scaled = True
+        elif scaled is None:
             by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_items or self.compute_loss_func is not None
         share: Tensor = loss if scaled else loss / self.current_gradient_accumulation_steps
@@ -211,7 +235,7 @@ class QZOTrainer(ResumableTrainer):
         try:
             return super().train(*arguments, **named)
         finally:
-            self._closures.clear()
+            self._batches.clear()
             if self.journal is not None:
                 self.journal.close()
 
@@ -295,6 +319,17 @@ class QZOTrainer(ResumableTrainer):
             own[name].copy_(value)
         for _, _, _, tensor in self.zeroth_order._tensors():
             self.zeroth_order.state[tensor]["master"].copy_(tensor)
+
+
+def _for_mixed(kind: type, signature: inspect.Signature, formatting_func: Any, data_options: Any) -> dict[str, Any]:
+    """What a trainer that is mixed in gets of the arguments for raw rows, which it encodes by itself."""
+    if data_options:
+        raise QzoError(f"data_options={data_options}: {kind.__name__} encodes rows as its configuration says")
+    if formatting_func is None:
+        return {}
+    if "formatting_func" not in signature.parameters:
+        raise QzoError(f"{kind.__name__} takes no formatting_func")
+    return {"formatting_func": formatting_func}
 
 
 def _mixed_in(kind: type) -> Any:

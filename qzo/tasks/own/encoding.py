@@ -58,14 +58,21 @@ class SequenceEncoder:
         tokenizer: a transformers tokenizer.
         max_length: tokens a row may have; None, any number.
         packed: rows of exactly `max_length` tokens are cut from all texts one behind the other.
+        whole: everything but a first token is learnt, prompts and the turns of users too; not of pairs.
 
     Raises:
         QzoError: where a sequence is encoded: a tokenizer without a chat template where there are messages, a template
             that refuses them (with the row), a damaged tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, packed: bool = False) -> None:
-        self.tokenizer, self.max_length, self.packed = tokenizer, max_length, packed
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        packed: bool = False,
+        whole: bool = False,
+    ) -> None:
+        self.tokenizer, self.max_length, self.packed, self.whole = tokenizer, max_length, packed, whole
         self.left_out = 0
         self._start = start_tokens(tokenizer)
         self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -123,16 +130,20 @@ class SequenceEncoder:
         return self._kept[example]
 
     def _encode(self, example: Sequence, answer: Text) -> Tokens:
+        whole = self.whole and len(example.answers) == 1
         if isinstance(answer, str) and isinstance(example.prompt, str):
-            return self._text(example.prompt, answer)
+            return self._text(example.prompt, answer, whole)
         assert not isinstance(answer, str) and not isinstance(example.prompt, str)
-        return self._turns(example.where, example.prompt, answer)
+        if not whole:
+            return self._turns(example.where, example.prompt, answer)
+        ids = tokens_of(self.tokenizer, self._render(example.where, [*example.prompt, *answer], asks=False))
+        return Tokens(tuple(ids), tuple(column > 0 for column in range(len(ids))))
 
-    def _text(self, prompt: str, answer: str) -> Tokens:
+    def _text(self, prompt: str, answer: str, is_whole: bool) -> Tokens:
         """Encoded as one text: where a tokenizer merges over the border, the answer has it. Raises QzoError."""
-        alone, whole = tokens_of(self.tokenizer, prompt), tokens_of(self.tokenizer, prompt + answer)
-        before = shared(alone, [whole])
-        ids = [*self._start, *whole, *self._end]
+        text = tokens_of(self.tokenizer, prompt + answer)
+        before = 0 if is_whole or not prompt else shared(tokens_of(self.tokenizer, prompt), [text])
+        ids = [*self._start, *text, *(self._end if text[-1:] != self._end else ())]  # a text may bring its own end
         count = len(self._start) + before
         return Tokens(tuple(ids), tuple(column >= max(1, count) for column in range(len(ids))))
 

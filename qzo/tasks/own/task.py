@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,12 @@ from qzo.tasks.source.row import Row
 Sizes = Mapping[str, int | None]
 SIZES: Sizes = {"train": None, "validation": 500, "test": 1000}
 SHARE = 10  # a split that is not given gets one row of so many, at most its size above
-READERS = {kinds.CHAT: chat_row, kinds.COMPLETION: completion_row, kinds.PREFERENCE: preference_row}
+READERS = {
+    kinds.CHAT: chat_row,
+    kinds.COMPLETION: completion_row,
+    kinds.TEXT: text_row,
+    kinds.PREFERENCE: preference_row,
+}
 METRICS = {
     kinds.CLASSES: ("accuracy", "macro_f1", "loss"),
     kinds.COMPLETION: ("loss", "exact_match", "f1"),
@@ -76,21 +82,23 @@ class SequenceTask:
         name: of the file or folder.
         kind: what was recognised.
         metric: tells the best state; "loss", the lower.
-        read: a row -> its sequences. Raises QzoError.
+        packed: whether texts stand one behind the other in rows of one length.
+        whole: whether prompts and the turns of users are learnt as well.
     """
 
     name: str
     kind: kinds.Kind
     metric: str
-    read: Callable[[Row], list[Sequence]] = field(repr=False)
+    packed: bool = False
+    whole: bool = False
     pools: Any = field(default=None, repr=False)
     words = ()
     written = ("exact_match", "f1")  # metrics of answers that the model writes
 
-    @property
-    def packed(self) -> bool:
-        """Whether texts stand one behind the other in rows of one length."""
-        return self.kind is kinds.TEXT
+    def read(self, row: Row) -> list[Sequence]:
+        """The sequences of a row; a long text that is packed is several. Raises QzoError."""
+        found = READERS[self.kind](row)
+        return pieces(found) if self.packed else [found]
 
     @property
     def writes(self) -> bool:
@@ -144,38 +152,35 @@ def from_data(
             raise QzoError("label words are for texts with labels, and a reward scores what the model writes")
         prompts: Any = reward_prompts(rows, reward, metric)
         return RewardTask(Path(data).name, reward, _Splits(sizes or {}, prompts))
-    return task_of(rows, Path(data).name, columns, label_words, metric, sizes)
+    task = recognised(rows["train"], Path(data).name, columns, label_words, metric)
+    source: Any = {split: [example for row in found for example in task.read(row)] for split, found in rows.items()}
+    return replace(task, pools=_Splits(sizes or {}, source))
 
 
-def task_of(
-    rows: Rows,
+def recognised(
+    rows: Several[Row],
     name: str,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str],
     label_words: str | None = None,
     metric: str | None = None,
-    sizes: Sizes | None = None,
 ) -> LabelTask | SequenceTask:
-    """A task of rows by split, with their fields under the names known here; what it is, "train" tells.
+    """The task that training rows are of, without splits; their fields have the names known here already.
 
-    For the arguments, and what it raises, see `from_data`.
+    For the other arguments, and what it raises, see `from_data`.
     """
-    kind = kinds.kind_of(rows["train"])
+    kind = kinds.kind_of(rows)
     chosen = metric or METRICS[kind][0]
     if chosen not in METRICS[kind]:
         raise QzoError(f'metric "{metric}" is not measured on {kind.text}; choose {", ".join(METRICS[kind])}')
     if label_words is not None and kind is not kinds.CLASSES:
         raise QzoError(f"label words are for texts with labels, and {name} holds {kind.text}")
-    task: LabelTask | SequenceTask
-    if kind is kinds.CLASSES:
-        labels = labels_of(rows["train"])
-        words = read_words(label_words, labels)
-        numbers = {label: number for number, label in enumerate(labels)}
-        read = partial(_examples, numbers, words, asked_by((columns or {}).get("label", "label")))
-        task = LabelTask(name, chosen, read, words, metrics.of_classes(labels))
-    else:
-        task = SequenceTask(name, kind, chosen, partial(_sequences, kind))
-    source: Any = {split: [example for row in found for example in task.read(row)] for split, found in rows.items()}
-    return replace(task, pools=_Splits(sizes or {}, source))
+    if kind is not kinds.CLASSES:
+        return SequenceTask(name, kind, chosen, packed=kind is kinds.TEXT)
+    labels = labels_of(rows)
+    words = read_words(label_words, labels)
+    numbers = {label: number for number, label in enumerate(labels)}
+    read_row = partial(_examples, numbers, words, asked_by(columns.get("label", "label")))
+    return LabelTask(name, chosen, read_row, words, metrics.of_classes(labels))
 
 
 def _rows(places: Mapping[str, str | None], columns: Mapping[str, str]) -> Rows:
@@ -189,7 +194,3 @@ def _rows(places: Mapping[str, str | None], columns: Mapping[str, str]) -> Rows:
 
 def _examples(numbers: Mapping[str, int], words: tuple[str, ...], asked: str, row: Row) -> list[Example]:
     return [example_of(row, numbers, words, asked)]
-
-
-def _sequences(kind: kinds.Kind, row: Row) -> list[Sequence]:
-    return pieces(text_row(row)) if kind is kinds.TEXT else [READERS[kind](row)]

@@ -118,3 +118,30 @@ def test_preferences_take_a_reference_that_qzo_loaded(folder, tmp_path, referenc
         return
     trainer, is_same = trained(make)
     assert is_same and abs(trainer.state.log_history[0]["loss"] - 0.6931) < 0.01  # log 2: they began as one
+
+
+TEXTS = [{"text": f"{words(4 + i % 5)} "} for i in range(32)]  # to each of which TRL adds the last word by itself
+PAIRS = [{"prompt": f"{words(4)} ", "completion": f"{words(3 + i % 3)} "} for i in range(8)]
+SHAPES = {  # raw rows, and what of the arguments is not the default
+    "text": (TEXTS[:8], {}),
+    "completions": (PAIRS, {}),
+    "completions, prompts learnt too": (PAIRS, {"completion_only_loss": False}),
+    "completions of a chat": (DATA["completions of a chat"][0], {}),
+    "messages": (DATA["messages"][0], {}),
+    "wrapped text": (TEXTS, DATA["wrapped text"][1]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_loss_of_raw_rows_is_that_of_trls_own_trainer(make_model, folder, tmp_path, shape):
+    rows, own = SHAPES[shape]
+    arguments = trl.SFTConfig(str(tmp_path / "out"), **own, **OPTIONS)
+    given = {"train_dataset": datasets.Dataset.from_list(rows), "processing_class": tokenizer_of(folder)}
+    model = load(folder).float()
+    losses = []
+    for kind in (QZOTrainer, QZOSFT):
+        made = kind(model, arguments, **given)
+        inputs = made.data_collator([made.train_dataset[number] for number in range(len(made.train_dataset))])
+        with torch.no_grad():
+            losses.append(float(made.compute_loss(model, dict(inputs))))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
