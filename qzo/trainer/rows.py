@@ -100,7 +100,8 @@ class RowEncoding:
     def loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """The mean loss of a batch that `collate` made."""
         assert self._first is not None
-        return self._first.objective.loss(model, Batch(**inputs), self.options.centering)
+        batch: Any = Batch(**inputs)
+        return self._first.objective.loss(model, batch, self.options.centering)
 
     def _renamed(self, rows: list[Row]) -> list[Row]:
         columns = self.options.columns if self.formatting_func is None else {}
