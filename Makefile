@@ -14,7 +14,7 @@ READY   := $(VENV)/.ready
 PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench report compare test test-gptqmodel attack lint format baselines paper gptq-report \
+.PHONY: help setup bench report compare test test-browser test-gptqmodel attack lint format baselines paper gptq-report \
 	accuracy architectures formats bench-step validation gpu gpu-report clean
 
 help: ## show this list
@@ -46,6 +46,17 @@ test-gptqmodel: $(GPTQMODEL)/.ready ## live gptqmodel modules, in an environment
 $(GPTQMODEL)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(GPTQMODEL)
 	$(GPTQMODEL)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[gptq]'
+	@touch $@
+
+BROWSER := .venv-browser
+test-browser: $(BROWSER)/.ready $(READY) ## the page of qzo report in a headless Chromium, which npm brings (pictures in results/browser)
+	QZO_BROWSER="$${QZO_BROWSER:-$$(cd $(BROWSER) && node "$(CURDIR)/tests/browser/chromium.mjs")}" \
+		PYTHONPATH="$(BROWSER)" $(RUN) -m pytest -q -m browser tests/browser $(ARGS)
+
+$(BROWSER)/.ready: $(READY)
+	mkdir -p $(BROWSER)
+	$(PIP) --target $(BROWSER) playwright
+	npm install --silent --no-audit --no-fund --prefix $(BROWSER) @sparticuz/chromium
 	@touch $@
 
 test: $(READY) ## all tests that need no GPU, each process with THREADS threads, which do not spin while they wait
@@ -116,5 +127,5 @@ gpu: ## on a machine with a GPU, ten minutes: tests marked cuda, memory and seco
 gpu-report: $(READY) ## the page on what `make gpu` measured, made again
 	$(RUN) -m reports.studies.gpu.page
 
-clean: ## remove .venv, .venv-gptqmodel and results
-	rm -rf $(VENV) $(GPTQMODEL) results
+clean: ## remove .venv, .venv-gptqmodel, .venv-browser and results
+	rm -rf $(VENV) $(GPTQMODEL) $(BROWSER) results

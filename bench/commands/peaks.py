@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.cases.quantizations import FORMATS
 from bench.records.record import Record
-from bench.worlds import cell
+from bench.worlds.runner import Worker
 
 # full fine-tuning in the fewest bytes a parameter, and as the Trainer of transformers does it with bf16=True
 FULL = ("ft-bf16", "ft-amp")
@@ -47,11 +49,15 @@ def peaks(
     Raises QzoError for a GPU that is not known. What else goes wrong is in a record, as its reason.
     """
     gpu = gpus.CPU if device == gpus.CPU else gpus.find(device).name
-    for name in BESIDE[method]:
-        quantization = quantization_of(packed) if name == "qzo" else None
-        yield cell.run(
-            BenchCase(model, name, "sim", gpu, batch_size, max(2, seq_len), quantization=quantization)
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="qzo-peaks-") as folder:
+        worker = Worker(Path(folder) / "worker.log")  # what libraries print there is nobody's concern
+        try:
+            for name in BESIDE[method]:
+                quantization = quantization_of(packed) if name == "qzo" else None
+                size = batch_size, max(2, seq_len)
+                yield worker.ask(BenchCase(model, name, "sim", gpu, *size, quantization=quantization))
+        finally:
+            worker.close()
 
 
 def quantization_of(packed: Mapping[str, Any] | None) -> str | None:

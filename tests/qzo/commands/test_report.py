@@ -191,6 +191,26 @@ def _changed(content, path, value):
             for key, old in content.items()}  # fmt: skip
 
 
+def test_other_methods_stand_beside_the_run_where_somebody_simulates_them(tmp_path, monkeypatch, capsys):
+    case, roles = {"method": "ft-amp", "gpu": "cpu"}, {"weights": 2**30, "gradients": 2**30}
+    sound = {"case": case, "world": "simulated", "status": "ok", "message": None, "at_peak": roles}
+    asked = []
+
+    def ask(*arguments):
+        asked.append(arguments)
+        yield sound
+        yield {**sound, "case": {**case, "method": "lora"}, "status": "oom", "message": EVIL}
+
+    monkeypatch.setattr("qzo.report.peaks._simulator", lambda: ask)
+    run = write_run(tmp_path / "run")
+    assert main(["report", str(run)]) == 0
+    assert asked == [(f"/models/{EVIL}.gguf", "qzo", 16, 34, "cpu", None)]
+    text = page_of(run).text
+    assert "full, 16 bytes a parameter" in text and "2.00 GiB" in text and "simulated, CPU" in text and "oom: " in text
+    monkeypatch.setattr("qzo.report.peaks._simulator", lambda: None)
+    assert main(["report", str(run)]) == 0 and "Not simulated: install the checkout" in page_of(run).text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
