@@ -9,34 +9,41 @@ from typing import Any
 from qzo.commands import data
 from qzo.errors import printable
 from qzo.optim.estimator import SIDES
-from qzo.training.settings import DTYPES, METHODS, SCHEDULERS, UPDATES, TrainSettings
+from qzo.training.presets import PRESETS, usual_preset
+from qzo.training.settings import AUTO, DTYPES, METHODS, SCHEDULERS, UPDATES, TrainSettings
 
+
+def _number(text: str) -> float | str:
+    return text if text == AUTO else float(text)
+
+
+_number.__name__ = "number"  # what argparse calls it
 Option = tuple[Any, str]  # type, choices, or bool for a flag; help
 OPTIONS: dict[str, dict[str, Option]] = {
     "how long": {
-        "steps": (int, "steps in all"),
+        "steps": (int, "steps in all; default 200 with --preset auto, else 1000"),
         "batch_size": (int, "examples a step"),
         "max_length": (int, "tokens a row; longer texts are cut at the beginning; default: the model's positions"),
         "eval_batch_size": (int, "examples that a validation runs together"),
-        "eval_every": (int, "steps between validations"),
+        "eval_every": (int, "steps between validations; default 20 with --preset auto, else 100"),
         "patience": (int, "validations without a new best before training stops; default: never"),
         "seed": (int, "of data order, split and z"),
     },
     "update": {
-        "lr": (float, "learning rate; the default is the method's, for qzo 1e-7 as for 7B: small models need more"),
+        "lr": (_number, "learning rate; auto: measured before the first step, and halved where losses rise"),
         "scheduler": (SCHEDULERS, "of the learning rate"),
         "update": (tuple(UPDATES), "rule, qzo only"),
         "dtype": (DTYPES, "of unquantized tensors; default: as load chooses, float32 for ft"),
     },
     "measuring the loss without gradients (qzo, mezo)": {
-        "eps": (float, "step of the finite difference"),
+        "eps": (_number, "step of the finite difference; auto: measured, as lr"),
         "relative": (bool, "eps and lr relative to each scale"),
-        "clip_threshold": (float, "bound of d, inf for none; default 100 for qzo"),
+        "clip_threshold": (_number, "bound of d, inf for none; auto: three times the d of the first batch"),
         "directions": (int, "random directions a step"),
         "estimator": (SIDES, "losses on both sides of each direction, on one and a common one, or on one among others"),
         "normalize": (bool, "divide d by the spread of the losses over the directions"),
         "centering": (float, "share of the label words' mean over the batch that is left out of the loss"),
-        "layers": (str, "train these decoder layers only, FIRST-LAST, e.g. 14-24"),
+        "layers": (str, "train these decoder layers only, FIRST-LAST, e.g. 14-24; auto: as the kind of data suits"),
     },
 }
 
@@ -47,6 +54,12 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("train", help="fine-tune a model on a task")
     parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id; quantized for qzo and qlora")
     parser.add_argument("--method", choices=METHODS, default=default.method, help="default qzo")
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="what is not given by an option: auto, the default of qzo, measures it and needs no expert; paper has the "
+        "method's own defaults, for qzo those of arXiv 2505.13430 for 7B models",
+    )
     data.add_options(parser)
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default results/train/TASK-METHOD-SEED)")
     parser.add_argument("--device", help="where to train (default: the GPU if there is one)")
@@ -56,7 +69,7 @@ def add_command(commands: Any) -> None:
         for name, (known, text) in options.items():
             value = getattr(default, name)
             shown = "" if value is None or "default" in text else f" (default {value})"
-            kind: dict[str, Any] = {"action": "store_true"} if known is bool else {"type": known}
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if known is bool else {"type": known}
             if isinstance(known, tuple):
                 kind = {"choices": known}
             group.add_argument(
@@ -71,12 +84,19 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Train, and print how the run ended and what the test gave."""
     names = TrainSettings.__dataclass_fields__
-    settings = TrainSettings(**{name: value for name, value in vars(options).items() if name in names})
+    given = {name: value for name, value in vars(options).items() if name in names}
+    from qzo.training.run import preset_of
     from qzo.training.task import train_task
 
     own = data.own_data(options)
     name = options.task or Path(options.data).name
-    out = options.out or Path("results/train") / f"{name}-{settings.method}-{settings.seed}"
+    out = Path(options.out or Path("results/train") / f"{name}-{options.method}-{given.get('seed', 0)}")
+    preset = (
+        options.preset
+        or (preset_of(out) if options.resume else None)
+        or usual_preset(options.method, bool(options.reward))
+    )
+    settings = TrainSettings(**{**PRESETS[preset], **given, "preset": preset})
     device = None if options.device is None else str(data.device(options.device))
     folder = None if own else options.data
     trained, test = train_task(options.model, options.task, settings, out, folder, options.resume, own, device)

@@ -215,19 +215,19 @@ def make_learner(model: nn.Module, settings: TrainSettings, folder: Path, source
     else:
         put_adapters(model, settings.seed)
         named = adapters(model)
-    assert settings.lr is not None
+    assert isinstance(settings.lr, float)
     return FirstOrder(named, settings.lr, folder)
 
 
 def _zeroth_order(model: nn.Module, settings: TrainSettings) -> SpsaOptimizer:
     """QZO or MeZO; in offset formats each offset follows its scale, which is the paper's Δ ⊙ W_int."""
-    named, options = _trained(model, settings), settings.optimizer_options()
+    named, options = trained(model, settings), settings.optimizer_options()
     if settings.method == "mezo":
         return MeZO(named, **options)
     return QZO([scale_group(model, named)], **options)
 
 
-def _trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:
+def trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:
     """Name -> live tensor, of what a zeroth-order method trains: for QZO, the scales of linear layers."""
     if settings.method == "qzo":
         return scales(model, settings.layer_range)
@@ -239,13 +239,13 @@ def check_model(model: nn.Module, settings: TrainSettings, source: str) -> None:
     """Raise QzoError for a model that a method cannot train, and for layers that it does not have."""
     _check_kind(model, settings.method, source)
     if settings.layer_range is not None or settings.method == "qzo":
-        _trained(model, settings)
+        trained(model, settings)
 
 
 def check_eps(model: nn.Module, settings: TrainSettings) -> None:
     """Raise QzoError for an eps that is larger than the scales that would be trained; QZO says so too, but later."""
-    if settings.method == "qzo":
-        eps.check_eps(_trained(model, settings).items(), settings.eps, settings.relative)
+    if settings.method == "qzo" and not isinstance(settings.eps, str):
+        eps.check_eps(trained(model, settings).items(), settings.eps, settings.relative)
 
 
 def _check_kind(model: nn.Module, method: str, source: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qzo.errors import NotFinite
 from qzo.signals import held
+from qzo.training.auto.guard import Guard
 from qzo.training.learners import Learner, ZerothOrder
 from qzo.training.run import Result, Run
 from qzo.training.telemetry.memory import peak_bytes
@@ -64,7 +65,10 @@ def train(
     run.begin(learner.steps)
     started = time.monotonic()
     plain = isinstance(learner, ZerothOrder) and settings.update == "sgd" and not settings.normalize
-    clip = math.inf if settings.clip_threshold is None else settings.clip_threshold
+    clip = settings.optimizer_options()["clip_threshold"] or math.inf
+    guard = Guard()
+    for value in run.losses:
+        guard.after(value)
     prospect = Prospect(settings.steps, clip) if plain and not learner.steps else None
     while True:
         if _due(learner.steps, settings.steps, settings.eval_every) and not run.validated(learner.steps):
@@ -72,7 +76,7 @@ def train(
         exhausted = settings.patience is not None and run.stale >= settings.patience
         if exhausted or learner.steps >= settings.steps:
             break
-        step, lr = learner.steps, settings.lr_at(learner.steps)
+        step, lr = learner.steps, settings.lr_at(learner.steps) * (guard.factor if run.guarded else 1)
         batch = batch_at(step)
         with ExitStack() as stack:
             if not isinstance(learner, ZerothOrder):
@@ -83,14 +87,23 @@ def train(
             flags = {"clipped": outcome.clipped, "skipped": outcome.skipped}
             run.write({**entry, **flags, "seconds": round(time.monotonic() - started, 3)})
             learner.record(_due(learner.steps, settings.steps, settings.eval_every))
+        risen = guard.after(outcome.loss)
         if progress is not None:
             progress.step(learner.steps, outcome, lr)
+            if risen is not None:
+                progress.notice(f"{risen}: {_remedy(run, guard)}")
             notice = None if prospect is None else prospect.after(outcome.loss, outcome.slope, lr)
             if notice is not None and isinstance(learner, ZerothOrder) and not learner.optimizer.lr_told:
                 progress.notice(notice)
     assert run.best is not None
     early, first = learner.steps < settings.steps, run.validations[0][1]
     return Trained(learner.steps, learner.skipped, *run.best, stopped_early=early, first=first)
+
+
+def _remedy(run: Run, guard: Guard) -> str:
+    if run.guarded:
+        return f"from here on with {guard.factor:g} of the lr"
+    return "the best state is kept; where it does not come down again, begin anew with a smaller lr"
 
 
 def _due(taken: int, steps: int, every: int) -> bool:

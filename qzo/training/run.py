@@ -23,6 +23,7 @@ import platform
 import shutil
 import weakref
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,15 @@ from qzo.errors import QzoError
 from qzo.files.bounds import AmbiguousKey, said_once
 from qzo.journal.header import carrier, differences
 from qzo.regular import check_regular, is_there
+from qzo.training.auto.choose import known
 from qzo.training.learners import JOURNAL
 from qzo.training.own import SOURCE
-from qzo.training.settings import DTYPES, METHODS, ZEROTH_ORDER, TrainSettings
+from qzo.training.presets import PRESETS
+from qzo.training.settings import AUTO, DTYPES, METHODS, ZEROTH_ORDER, TrainSettings
 from qzo.training.telemetry.metrics import Metrics, finite
 from qzo.training.telemetry.progress import TENSORBOARD
 
+FOUND = "found"  # key of run.json: what was chosen where settings say "auto"
 RUN, METRICS, BEST, FACTS = "run.json", "metrics.jsonl", "best.safetensors", "facts.json"
 RESULT = "result.json"  # written when the run has ended
 MOST_MIB = 8  # of run.json
@@ -65,6 +69,7 @@ class Run:
     ) -> None:
         self.folder, self.settings, self.metric = Path(folder), settings, metric
         self.validations: list[tuple[int, Result]] = []
+        self.losses: list[float] = []  # of the steps that were taken before a resume
         check_folder(self.folder, settings, about, resume)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,12 +87,23 @@ class Run:
             self._about["versions"] = versions()
             if self.resumed and settings.method not in ZEROTH_ORDER:  # of these, the journal tells
                 self.notices = differences("the run", read_run(self.folder).get("versions", {}), ("threads", "carrier"))
+            if self.resumed:
+                self.settle(known(read_run(self.folder).get(FOUND)))
             if not (self.folder / RUN).exists():
                 _write_json(self.folder / RUN, self._about)
             self._metrics = Metrics(self.folder / METRICS, metric)
         except BaseException:
             self._unlock()
             raise
+
+    def settle(self, found: Result) -> None:
+        """Take over what was chosen where settings say "auto", and remember it. Raises QzoError for no such values."""
+        try:
+            self.settings = replace(self.settings, **found)
+        except (QzoError, TypeError) as error:
+            raise QzoError(f"{self.folder / RUN}: {FOUND}: {error}; restore the file from a copy") from error
+        if found:
+            self._about[FOUND] = {**self._about.get(FOUND, {}), **found}
 
     def begin(self, steps: int) -> None:
         """Go on after `steps` steps: what the metrics tell of later ones is cut off, settings that may change are kept.
@@ -97,6 +113,7 @@ class Run:
         """
         entries = self._metrics.read(steps)
         self.validations = [(entry["step"], entry["validation"]) for entry in entries if "validation" in entry]
+        self.losses = [_number(entry["loss"]) for entry in entries if "loss" in entry]
         there = {step for step, _ in self.validations}
         lost = [step for step in range(0, steps, self.settings.eval_every) if step not in there]
         if lost and (self._metrics.sealed or not entries):
@@ -151,6 +168,11 @@ class Run:
     def best(self) -> tuple[int, Result] | None:
         """Step and result of the best validation, the first of equals; None before any."""
         return max(self.validations, key=lambda entry: self._score(entry[1]), default=None)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether lr was left to be chosen, and so may be lowered."""
+        return bool(self._about["settings"]["lr"] == AUTO)
 
     @property
     def stale(self) -> int:
@@ -238,6 +260,14 @@ def read_run(folder: Path) -> Result:
         if is_wrong:
             raise QzoError(f"{folder / RUN}: {name} is missing or not known; restore the file from a copy")
     return dict(content)
+
+
+def preset_of(folder: Path) -> str | None:
+    """The preset that the run in a folder was begun with; None where there is no run."""
+    if not is_there(folder / RUN):
+        return None
+    preset = read_run(folder)["settings"].get("preset", "paper")  # an older version had no other
+    return preset if preset in PRESETS else None
 
 
 def dtype_of(settings: dict[str, Any]) -> torch.dtype | None:

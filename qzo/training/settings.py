@@ -21,6 +21,8 @@ METHODS = tuple(DEFAULTS)
 ZEROTH_ORDER = ("qzo", "mezo")
 QUANTIZED = ("qzo", "qlora")  # methods that need a quantized model; the others need an unquantized one
 UPDATES: dict[str, dict[str, Any]] = {"sgd": {}, "momentum": {"momentum": 0.9}, "adam": {"betas": (0.9, 0.999)}}
+AUTO = "auto"  # a value that is chosen by forward passes before the first step, see `qzo.training.auto`
+AUTOMATIC = ("lr", "eps", "clip_threshold", "layers")  # what may be it
 SCHEDULERS = ("constant", "linear", "cosine")
 DTYPES = ("bfloat16", "float16", "float32")
 EXAMPLES = {"lr": 1e-6, "eps": 1e-3, "clip_threshold": 100}
@@ -40,9 +42,11 @@ class TrainSettings:
         max_length: tokens of a prompt with its answer; the text of a longer one is cut at its beginning. None, as many
             as the model has positions.
         lr: None, the method's: 1e-7 for qzo (the paper's, for 7B; a smaller model has fewer scales and needs more),
-            1e-6 for mezo, 1e-4 for adapters, 1e-5 for ft.
+            1e-6 for mezo, 1e-4 for adapters, 1e-5 for ft. "auto", qzo with relative and sgd only: as measured before
+            the first step, and halved where losses rise.
         eps, relative, clip_threshold, directions: of `qzo.QZO`; those that a method has no use for must be left alone.
-            clip_threshold None is the method's, 100 for qzo and none for mezo; inf is none.
+            clip_threshold None is the method's, 100 for qzo and none for mezo; inf is none. eps and clip_threshold may
+            be "auto" as lr may.
         estimator: zeroth order only: "two-sided" as in the paper, 2 evaluations a direction; "one-sided" takes them
             against one common evaluation, so that n directions cost n + 1.
             "population" takes each against the mean of the others, so that n directions cost n.
@@ -54,10 +58,12 @@ class TrainSettings:
         eval_batch_size: examples that a validation, and the test at the end, run together.
         eval_every: steps between validations; there is one before the first step and one after the last as well.
         patience: validations without a new best before training stops; None, never.
-        layers: zeroth order only: "14-24" trains what is in these decoder layers, counted from 0; None, everything.
+        layers: zeroth order only: "14-24" trains what is in these decoder layers, counted from 0; None, everything;
+            "auto", a part that suits the kind of data (qzo).
         seed: of the order of the data, of the split, of z, and of new adapters.
         dtype: "bfloat16", "float16" or "float32": of the unquantized tensors, and so of the arithmetic. None takes
             float32 for ft, else what `qzo.load` chooses.
+        preset: where the settings came from that were not given by hand; changes nothing.
 
     Raises QzoError for a value out of range and an option that the method has no use for.
     """
@@ -66,10 +72,10 @@ class TrainSettings:
     steps: int = 1000
     batch_size: int = 16
     max_length: int | None = None
-    lr: float | None = None
-    eps: float = 1e-3
+    lr: float | str | None = None
+    eps: float | str = 1e-3
     relative: bool = False
-    clip_threshold: float | None = None
+    clip_threshold: float | str | None = None
     directions: int = 1
     estimator: str = "two-sided"
     normalize: bool = False
@@ -82,6 +88,7 @@ class TrainSettings:
     layers: str | None = None
     seed: int = 0
     dtype: str | None = None
+    preset: str = "paper"
 
     def __post_init__(self) -> None:
         choices = {
@@ -101,7 +108,9 @@ class TrainSettings:
         )
         for name in ("lr", "eps", "clip_threshold"):
             value = getattr(self, name)
-            if not value > 0 or (name != "clip_threshold" and math.isinf(value)):
+            if value == AUTO:
+                continue
+            if isinstance(value, str) or not value > 0 or (name != "clip_threshold" and math.isinf(value)):
                 raise QzoError(f"{name}={value} is not a positive number; choose e.g. {EXAMPLES[name]}")
         for name in ("steps", "batch_size", "max_length", "directions", "eval_batch_size", "eval_every", "patience"):
             value = getattr(self, name)
@@ -115,12 +124,14 @@ class TrainSettings:
 
     @property
     def layer_range(self) -> tuple[int, int] | None:
-        """First and last decoder layer that is trained; None, everything. Raises QzoError."""
+        """First and last decoder layer that is trained; None, everything, or not chosen yet. Raises QzoError."""
         if self.layers is None:
+            return None
+        if self.layers == AUTO:
             return None
         first, _, last = self.layers.partition("-")
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise QzoError(f'layers="{self.layers}" is not a range of decoder layers; choose e.g. 14-24')
+            raise QzoError(f'layers="{self.layers}" is not a range of decoder layers; choose e.g. 14-24, or auto')
         return int(first), int(last)
 
     def _check_method(self) -> None:
@@ -131,7 +142,15 @@ class TrainSettings:
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default and self.method not in methods:
                 raise QzoError(f'{name}={getattr(self, name)} is for {" and ".join(methods)}, not for "{self.method}"')
-        if self.method not in ZEROTH_ORDER and not math.isinf(self.clip_threshold or 0):
+        if measured := [name for name in AUTOMATIC if getattr(self, name) == AUTO]:
+            needs = {"method": "qzo", "relative": True, **({"update": "sgd"} if "lr" in measured else {})}
+            wrong = [f"{name}={getattr(self, name)}" for name, value in needs.items() if getattr(self, name) != value]
+            if wrong:
+                raise QzoError(
+                    f'{measured[0]}="auto" is for qzo with relative amounts and the update sgd, not for '
+                    f"{', '.join(wrong)}; give a number, or --preset paper"
+                )
+        if self.method not in ZEROTH_ORDER and not math.isinf(self.clip_threshold or 0):  # type: ignore[arg-type]
             raise QzoError(f'clip_threshold={self.clip_threshold} is for qzo and mezo, not for "{self.method}"')
 
     def _check_estimator(self) -> None:
@@ -140,14 +159,23 @@ class TrainSettings:
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step `step`, which counts from 0: a function of the step, so a resume needs no state."""
+        assert isinstance(self.lr, int | float)
+        return self.lr * self.schedule(step)
+
+    def schedule(self, step: int) -> float:
+        """The share of lr that step `step` is taken with."""
         done = step / self.steps
-        factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.scheduler]
-        assert self.lr is not None
-        return self.lr * factor
+        return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.scheduler]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a value is still to be chosen."""
+        return any(getattr(self, name) == AUTO for name in AUTOMATIC)
 
     def optimizer_options(self) -> dict[str, Any]:
         """Keyword arguments of `qzo.QZO` or `qzo.MeZO`."""
-        clip = None if math.isinf(self.clip_threshold or math.inf) else self.clip_threshold
+        clip = self.clip_threshold
+        clip = None if clip is None or (isinstance(clip, float) and math.isinf(clip)) else clip
         common = {"lr": self.lr, "eps": self.eps, "clip_threshold": clip, "seed": self.seed}
         own = {"relative": self.relative, **UPDATES[self.update]} if self.method == "qzo" else {}
         measured = {"directions": self.directions, "estimator": self.estimator, "normalize": self.normalize}
@@ -156,7 +184,8 @@ class TrainSettings:
     def to_json(self) -> dict[str, Any]:
         """Name -> value as JSON holds it; no clipping is null."""
         values = asdict(self)
-        return {**values, "clip_threshold": None if math.isinf(values["clip_threshold"]) else values["clip_threshold"]}
+        clip = values["clip_threshold"]
+        return {**values, "clip_threshold": None if isinstance(clip, float) and math.isinf(clip) else clip}
 
     def as_begun(self, saved: dict[str, Any]) -> TrainSettings:
         """These settings, with what a run of an older version did where it could not be asked for."""

@@ -24,12 +24,13 @@ from qzo.regular import is_there
 from qzo.signals import Stopped, held, interruptible
 from qzo.tasks.own.prompts import RewardBatch
 from qzo.tasks.summary import described
+from qzo.training.auto.settle import layers_of, settle
 from qzo.training.batches import batch_numbers
 from qzo.training.learners import check_eps, check_model, make_learner
 from qzo.training.loop import Trained, train
 from qzo.training.own import OwnData, fingerprint
 from qzo.training.run import RESULT, RUN, Result, Run, check_folder, dtype_of, read_run
-from qzo.training.settings import QUANTIZED, TrainSettings
+from qzo.training.settings import AUTO, QUANTIZED, TrainSettings
 from qzo.training.telemetry.memory import packed_as, resident_bytes
 from qzo.training.telemetry.progress import Progress, lines_of, tell
 from qzo.training.tuned import put_best
@@ -84,16 +85,18 @@ def train_task(
     tell(f"loading {source}")
     packed = settings.method in QUANTIZED
     model: Any = load(source, dtype_of(asdict(settings)), device or _device(), dequantize=not packed).eval()
-    check_model(model, settings, source)
+    run_layers = layers_of(model, settings, bool(task.words), out if resume else None)
+    check_model(model, run_layers, source)
     if not (out / RUN).is_file():
-        check_eps(model, settings)
+        check_eps(model, run_layers)
     work = _Work(objective.fitted(row_length(model, settings.max_length, source)), model, splits, settings)
     for line in tasks.summary(task, splits, work.objective, work.rows) if own else ():
         tell(line)
     for notice in work.objective.notices(splits):
         tell(f"notice: {notice}")
-    first = 0 if own and own.reward else (settings.layer_range or (0, 0))[0]  # a cache remembers the layers below too
+    first = 0 if own and own.reward else (run_layers.layer_range or (0, 0))[0]  # a cache remembers the layers below too
     run = Run(out, settings, about, task.metric, resume)
+    run.settle({"layers": run_layers.layers} if settings.layers == AUTO else {})
     with interruptible():
         trained = _run(source, run, work, SharedPrefix(model, work.loss, first) if first else work.loss)
         try:
@@ -160,6 +163,8 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
     """Make what the loop needs, and release it whatever happens."""
     try:
         model = {**resident_bytes(work.model), "packed": packed_as(work.model)}  # before adapters are put in
+        if open_ := run.settings.undecided:
+            settle(run, work.model, lambda: loss(work.batch_at(0)))
         learner = make_learner(work.model, run.settings, run.folder, source)
         run.keep_facts(work.facts(model, learner.tensors()))
         progress = Progress(run.settings.steps, learner.steps, learner.slope_name, run.folder)
@@ -168,7 +173,7 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
         for notice in (*run.notices, *learner.notices):
             progress.notice(notice)
         try:
-            if run.settings.method == "qzo" and learner.steps < run.settings.steps:
+            if run.settings.method == "qzo" and learner.steps < run.settings.steps and not open_:
                 progress.phase("checking that the scales are live")
                 first = work.batch_at(learner.steps)
                 check_live(work.model, lambda: loss(first), run.settings.seed, run.settings.layer_range)
@@ -182,6 +187,12 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
         finally:
             progress.close()
             learner.close()
+    except torch.OutOfMemoryError as error:
+        run.discard_unless_begun()
+        raise QzoError(
+            f"the device has too little memory: {str(error).partition('. ')[0]}; give a smaller --eval-batch-size, "
+            "--batch-size or --max-length (the first may change on a --resume, the others need a new run)"
+        ) from error
     except QzoError as error:
         if not isinstance(error, Stopped):
             run.discard_unless_begun()

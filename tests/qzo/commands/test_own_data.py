@@ -13,7 +13,8 @@ from qzo.commands.main import main
 from qzo.durable import read_tensors
 
 KINDS = ("classes", "completion", "chat", "preference", "text")
-SHORT = ["--steps", "4", "--eval-every", "2", "--batch-size", "4", "--lr", "1e-3", "--relative", "--eps", "1e-2"]
+RELATIVE = ["--relative", "--eps", "1e-2"]
+SHORT = ["--preset", "paper", *RELATIVE, "--steps", "4", "--eval-every", "2", "--batch-size", "4", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,43 @@ def test_every_kind_trains_resumes_and_is_scored_as_a_run(model, tmp_path, capsy
     record = json.loads((tmp_path / "eval.json").read_text())
     assert record["split"] == "test" and record["loss"] == pytest.approx(result["test"]["loss"], rel=1e-3)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "tuned")]) == 0 and load(tmp_path / "tuned")
+
+
+def test_a_run_without_a_number_by_hand_measures_them_once(model, tmp_path, capsys, monkeypatch):
+    data = ["--data", str(write_kind(tmp_path, "completion")), "--validation-samples", "4", "--test-samples", "3"]
+    train = ["train", model, *data, "--steps", "4", "--eval-every", "2", "--batch-size", "4", "--out"]
+    assert main([*train, str(tmp_path / "whole")]) == 0
+    told = capsys.readouterr().err
+    assert "training all layers, lr " in told and "measured by " in told
+    found = json.loads((tmp_path / "whole/run.json").read_text())["found"]
+    assert found["layers"] is None and all(found[name] > 0 for name in ("lr", "eps", "clip_threshold"))
+    with monkeypatch.context() as patch:
+        patch.setattr("qzo.training.loop._validate", stopped_at(2))
+        assert main([*train, str(tmp_path / "run")]) == 130
+    assert "go on with --resume" in errors(capsys)[0]
+    monkeypatch.setattr("qzo.training.auto.settle.probe", None)  # what is known is not measured again
+    assert main([*train, str(tmp_path / "run"), "--resume"]) == 0
+    best = [read_tensors(tmp_path / name / "best.safetensors")[0] for name in ("whole", "run")]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    run = tmp_path / "run/run.json"
+    run.write_text(run.read_text().replace('"eps": ' + str(found["eps"]), '"eps": -1'))
+    capsys.readouterr()
+    assert main([*train, str(tmp_path / "run"), "--resume"]) == 2
+    assert "found: eps=-1 is not a positive number" in errors(capsys)[0]
+
+
+def stopped_at(step):
+    """In place of a validation: Ctrl-C at the one after `step` steps."""
+    from qzo.training import loop
+
+    validate = loop._validate
+
+    def stopping(learner, *rest):
+        if learner.steps == step:
+            raise KeyboardInterrupt
+        validate(learner, *rest)
+
+    return stopping
 
 
 def test_a_run_goes_on_with_its_own_rows_alone(model, tmp_path, capsys):

@@ -22,7 +22,7 @@ from qzo.commands.main import main
 from qzo.durable import read_tensors
 from qzo.journal import lines as journal_lines
 
-SMALL = ["--task", "words", "--steps", "6", "--eval-every", "3", "--batch-size", "4"]
+SMALL = ["--preset", "paper", "--task", "words", "--steps", "6", "--eval-every", "3", "--batch-size", "4"]
 
 
 @pytest.fixture
@@ -408,3 +408,13 @@ def test_a_model_that_moved_is_still_the_same(task, models, tmp_path):
     assert main(["train", str(tmp_path / "moved"), *SMALL, *command, "--steps", "7"]) == 0
     about = json.loads((tmp_path / "run/run.json").read_text())
     assert about["model"] == str(tmp_path / "moved") and about["settings"]["steps"] == 7
+
+
+def test_too_little_memory_is_one_line_with_what_would_help(task, models, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB")
+
+    monkeypatch.setattr(task, "loss", full)
+    assert main(["train", models["quantized"], *SMALL, "--out", str(tmp_path / "run")]) == 2
+    [line] = errors(capsys)
+    assert "CUDA out of memory; give a smaller --eval-batch-size" in line and not (tmp_path / "run").exists()

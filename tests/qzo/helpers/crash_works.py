@@ -24,7 +24,20 @@ from transformers import AutoModelForCausalLM
 
 from qzo.commands.main import main
 
-TRAIN = ["--task", "words", "--batch-size", "4", "--steps", "4", "--eval-every", "2", "--lr", "1e-3"]
+TRAIN = [
+    "--preset",
+    "paper",
+    "--task",
+    "words",
+    "--batch-size",
+    "4",
+    "--steps",
+    "4",
+    "--eval-every",
+    "2",
+    "--lr",
+    "1e-3",
+]
 
 
 @dataclass(frozen=True)
