@@ -15,7 +15,7 @@ PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup bench report compare test test-browser test-gptqmodel attack lint format baselines paper gptq-report \
-	accuracy architectures formats bench-step validation gpu gpu-report clean
+	accuracy architectures formats reward bench-step validation gpu gpu-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,10 @@ accuracy: $(READY) ## how well each method learns (hours): what reports/studies/
 formats: $(READY) ## bytes, seconds and accuracy of every quantization format, as a page (an hour)
 	$(RUN) -m bench.studies.formats --out reports/studies/formats/formats.json $(ARGS)
 	$(RUN) -m reports.studies.formats.page
+
+reward: $(READY) ## a regular expression as a reward, raised on SmolLM2's GGUF by three seeds, as a page (half an hour)
+	$(RUN) -m bench.studies.reward --out reports/studies/reward/reward.json $(ARGS)
+	$(RUN) -m reports.studies.reward.page
 
 architectures: $(READY) ## every architecture of transformers under every method, simulated, as a page (half an hour)
 	$(RUN) -m bench.studies.architectures --out reports/studies/architectures/architectures.json $(ARGS)
