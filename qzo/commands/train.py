@@ -57,8 +57,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="what is not given by an option: auto, the default of qzo, measures it and needs no expert; paper has the "
-        "method's own defaults, for qzo those of arXiv 2505.13430 for 7B models",
+        default=argparse.SUPPRESS,
+        help="what is not given by an option: auto, the default of qzo, measures it and needs no expert; reward is "
+        "the default with --reward; paper has the method's own, for qzo those of arXiv 2505.13430 for 7B models",
     )
     data.add_options(parser)
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default results/train/TASK-METHOD-SEED)")
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     name = options.task or Path(options.data).name
     out = Path(options.out or Path("results/train") / f"{name}-{options.method}-{given.get('seed', 0)}")
     preset = (
-        options.preset
+        given.get("preset")
         or (preset_of(out) if options.resume else None)
         or usual_preset(options.method, bool(options.reward))
     )

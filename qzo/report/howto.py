@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from qzo.errors import QzoError
 from qzo.report.reading import Story
+from qzo.training.presets import PRESETS
 from qzo.training.settings import TrainSettings
 
 ASKED = ("data", "validation", "test", "label_words", "reward", "temperature", "max_new_tokens", "generations")
@@ -46,7 +47,7 @@ def train_line(story: Story, steps: int | None = None) -> str:
     about = story.about
     if not isinstance(about.get("model"), str) or "task" not in about:
         return ""
-    settings = {**story.settings, **({} if steps is None else {"steps": steps})}
+    settings = {**story.asked, **({} if steps is None else {"steps": steps})}
     device = story.facts.get("device")
     device = device.get("type") if isinstance(device, dict) else None
     words = ["qzo", "train", about["model"], *_task(about), *_own(about), *_settings(settings)]
@@ -77,15 +78,17 @@ def _own(about: Mapping[str, Any]) -> list[str]:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
-    """Options for what is not the default of the method."""
-    words = []
+    """The preset, and options for what it does not have so."""
+    preset = str(settings.get("preset", "paper"))
+    words = ["--preset", preset]
     for name, value in settings.items():
+        usual = PRESETS.get(preset, {}).get(name, default_of(name, settings["method"]))
         if name == "method" and value != TrainSettings().method:
             words += [_option(name), str(value)]
-        elif name == "method" or value == default_of(name, settings["method"]):
+        elif name in ("method", "preset") or value == usual:
             continue
         elif isinstance(value, bool):
-            words += [_option(name)] if value else []
+            words += [_option(name if value else f"no_{name}")]
         else:
             words += [_option(name), "inf" if name == "clip_threshold" and value is None else str(value)]
     return words

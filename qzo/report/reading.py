@@ -17,8 +17,8 @@ from qzo.errors import QzoError
 from qzo.journal.lines import read as read_journal
 from qzo.regular import check_regular, is_there
 from qzo.training.learners import JOURNAL, LAST
-from qzo.training.run import FACTS, METRICS, MOST_MIB, RESULT, read_run
-from qzo.training.settings import ZEROTH_ORDER
+from qzo.training.run import FACTS, FOUND, METRICS, MOST_MIB, RESULT, read_run
+from qzo.training.settings import ZEROTH_ORDER, known
 from qzo.training.telemetry.metrics import read_metrics
 
 Scores = dict[str, float]
@@ -72,7 +72,12 @@ class Story:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The settings as JSON."""
+        """The settings as JSON, with what was chosen where they say "auto"."""
+        return {**self.asked, **known(self.about.get(FOUND))}
+
+    @property
+    def asked(self) -> Mapping[str, Any]:
+        """The settings as JSON, as they were asked for."""
         settings: Mapping[str, Any] = self.about["settings"]
         return settings
 

@@ -36,11 +36,10 @@ from qzo.errors import QzoError
 from qzo.files.bounds import AmbiguousKey, said_once
 from qzo.journal.header import carrier, differences
 from qzo.regular import check_regular, is_there
-from qzo.training.auto.choose import known
 from qzo.training.learners import JOURNAL
 from qzo.training.own import SOURCE
 from qzo.training.presets import PRESETS
-from qzo.training.settings import AUTO, DTYPES, METHODS, ZEROTH_ORDER, TrainSettings
+from qzo.training.settings import AUTO, DTYPES, METHODS, ZEROTH_ORDER, TrainSettings, known
 from qzo.training.telemetry.metrics import Metrics, finite
 from qzo.training.telemetry.progress import TENSORBOARD
 

@@ -204,6 +204,11 @@ class TrainSettings:
         return name == "steps" and self.scheduler != "constant"
 
 
+def known(found: Any) -> dict[str, Any]:
+    """What a run's file says was chosen, of the names that can be; others are not looked at."""
+    return {name: found[name] for name in AUTOMATIC if isinstance(found, dict) and name in found}
+
+
 def _default(name: str) -> Any:
     return TrainSettings.__dataclass_fields__[name].default
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from qzo.training.auto.probe import Probe
 from qzo.training.settings import AUTO, TrainSettings
@@ -57,9 +56,3 @@ def told(found: Probe, settings: TrainSettings) -> str:
 def _rounded(value: float) -> float:
     """Two digits: what was measured has no more of them."""
     return float(f"{value:.1e}")
-
-
-def known(found: Any) -> dict[str, Any]:
-    """What a run's file says was chosen, of the names that can be; others are not looked at."""
-    names = ("lr", "eps", "clip_threshold", "layers")
-    return {name: found[name] for name in names if isinstance(found, dict) and name in found}

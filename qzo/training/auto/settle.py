@@ -13,12 +13,12 @@ from qzo.live.check import check_live
 from qzo.models.prefix import decoder_layers
 from qzo.regular import is_there
 from qzo.signals import Stopped
-from qzo.training.auto.choose import chosen, known, told
+from qzo.training.auto.choose import chosen, told
 from qzo.training.auto.layers import chosen_layers
 from qzo.training.auto.probe import probe
 from qzo.training.learners import trained
 from qzo.training.run import FOUND, RUN, Run, read_run
-from qzo.training.settings import AUTO, TrainSettings
+from qzo.training.settings import AUTO, TrainSettings, known
 from qzo.training.telemetry.progress import tell
 
 

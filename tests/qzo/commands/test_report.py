@@ -9,6 +9,7 @@ from run_folders import EVIL, Page, put, write_run
 
 from qzo.commands.data import own_data
 from qzo.commands.main import _parser, main
+from qzo.training.presets import PRESETS
 from qzo.training.settings import TrainSettings
 
 
@@ -66,13 +67,15 @@ def test_the_page_tells_curves_baseline_figures_memory_and_data(tmp_path):
 
 def test_the_command_to_go_on_is_read_back_as_the_settings_of_the_run(tmp_path):
     options = {"method": "mezo", "relative": False, "clip_threshold": 5.0, "layers": "1-2", "seed": 3}
-    for number, more in enumerate([{}, {"clip_threshold": float("inf"), "estimator": "one-sided"}, options]):
+    auto = {**PRESETS["auto"], "preset": "auto", "steps": 99, "normalize": False, "directions": 1}
+    for number, more in enumerate([{}, {"clip_threshold": float("inf"), "estimator": "one-sided"}, options, auto]):
         run = write_run(tmp_path / f"run {number}", taken=40, **more)
         assert report(run) == 0
         lines = re.findall(r"qzo train .*? --resume", page_of(run).text.replace("\\u202e", "\u202e"), re.DOTALL)
         parsed = _parser().parse_args(shlex.split(lines[0])[1:])
         named = {name: value for name, value in vars(parsed).items() if name in TrainSettings.__dataclass_fields__}
         about = json.loads((run / "run.json").read_text())
+        named = {**PRESETS[named["preset"]], **named}
         assert TrainSettings(**named).to_json() == about["settings"]
         assert parsed.resume and parsed.out == str(run) and parsed.model == about["model"] and parsed.device == "cpu"
         own = own_data(parsed)

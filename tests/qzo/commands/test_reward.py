@@ -30,6 +30,8 @@ def needy(completions, answer):
 number = 3
 """
 SHORT = [
+    "--preset",
+    "paper",
     "--batch-size",
     "4",
     "--lr",
@@ -166,3 +168,12 @@ def test_a_function_that_raises_names_the_row_and_leaves_no_run(model, data, cap
     (error,) = errors(capsys)
     assert "asked.jsonl, line 8: " in error and "broken raised ZeroDivisionError in line 11 of" in error
     assert not (data / "run").exists()
+
+
+def test_a_reward_needs_no_number_by_hand(model, data):
+    out = data / "preset"
+    reward = ["--reward", f"{data / 'score.py'}:vowels", "--max-new-tokens", "3"]
+    few = ["--steps", "1", "--batch-size", "2", *SPLITS, "--out", str(out)]
+    assert main(["train", model, "--data", str(data / "asked.jsonl"), *reward, *few]) == 0
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert settings["preset"] == "reward" and settings["estimator"] == "population" and settings["normalize"]
