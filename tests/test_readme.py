@@ -115,9 +115,9 @@ def test_the_training_commands_parse():
     from qzo.commands.main import _parser
 
     commands = re.findall(r"^    (qzo (?:train|export|eval|generate) .*)$", TEXT, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     parsed = [_parser().parse_args(shlex.split(command)[1:]) for command in commands]
-    assert parsed[0].steps == 2000 and parsed[1].resume and parsed[2].source == parsed[0].out
+    assert parsed[0].data and parsed[1].resume and parsed[2].source == parsed[0].out
 
 
 def test_the_table_is_that_of_the_committed_baselines():

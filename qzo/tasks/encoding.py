@@ -111,6 +111,13 @@ class Encoder:
         """Number of examples whose text does not fit and is cut. Raises QzoError as `encode`."""
         return sum(self.encode(example).cut > 0 for example in examples)
 
+    def take(self, other: Encoder) -> None:
+        """Take over what another encoder of the same task and tokenizer made whole, where it fits here as well."""
+        for example, encoded in other._kept.items():
+            whole = len(encoded.prompt) + self._longest(encoded.answers)
+            if not encoded.cut and (self.max_length is None or whole <= self.max_length):
+                self._kept[example] = encoded
+
     def encode(self, example: Example) -> Encoded:
         """The tokens of one example. Raises QzoError, see above."""
         if example not in self._kept:
@@ -127,12 +134,15 @@ class Encoder:
         if self.task.words:
             answers = self._told_apart(answers)
         prompt = self._start + prompt[:border]
-        longest = max([*map(len, answers), MAX_ANSWER if self.task.generates else 1])
+        longest = self._longest(answers)
         surplus = 0 if self.max_length is None else max(0, len(prompt) + longest - self.max_length)
         if surplus:
             self._check_room(example, prompt, surplus)
             prompt = self._start + prompt[len(self._start) + surplus :]
         return Encoded(prompt, answers, surplus)
+
+    def _longest(self, answers: list[list[int]]) -> int:
+        return max([*map(len, answers), MAX_ANSWER if self.task.generates else 1])
 
     def _told_apart(self, answers: list[list[int]]) -> list[list[int]]:
         """Label words that are told apart by their tokens: where one begins another, a new line ends them all."""

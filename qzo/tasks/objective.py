@@ -37,7 +37,9 @@ class LabelObjective:
 
     def fitted(self, max_length: int | None) -> LabelObjective:
         """The same for rows of at most so many tokens."""
-        return LabelObjective(self.task, self.encoder.tokenizer, max_length)
+        made = LabelObjective(self.task, self.encoder.tokenizer, max_length)
+        made.encoder.take(self.encoder)
+        return made
 
     def rows(self, examples: Sequence[Any]) -> list[Any]:
         """What batches are made of. Raises QzoError for an example that does not fit."""

@@ -150,7 +150,7 @@ def test_conversations_are_asked_in_the_words_of_the_template(model, data, capsy
         (["--reward", "SCORE:vowels", "--columns", "prompt=animal,text=prompt"], None),
         (["--generations", "2"], "--generations is for --reward MODULE:FUNCTION"),
         (["--reward", "SCORE:vowels", "--max-length", "3"], "max_length=3 leaves nothing for a prompt"),
-        (["--reward", "SCORE:vowels", "--estimator", "population"], "needs directions >= 2"),
+        (["--reward", "SCORE:vowels", "--directions", "1"], "needs directions >= 2"),
     ],
 )
 def test_wrong_input_is_one_line_before_the_model_is_read(model, data, capsys, monkeypatch, options, message):

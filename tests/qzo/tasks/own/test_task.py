@@ -244,3 +244,13 @@ def test_columns_are_named_by_field():
     for text in ("question", "prompt=", "input=x"):
         with pytest.raises(QzoError, match="is not FIELD=COLUMN with a field of chosen"):
             parse_columns(text)
+
+
+def test_labelled_texts_are_encoded_once_where_they_fit(tmp_path, tokenizer, monkeypatch):
+    objective, rows = prepared(tmp_path, "classes", tokenizer)
+    lengths = sorted(objective.length(row) for row in rows)
+    fitted = objective.fitted(lengths[-1] - 1)
+    fitted.rows(rows)
+    assert 0 < fitted.encoder.cut(rows) < len(rows)
+    monkeypatch.setattr("qzo.tasks.encoding.Encoder._encode", lambda *_: pytest.fail("a text was encoded again"))
+    assert objective.fitted(512).rows(rows) == rows
