@@ -11,7 +11,8 @@ NOISE = 0.2  # share of the loss that the random part of all steps may add
 FARTHEST = 0.05  # that one step moves a scale, as a share of it, in the root mean square
 STABLE = 0.25  # of the lr at which a step along noise alone would no longer end below where it began
 CLIP = 3.0  # times the usual |d|
-EPS, LEAST_EPS, MOST_EPS = 0.25, 1e-3, 3e-2
+EPS, LEAST_EPS, MOST_EPS = 0.25, 1e-2, 3e-2
+ROUNDED = 2.0**-9  # of a loss that half-precision arithmetic gives: differences below it are mostly rounding
 
 
 def chosen(settings: TrainSettings, found: Probe) -> dict[str, float]:
@@ -26,7 +27,7 @@ def chosen(settings: TrainSettings, found: Probe) -> dict[str, float]:
     For the settings found by hand for SmolLM2 (reports/studies/accuracy) it is 0.18. No step moves scales by more than
     5 %, and lr stays below a quarter of n / tr H, from where on a step overshoots along its own directions.
 
-    eps: one-sided d is off by ½ eps zᵀHz, an eighth of |d| at eps = ¼ |d| / tr H, within 1e-3 ... 3e-2.
+    eps: one-sided d is off by ½ eps zᵀHz, an eighth of |d| at eps = ¼ |d| / tr H, within 1e-2 ... 3e-2.
     clip_threshold: three times |d|, which grows where steps have made a model steeper.
     """
     n, flat = settings.directions, 1e-12
@@ -42,14 +43,16 @@ def chosen(settings: TrainSettings, found: Probe) -> dict[str, float]:
     return {name: _rounded(value) for name, value in values.items() if getattr(settings, name) == AUTO}
 
 
-def told(found: Probe, settings: TrainSettings) -> str:
-    """A line for the user: what is trained how, and what was measured."""
+def told(found: Probe, settings: TrainSettings, exact: bool) -> str:
+    """A line for the user: what is trained how, and what was measured; `exact`, in float32 arithmetic."""
     layers = f"layers {settings.layers}" if settings.layers else "all layers"
     clip = settings.optimizer_options()["clip_threshold"]
     bound = "no bound of d" if clip is None else f"d bounded at {clip:g}"
+    hidden = not exact and found.slope * float(settings.eps) < ROUNDED * found.loss
+    more = "; so small a slope is hidden by the rounding of the loss, with --dtype float32 it is not" if hidden else ""
     return (
         f"training {layers}, lr {settings.lr:g} {settings.scheduler}, eps {settings.eps:g}, {bound}; measured by "
-        f"{found.evaluations} forward passes: |d| {found.slope:.2g}, curvature {found.curvature:.2g}"
+        f"{found.evaluations} forward passes: |d| {found.slope:.2g}, curvature {found.curvature:.2g}{more}"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
@@ -54,4 +55,5 @@ def settle(run: Run, model: nn.Module, loss: Callable[[], Tensor]) -> None:
     except KeyboardInterrupt as error:
         raise Stopped("stopped before the first step; go on with --resume", error) from error
     run.settle(chosen(run.settings, found))
-    tell(told(found, run.settings))
+    exact = next(iter(model.parameters())).dtype == torch.float32
+    tell(told(found, run.settings, exact))

@@ -8,7 +8,7 @@ import torch
 
 from qzo import quantize, scales
 from qzo.errors import NotFinite, QzoError
-from qzo.training.auto.choose import FARTHEST, NOISE, chosen
+from qzo.training.auto.choose import FARTHEST, NOISE, chosen, told
 from qzo.training.auto.guard import WINDOW, Guard
 from qzo.training.auto.layers import chosen_layers
 from qzo.training.auto.probe import Probe, probe
@@ -69,8 +69,17 @@ def test_a_short_run_takes_no_giant_steps_and_a_steep_one_does_not_overshoot():
     few = chosen(replace(AUTO, steps=2), Probe(0.7, 0.5, 4.0, 0.05, 9))
     assert few["lr"] * 0.5 / math.sqrt(8) == pytest.approx(FARTHEST, rel=0.05) and few["clip_threshold"] == 1.5
     steep = chosen(replace(AUTO, steps=2), Probe(1.0, 1e-3, 50.0, 0.05, 9))
-    assert steep["lr"] == pytest.approx(0.25 * 8 / 50) and steep["eps"] == 1e-3
+    assert steep["lr"] == pytest.approx(0.25 * 8 / 50) and steep["eps"] == 1e-2
     assert all(math.isfinite(value) and value > 0 for value in chosen(AUTO, Probe(0.0, 0.0, 0.0, 0.2, 9)).values())
+
+
+def test_a_slope_that_rounding_hides_is_told_where_it_is_rounded():
+    settings = replace(AUTO, lr=0.1, eps=1e-2, clip_threshold=0.2, layers="15-29")
+    flat, steep = Probe(3.5, 0.05, 26.0, 0.05, 9), Probe(3.3, 3.0, 24.0, 0.05, 9)
+    assert "--dtype float32" in told(flat, settings, exact=False) and "layers 15-29, lr 0.1 linear" in told(
+        steep, settings, False
+    )
+    assert "--dtype" not in told(flat, settings, exact=True) + told(steep, settings, exact=False)
 
 
 def test_what_is_given_by_hand_is_not_chosen():
