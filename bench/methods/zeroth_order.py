@@ -66,12 +66,15 @@ def _quantized(case: BenchCase, world: World, embeddings: int | None) -> Prepare
 
 
 def _quantized_as(case: BenchCase, world: World, model: PreTrainedModel, name: str, embeddings: bool) -> Prepared:
-    """In a format of `bench.cases.quantizations`. What a scale is differs, so all are moved by relative amounts."""
+    """In a format of `bench.cases.quantizations`. What a scale is differs, so all are moved by relative amounts.
+
+    Offsets stay where they are. `qzo train` lets them follow, with 8 bytes a scale more where a format has them.
+    """
     about = quantize_as(model, name, case.group_size, case.seed, embeddings)
     signed = has_signed_scales(model)  # before there may be fake tensors, which tell nothing
     placed = world.place(model).eval()
-    trained = qzo.scales(placed, vocabulary=True)
-    optimizer = qzo.QZO(trained, lr=1e-7, eps=EPS, seed=case.seed, relative=True, nonnegative=not signed)
+    still = {"params": qzo.scales(placed, vocabulary=True), "offsets": {}}  # as in the recorded measurements of a GPU
+    optimizer = qzo.QZO([still], lr=1e-7, eps=EPS, seed=case.seed, relative=True, nonnegative=not signed)
     prepared = _prepared(placed, optimizer, "qzo")
     prepared.quantization = about
     note = FORMATS[name].note

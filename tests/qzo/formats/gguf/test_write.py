@@ -57,7 +57,10 @@ def make_run(tmp_path, monkeypatch):
     def make(kind="Q4_1", method="qzo"):
         file = write_gguf(tiny(), tmp_path / "model.gguf", kind)
         options = ["--method", method, "--lr", "1e-4", "--steps", "8", "--eval-every", "2", "--batch-size", "2"]
-        assert main(["train", str(file), "--task", "any", "--out", str(tmp_path / "run"), *options]) == 0
+        assert (
+            main(["train", str(file), "--preset", "paper", "--task", "any", "--out", str(tmp_path / "run"), *options])
+            == 0
+        )
         return file, tmp_path / "run"
 
     return make
