@@ -6,6 +6,7 @@ import pytest
 import torch
 from own_files import CHATML, ROWS, lines, write_kind
 from task_files import make_model, make_tokenizer
+from told import errors
 
 from qzo import load, quantize
 from qzo.checkpoints.save import save
@@ -32,12 +33,6 @@ def command(model, folder, kind, out, *more):
     length = ["--max-length", "32"] if kind == "text" else []
     data = ["--data", str(write_kind(folder, kind)), "--validation-samples", "4", "--test-samples", "3"]
     return main(["train", model, *data, *columns, *length, *SHORT, "--out", str(out), *more])
-
-
-def errors(capsys):
-    told = capsys.readouterr().err.splitlines()
-    assert not any("Traceback" in line for line in told)
-    return [line for line in told if line.startswith("error: ")]
 
 
 @pytest.mark.parametrize("kind", KINDS)

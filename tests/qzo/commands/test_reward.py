@@ -6,6 +6,7 @@ import pytest
 import torch
 from own_files import CHATML, lines
 from task_files import make_model, make_tokenizer
+from told import errors
 
 from qzo import quantize
 from qzo.checkpoints.save import save
@@ -71,12 +72,6 @@ def command(model, data, out, *more, function="vowels"):
     return main(
         ["train", model, "--data", str(data / "asked.jsonl"), *reward, *SPLITS, *SHORT, "--out", str(data / out), *more]
     )
-
-
-def errors(capsys):
-    told = capsys.readouterr().err.splitlines()
-    assert not any("Traceback" in line for line in told)
-    return [line for line in told if line.startswith("error: ")]
 
 
 def test_a_reward_is_trained_resumed_to_the_bit_and_scored(model, data, capsys):

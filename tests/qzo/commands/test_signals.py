@@ -16,20 +16,7 @@ from qzo.commands.main import main
 from qzo.durable import read_tensors
 from qzo.signals import Interrupted, held, interruptible
 
-TRAIN = [
-    "--preset",
-    "paper",
-    "--task",
-    "words",
-    "--batch-size",
-    "4",
-    "--steps",
-    "6",
-    "--eval-every",
-    "3",
-    "--lr",
-    "1e-3",
-]
+TRAIN = [*standin.PAPER, "--batch-size", "4", "--steps", "6", "--eval-every", "3", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="module")

@@ -24,20 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from qzo.commands.main import main
 
-TRAIN = [
-    "--preset",
-    "paper",
-    "--task",
-    "words",
-    "--batch-size",
-    "4",
-    "--steps",
-    "4",
-    "--eval-every",
-    "2",
-    "--lr",
-    "1e-3",
-]
+TRAIN = [*standin.PAPER, "--batch-size", "4", "--steps", "4", "--eval-every", "2", "--lr", "1e-3"]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import qzo
 from qzo import label_loss, quantize
 from qzo.checkpoints.save import save
 
+PAPER = ["--preset", "paper", "--task", "words"]  # of `qzo train` with this module in the place of `qzo.tasks`
+SMALL = [*PAPER, "--steps", "6", "--eval-every", "3", "--batch-size", "4"]
 WORDS = 96  # vocabulary; words 0 and 1 are the labels, 2 and 3 tell them
 LENGTH = 8
 

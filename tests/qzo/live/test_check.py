@@ -208,18 +208,7 @@ def folder(make_model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("layers", [None, "1-1"])
 def test_qzo_train_refuses_before_the_first_step(folder, tmp_path, monkeypatch, capsys, layers):
     monkeypatch.setattr("qzo.training.task.load", lambda *arguments, **named: cache(load(*arguments, **named)))
-    command = [
-        "train",
-        str(folder),
-        "--preset",
-        "paper",
-        "--task",
-        "words",
-        "--steps",
-        "4",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    command = ["train", str(folder), *standin.PAPER, "--steps", "4", "--out", str(tmp_path / "run")]
     command += [] if layers is None else ["--layers", layers]
     assert main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -230,18 +219,7 @@ def test_qzo_train_refuses_before_the_first_step(folder, tmp_path, monkeypatch, 
 def test_qzo_train_checks_once_and_not_when_a_finished_run_is_resumed(folder, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("qzo.training.task.check_live", lambda *arguments: calls.append(arguments))
-    command = [
-        "train",
-        str(folder),
-        "--preset",
-        "paper",
-        "--task",
-        "words",
-        "--steps",
-        "3",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    command = ["train", str(folder), *standin.PAPER, "--steps", "3", "--out", str(tmp_path / "run")]
     assert main(command) == 0 and len(calls) == 1
     assert main([*command, "--resume"]) == 0 and len(calls) == 1
     command[command.index("3")] = "5"

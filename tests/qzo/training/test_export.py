@@ -37,20 +37,7 @@ def make_run(make_model, tmp_path, monkeypatch):
         quantized = method in ("qzo", "qlora")
         folder = standin.write_model(model, tmp_path / "model", quantized, checkpoint_format)
         (folder / "README.md").write_text("a model")
-        command = [
-            "train",
-            str(folder),
-            "--preset",
-            "paper",
-            "--task",
-            "words",
-            "--method",
-            method,
-            "--steps",
-            "8",
-            "--batch-size",
-            "4",
-        ]
+        command = ["train", str(folder), *standin.PAPER, "--method", method, "--steps", "8", "--batch-size", "4"]
         assert main([*command, "--lr", lr, "--eval-every", "2", "--out", str(tmp_path / "run")]) == 0
         return folder, tmp_path / "run"
 

@@ -24,7 +24,7 @@ from qzo.durable import read_tensors, write_tensors
 from qzo.training.run import read_run
 from qzo.training.telemetry.metrics import Metrics
 
-SMALL = ["--preset", "paper", "--task", "words", "--batch-size", "4", "--lr", "1e-4", "--eval-every", "2"]
+SMALL = [*standin.PAPER, "--batch-size", "4", "--lr", "1e-4", "--eval-every", "2"]
 
 
 @pytest.fixture(scope="module")

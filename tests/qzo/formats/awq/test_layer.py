@@ -198,20 +198,7 @@ def test_train_and_export_commands_and_the_trainer_keep_the_format(make_model, t
     folder = write_awq(make_model(), tmp_path / "model")
     standin.write_tokenizer(folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    command = [
-        "train",
-        str(folder),
-        "--preset",
-        "paper",
-        "--task",
-        "words",
-        "--steps",
-        "4",
-        "--lr",
-        "1e-3",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    command = ["train", str(folder), *standin.PAPER, "--steps", "4", "--lr", "1e-3", "--out", str(tmp_path / "run")]
     assert main(command) == 0 and main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--state", "last"]) == 0
     after = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert {name for name in after if after[name] != before[name]} == {"model.safetensors"}

@@ -108,19 +108,7 @@ def test_commands_and_trainer_keep_the_format(write, tmp_path, monkeypatch, caps
     monkeypatch.setitem(sys.modules, "qzo.tasks", standin.module())
     folder, run = write(kind), tmp_path / "run"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    command = [
-        "train",
-        str(folder),
-        "--preset",
-        "paper",
-        "--task",
-        "words",
-        "--steps",
-        "4",
-        "--lr",
-        "1e-4",
-        "--relative",
-    ]
+    command = ["train", str(folder), *standin.PAPER, "--steps", "4", "--lr", "1e-4", "--relative"]
     assert main([*command, "--out", str(run)]) == 0
     assert main(["export", str(run), str(tmp_path / "out"), "--state", "last"]) == 0
     assert main(["replay", str(folder), str(run / "run.journal"), str(tmp_path / "replayed")]) == 0

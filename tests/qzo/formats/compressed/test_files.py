@@ -60,19 +60,7 @@ def test_commands_write_the_same_files_with_other_scales(originals, tmp_path, mo
     monkeypatch.setitem(sys.modules, "qzo.tasks", standin.module())
     folder, run = originals[kind], tmp_path / "run"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    command = [
-        "train",
-        str(folder),
-        "--preset",
-        "paper",
-        "--task",
-        "words",
-        "--steps",
-        "4",
-        "--lr",
-        "1e-3",
-        "--relative",
-    ]
+    command = ["train", str(folder), *standin.PAPER, "--steps", "4", "--lr", "1e-3", "--relative"]
     assert main([*command, "--out", str(run)]) == 0
     assert main(["export", str(run), str(tmp_path / "out"), "--state", "last"]) == 0
     assert main(["replay", str(folder), str(run / "run.journal"), str(tmp_path / "replayed")]) == 0
