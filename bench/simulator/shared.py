@@ -43,6 +43,13 @@ def route_evenly(experts: int, ledger: Ledger, func: Any, args: tuple, kwargs: d
     return mask.new_empty((max(1, -(-mask.numel() // experts)), mask.dim()), dtype=torch.long)
 
 
+def keep_layers(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
+    """`torch.rand([])`, by which models in training mode drop a layer where it is below their `layerdrop`: 1, so that
+    each layer runs, as the largest step has it. Without a value the comparison would tell nothing.
+    """
+    return func(*args, **kwargs) if args[0] else torch.tensor(1.0)
+
+
 def grouped_product(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """CUDA multiplies grouped experts in any float dtype, the meta kernel only in bf16: let it tell the shape."""
     halves = tuple(item.to(torch.bfloat16) if item is not None and item.is_floating_point() else item for item in args)

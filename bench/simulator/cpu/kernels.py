@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.ledger.ledger import Ledger, Rule
 from bench.simulator.cpu.bitsandbytes import optimizer_rules
 from bench.simulator.cpu.scratch import inside, takes_scratch
-from bench.simulator.shared import IN_PLACE, OUT, grouped_product, route_evenly, write
+from bench.simulator.shared import IN_PLACE, OUT, grouped_product, keep_layers, route_evenly, write
 
 aten = torch.ops.aten
 
@@ -40,6 +40,7 @@ def rules(experts: int = 1, padded: bool = False) -> dict[Any, Rule]:
     table: dict[Any, Rule] = {
         aten._local_scalar_dense.default: partial(read_scalar, padded),
         aten.nonzero.default: partial(route_evenly, experts),
+        aten.rand.default: keep_layers,
         aten._grouped_mm.default: grouped_product,
         aten._safe_softmax.default: safe_softmax,
         aten._scaled_dot_product_flash_attention_for_cpu.default: partial(scratch_of, flash_attention),

@@ -23,6 +23,7 @@ from bench.simulator.shared import (
     OUT,
     _operator,
     grouped_product,
+    keep_layers,
     route_evenly,
     write,
     write_list,
@@ -83,6 +84,7 @@ def rules(gpu: Gpu, experts: int = 1, padded: bool = False) -> dict[Any, Rule]:
     table: dict[Any, Rule] = {
         aten._local_scalar_dense.default: partial(read_scalar, padded),
         aten.nonzero.default: partial(route_evenly, experts),
+        aten.rand.default: keep_layers,
         aten._grouped_mm.default: grouped_product,
         aten._softmax_backward_data.default: softmax_backward,
         aten.embedding_dense_backward.default: embedding_backward,

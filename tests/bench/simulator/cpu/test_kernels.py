@@ -94,3 +94,9 @@ def test_items_of_fake_tensors_can_be_read_and_constants_keep_their_value():
         assert torch.empty(()).item() == 0.0
         assert torch.empty((), dtype=torch.long).item() == 0
         assert torch.tensor(3.0).item() == 3.0
+
+
+def test_no_layer_is_dropped_by_a_random_number_without_a_value():
+    with FakeTensorMode(), Ledger("cpu", rules=rules()):
+        assert not torch.rand([]) < 0.0 and not torch.rand([]) < 0.9
+        assert torch.rand(3).shape == (3,)
