@@ -69,8 +69,10 @@ $(LLAMACPP)/.ready:
 		node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
 	@touch $@
 
+# The tests start a hundred processes, which need not each compile our files.
 test: $(READY) ## all tests that need no GPU, each process with THREADS threads, which do not spin while they wait
-	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= \
+		$(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 attack: $(READY) ## hours, by night: damaged and hostile inputs by the thousand; ARGS="NAME ..." for some of tests/attack
 	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(RUN) -m tests.attack $(ARGS)
