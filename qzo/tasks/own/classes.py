@@ -40,8 +40,9 @@ def labels_of(rows: Sequence[Row]) -> tuple[str, ...]:
         )
     if len(found) > MOST_LABELS:
         raise QzoError(
-            f"{len(found):,} different labels in {len(rows):,} rows: that is no classification, more than "
-            f"{MOST_LABELS:,} are not taken; name the columns prompt and completion instead, by --columns"
+            f"{rows[0].where} and the {len(rows) - 1:,} training rows after it have {len(found):,} different labels, "
+            f"which is no classification; more than {MOST_LABELS:,} are not taken: name the columns prompt and "
+            "completion instead, by --columns"
         )
     return tuple(sorted(found, key=lambda label: (not label.lstrip("-").isdecimal(), _number(label), label)))
 

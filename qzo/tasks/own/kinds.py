@@ -63,6 +63,8 @@ def parse_columns(text: str | None) -> dict[str, str]:
         field, equals, name = (piece.strip() for piece in part.partition("="))
         if not (equals and name) or field not in FIELDS:
             raise QzoError(f'--columns "{part.strip()}" is not FIELD=COLUMN with a field of {", ".join(FIELDS)}')
+        if field in columns or name in columns.values():
+            raise QzoError(f'--columns "{text}" names {field if field in columns else name} twice; name each once')
         columns[field] = name
     return columns
 

@@ -103,7 +103,7 @@ def text_or_messages(row: Row, name: str) -> Text:
 
 
 def _answer(row: Row, name: str, text: bool) -> Text:
-    if text is not isinstance(row.get(name, object), str):
+    if text is not isinstance(row.get(name, (str, list)), str):
         raise QzoError(f'{row.where}: "prompt" and "{name}" must both be text, or both lists of messages')
     return _string(row, name) if text else _spoken(row, name)
 

@@ -43,10 +43,12 @@ METRICS = {
 class _Splits:
     """The splits of a user's data; what is not given is cut from the training rows."""
 
-    def __init__(self, asked: Sizes, source: Pools) -> None:
-        self.asked, self.source = asked, source
+    def __init__(self, name: str, asked: Sizes, source: Pools) -> None:
+        self.name, self.asked, self.source = name, asked, source
 
     def drawn(self, seed: int) -> Pools:
+        """Examples by split. Raises QzoError for too few."""
+        self._check_enough()
         whole = len(self.source["train"])
         sizes = {}
         for split, usual in SIZES.items():
@@ -59,6 +61,16 @@ class _Splits:
             1, whole - sum(size for split, size in sizes.items() if split != "train" and split not in self.source)
         )
         return draw(self.source, sizes, seed)
+
+    def _check_enough(self) -> None:
+        cut = [] if "validation" in self.source else ["validation", *(["test"] if "test" not in self.source else [])]
+        different = len({example.key() for example in self.source["train"]})
+        if different <= len(cut):
+            raise QzoError(
+                f"{self.name} has {len(self.source['train']):,} rows, {different:,} of them different, and "
+                f"{' and '.join(cut)} rows are cut from it: give {len(cut) + 1} different rows at least, or a file of "
+                "its own by --validation"
+            )
 
 
 @dataclass(frozen=True)
@@ -151,10 +163,10 @@ def from_data(
         if label_words is not None:
             raise QzoError("label words are for texts with labels, and a reward scores what the model writes")
         prompts: Any = reward_prompts(rows, reward, metric)
-        return RewardTask(Path(data).name, reward, _Splits(sizes or {}, prompts))
+        return RewardTask(Path(data).name, reward, _Splits(data, sizes or {}, prompts))
     task = recognised(rows["train"], Path(data).name, columns, label_words, metric)
     source: Any = {split: [example for row in found for example in task.read(row)] for split, found in rows.items()}
-    return replace(task, pools=_Splits(sizes or {}, source))
+    return replace(task, pools=_Splits(data, sizes or {}, source))
 
 
 def recognised(

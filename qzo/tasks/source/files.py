@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qzo.errors import QzoError
+from qzo.files.bounds import AmbiguousKey, said_once
 from qzo.tasks.source.parquet import hub_files, parquet_rows
-from qzo.tasks.source.reading import LONGEST_LINE, json_lines, lines_of, object_of
+from qzo.tasks.source.reading import LONGEST_LINE, check_characters, json_lines, lines_of
 from qzo.tasks.source.row import Row, shown
 
 HUB = "hub:"
@@ -75,7 +76,9 @@ def _json(file: Path) -> Iterator[Row]:
     """A list of objects, such a list under "data", or JSON lines in a file of that name."""
     text = "".join(lines_of(file))
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=said_once)
+    except AmbiguousKey as error:
+        raise QzoError(f"{file}: {error}") from error
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data" and text.lstrip().startswith("{"):
             yield from json_lines(file)
@@ -87,7 +90,10 @@ def _json(file: Path) -> Iterator[Row]:
         raise QzoError(f"{file} is {shown(content)}; it must be a list of objects")
     for number, fields in enumerate(content, 1):
         where = f"{file}, entry {number}"
-        yield Row(where, fields if isinstance(fields, dict) else object_of(json.dumps(fields), where))
+        if not isinstance(fields, dict):
+            raise QzoError(f"{where} is {shown(fields)}; it must be a JSON object")
+        check_characters(fields, where, text)
+        yield Row(where, fields)
 
 
 def _csv(file: Path) -> Iterator[Row]:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from qzo.errors import QzoError
-from qzo.files.bounds import check_file
+from qzo.files.bounds import AmbiguousKey, check_file, said_once
 from qzo.tasks.source.row import Row, shown
 
 LONGEST_LINE = 2**22  # characters; an example has a few thousand
 LEAST_TEXT, PACKED = 2**26, 200  # what a file may hold, at least and for each of its bytes; text packs ten to one
 MOST_LINES = 1_000_000
+UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first begins like UTF-16
 MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
@@ -54,6 +55,8 @@ def _decoded(raw: Any, file: Path) -> Iterator[str]:
     """Lines are read as bytes, so that one that cannot be decoded has its number."""
     total, limit = 0, max(LEAST_TEXT, PACKED * file.stat().st_size)
     first: bytes = raw.readline(LONGEST_LINE)
+    if first.startswith(UTF_32):
+        raise QzoError(f"{file} is UTF-32; save the file as UTF-8")
     mark = next((mark for mark in MARKS if first.startswith(mark)), b"")
     if MARKS.get(mark, "utf-8") != "utf-8":
         yield from _utf_16(first + raw.read(limit), MARKS[mark], file)
@@ -101,11 +104,28 @@ def _utf_16(data: bytes, encoding: str, file: Path) -> Iterator[str]:
 
 
 def object_of(line: str, where: str) -> dict[str, Any]:
-    """The JSON object that a text is. Raises QzoError for anything else."""
+    """The JSON object that a text is. Raises QzoError for anything else, and for text that cannot be encoded."""
     try:
-        fields = json.loads(line)
+        fields = json.loads(line, object_pairs_hook=said_once)
+    except AmbiguousKey as error:
+        raise QzoError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise QzoError(f"{where} is not JSON: {error}") from error
+        raise QzoError(f"{where} is not JSON: {error}; a line must be one whole JSON object") from error
     if not isinstance(fields, dict):
-        raise QzoError(f"{where} is {shown(fields)}; it must be a JSON object")
+        more = ", one a line; a list of objects is a .json file" if isinstance(fields, list) else ""
+        raise QzoError(f"{where} is {shown(fields)}; it must be a JSON object{more}")
+    check_characters(fields, where, line)
     return fields
+
+
+def check_characters(fields: Any, where: str, text: str) -> None:
+    """Raise QzoError for JSON with half a character, which no tokenizer takes; looked for where one may be."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise QzoError(
+            f"{where} holds half a character, \\u{ord(error.object[error.start]):04x} alone; write the file anew as "
+            "UTF-8"
+        ) from error

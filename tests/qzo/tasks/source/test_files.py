@@ -8,7 +8,8 @@ import types
 from pathlib import Path
 
 import pytest
-from own_files import chat, completion, lines, preference, ticket
+from damaged_data import DAMAGED
+from own_files import lines, ticket
 
 from qzo import QzoError, tasks
 from qzo.tasks.source import parquet
@@ -112,73 +113,12 @@ def test_a_hub_data_set_is_its_parquet_files(monkeypatch):
         tasks.from_data("hub:a/b")
 
 
-def with_row(rows: list[dict], number: int, **changed) -> bytes:
-    """JSON lines in which one row is changed; None takes a field away."""
-    row = {name: value for name, value in {**rows[number - 1], **changed}.items() if value is not None}
-    return lines([*rows[: number - 1], row, *rows[number:]]).encode()
-
-
-CHATS, PAIRS = [chat(n) for n in range(9)], [preference(n) for n in range(9)]
-COMPLETIONS = [completion(n) for n in range(9)]
-USER = {"role": "user", "content": "Hi"}
-DAMAGED = {
-    "empty.jsonl": (b"", "is empty"),
-    "blank.jsonl": (b"\n \n", "is empty"),
-    "empty.csv": (b"", "is empty"),
-    "header.csv": (b"text,label\n", "has no row below its header"),
-    "empty.txt": (b" \n", "is empty"),
-    "latin.csv": (b"text,label\nfine,a\ncaf\xe9,b\n", "line 3 is not UTF-8 (byte 0xe9, column 4)"),
-    "latin.jsonl": (lines(TICKETS[:2]).encode() + b'{"text": "caf\xe9"}', "line 3 is not UTF-8"),
-    "mark.jsonl": (codecs.BOM_UTF16_LE + b"{", "begins like UTF-16 and is not"),
-    "garbage.jsonl": (bytes(range(256)) * 9, "line 1 holds zero bytes; it is no text file"),
-    "garbage.csv": (b"\x89PNG\r\n\x1a\n\0\0", "line 1 is not UTF-8"),
-    "cut.jsonl": (lines(TICKETS).encode()[:-9], "line 12 is not JSON"),
-    "list.jsonl": (b"[1]\n", "line 1 is [1]; it must be a JSON object"),
-    "deep.json": (b"[" * 100_000, "is not JSON"),
-    "object.json": (b'{"rows": 1}', 'is {"rows": 1}; it must be a list of objects'),
-    "long.jsonl": (b'{"text": "' + b"x" * 10_000_000 + b'"}', "line 1 has more than 4,194,304 characters"),
-    "bomb.jsonl.gz": (gzip.compress(b"\n" * 1_100_000), "has more than 1,000,000 lines"),
-    "ragged.csv": (b"text,label\na,b\nc,d,e\n", "line 3 has 3 values under a header of 2"),
-    "quote.csv": (b'text,label\na,"b\nc,d\n', "cannot be read as a table"),
-    "twice.csv": (b"text,text\na,b\n", 'has two columns "text"'),
-    "field.jsonl": (with_row(TICKETS, 7, label=None), 'line 7 has no field "label"'),
-    "nan.jsonl": (with_row(TICKETS, 7, label=float("nan")), 'line 7: "label" is NaN'),
-    "list-label.jsonl": (with_row(TICKETS, 7, label=["a"]), 'line 7: "label" is ["a"]'),
-    "number.jsonl": (with_row(TICKETS, 7, text=3), 'line 7: field "text" is 3; it must be of type str'),
-    "one-class.jsonl": (
-        lines([{**row, "label": "x"} for row in TICKETS]).encode(),
-        'have the label "x"; two different',
-    ),
-    "names.jsonl": (
-        lines([{"question": "a", "answer": "b"}]).encode(),
-        'has the fields "question", "answer"; needed are',
-    ),
-    "unpaired.jsonl": (lines([{**COMPLETIONS[0], "label": True}]).encode(), "TRL calls unpaired preference"),
-    "blank.jsonl.gz": (gzip.compress(with_row(COMPLETIONS, 7, completion=" ")), 'line 7: "completion" is empty'),
-    "mixed.jsonl": (with_row(COMPLETIONS, 7, completion=[USER]), 'line 7: "prompt" and "completion" must both be text'),
-    "no-content.jsonl": (with_row(CHATS, 7, messages=[{"role": "user"}]), "line 7, messages 1: "),
-    "role.jsonl": (with_row(CHATS, 7, messages=[{"role": "robot", "content": "x"}]), 'the role "robot" is not known'),
-    "silent.jsonl": (with_row(CHATS, 7, messages=[USER]), 'line 7: "messages" has no turn of the role "assistant"'),
-    "text.jsonl": (
-        with_row(CHATS, 7, messages="hello"),
-        'line 7: field "messages" is "hello"; it must be of type list',
-    ),
-    "image.jsonl": (
-        with_row(CHATS, 7, messages=[{"role": "user", "content": [{"type": "image"}]}]),
-        "only text is trained here",
-    ),
-    "same.jsonl": (with_row(PAIRS, 7, rejected=" a heron 6"), 'line 7: "chosen" and "rejected" are the same'),
-    "table.xlsx": (b"PK\3\4", "is no data file; known are *.jsonl"),
-    "table.parquet": (b"nothing", "table.parquet"),
-}
-
-
 @pytest.mark.parametrize("name", list(DAMAGED))
 def test_a_damaged_file_is_one_line_with_file_and_row(tmp_path, name):
     content, message = DAMAGED[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(QzoError) as error:
-        tasks.from_data(str(tmp_path / name))
+        tasks.from_data(str(tmp_path / name)).splits()
     assert message in str(error.value) and str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
