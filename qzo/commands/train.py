@@ -53,7 +53,7 @@ def add_command(commands: Any) -> None:
     default = TrainSettings()
     parser = commands.add_parser("train", help="fine-tune a model on a task")
     parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id; quantized for qzo and qlora")
-    parser.add_argument("--method", choices=METHODS, default=default.method, help="default qzo")
+    parser.add_argument("--method", choices=METHODS, default=argparse.SUPPRESS, help="default qzo")
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
@@ -86,18 +86,17 @@ def run(options: argparse.Namespace) -> None:
     """Train, and print how the run ended and what the test gave."""
     names = TrainSettings.__dataclass_fields__
     given = {name: value for name, value in vars(options).items() if name in names}
-    from qzo.training.run import preset_of
+    from qzo.training.run import begun_with
     from qzo.training.task import train_task
 
     own = data.own_data(options)
     name = options.task or Path(options.data).name
-    out = Path(options.out or Path("results/train") / f"{name}-{options.method}-{given.get('seed', 0)}")
-    preset = (
-        given.get("preset")
-        or (preset_of(out) if options.resume else None)
-        or usual_preset(options.method, bool(options.reward))
-    )
-    settings = TrainSettings(**{**PRESETS[preset], **given, "preset": preset})
+    out = Path(options.out or Path("results/train") / f"{name}-{given.get('method', 'qzo')}-{given.get('seed', 0)}")
+    begun = begun_with(out) if options.resume else {}  # what is not given by an option is as it was
+    method = str(given.get("method", begun.get("method", TrainSettings.method)))
+    begun = begun if begun.get("method", method) == method else {}
+    preset = given.get("preset") or begun.get("preset") or usual_preset(method, bool(options.reward))
+    settings = TrainSettings(**{**PRESETS[preset], **begun, **given, "method": method, "preset": preset})
     device = None if options.device is None else str(data.device(options.device))
     folder = None if own else options.data
     trained, test = train_task(options.model, options.task, settings, out, folder, options.resume, own, device)
@@ -109,11 +108,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _scores(trained: Any, test: dict[str, Any]) -> str:
-    """A line a score: validation before training and at the best step, and the test where there is one."""
-    lines = [f"{'':<12} {'before':>12} {'best':>12}  (validation)" + (f" {'test':>12}" if test else "")]
+    """A line a score: before training and in the best state, of validation and, where there is one, of the test."""
+    results = [trained.first, trained.best, *((trained.first_test, test) if test else ())]
+    lines = [_row("", ["", "validation", *(("", "test") if test else ())])]
+    lines.append(_row("", ["before", "best"] * (len(results) // 2)))
     for name in dict.fromkeys((*trained.best, *test)):
-        values = [result.get(name) for result in (trained.first, trained.best, test)]
+        values = [result.get(name) for result in results]
         if any(isinstance(value, float) for value in values):  # not counts, nor what the task tells beside
-            first, best, last = (f"{value:>12.4f}" if isinstance(value, float) else " " * 12 for value in values)
-            lines.append(f"{name:<12} {first} {best}{' ' * 14}{last}".rstrip())
+            lines.append(_row(name, [f"{value:.4f}" if isinstance(value, float) else "" for value in values]))
     return "\n".join(lines)
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return "".join([f"{name:<13}", *(f" {cell:>12}" for cell in cells)]).rstrip()

@@ -30,7 +30,7 @@ def commands_of(story: Story) -> list[Command]:
     if story.state in ("running", "interrupted"):
         how = "Go on after" if story.state == "interrupted" else "Should it be stopped, go on after"
         found.append(Command(f"{how} step {story.resumes_after:,}, to the bit", train_line(story)))
-    elif story.settings.get("scheduler", "constant") == "constant":
+    else:
         more = 2 * int(story.settings.get("steps", 0))
         found.append(Command(f"Train on, to {more:,} steps", train_line(story, more)))
     if story.validations:
@@ -85,7 +85,7 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
         usual = PRESETS.get(preset, {}).get(name, default_of(name, settings["method"]))
         if name == "method" and value != TrainSettings().method:
             words += [_option(name), str(value)]
-        elif name in ("method", "preset") or value == usual:
+        elif name in ("method", "preset", "legs") or value == usual:  # a run remembers its legs
             continue
         elif isinstance(value, bool):
             words += [_option(name if value else f"no_{name}")]

@@ -17,7 +17,7 @@ from qzo.errors import QzoError
 from qzo.journal.lines import read as read_journal
 from qzo.regular import check_regular, is_there
 from qzo.training.learners import JOURNAL, LAST
-from qzo.training.run import FACTS, FOUND, METRICS, MOST_MIB, RESULT, read_run
+from qzo.training.run import FACTS, FOUND, METRICS, MOST_MIB, RESULT, TEST, read_run
 from qzo.training.settings import ZEROTH_ORDER, known
 from qzo.training.telemetry.metrics import read_metrics
 
@@ -57,6 +57,7 @@ class Story:
         about: what run.json holds: model, data, settings, versions.
         resumes_after: steps after which `--resume` goes on.
         facts: what was found before the first step; empty in a run of an older version.
+        test, first_test: of the best state, and before the first step; None where it is not known.
         state: "finished", "stopped early", "running" or "interrupted".
     """
 
@@ -69,6 +70,7 @@ class Story:
     facts: Mapping[str, Any]
     test: Validation | None
     state: str
+    first_test: Validation | None = None
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -159,7 +161,8 @@ def read_story(folder: Path) -> Story:
     state = _state(folder, about["settings"].get("steps"), last, result)
     if state in ("running", "interrupted"):
         test = None  # of an earlier end, which was gone on from
-    return Story(folder, about, metric, steps, validations, _saved(folder), facts, test, state)
+    before = _validation(0, facts[TEST], None) if isinstance(facts.get(TEST), dict) and facts[TEST] else None
+    return Story(folder, about, metric, steps, validations, _saved(folder), facts, test, state, before)
 
 
 def _state(folder: Path, steps: Any, taken: int, result: Mapping[str, Any]) -> str:

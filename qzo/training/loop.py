@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from qzo.training.telemetry.prospect import Prospect
 @dataclass(frozen=True)
 class Trained:
     """How a run ended: after `steps` steps, `skipped` of them left out; best validation, after `best_step` steps; the
-    first one, before any step.
+    first one, before any step; what the test gave before any, empty where that is not known.
     """
 
     steps: int
@@ -34,6 +34,7 @@ class Trained:
     best: Result
     stopped_early: bool
     first: Result
+    first_test: Result = field(default_factory=dict)
 
 
 def train(

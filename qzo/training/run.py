@@ -22,6 +22,7 @@ import os
 import platform
 import shutil
 import weakref
+import zlib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +44,10 @@ from qzo.training.settings import AUTO, DTYPES, METHODS, ZEROTH_ORDER, TrainSett
 from qzo.training.telemetry.metrics import Metrics, finite
 from qzo.training.telemetry.progress import TENSORBOARD
 
+SUMS = "sums"  # key of run.json: checksums of the settings and of what was found
 FOUND = "found"  # key of run.json: what was chosen where settings say "auto"
 RUN, METRICS, BEST, FACTS = "run.json", "metrics.jsonl", "best.safetensors", "facts.json"
+TEST = "test"  # key of facts.json: the result of the test before the first step
 RESULT = "result.json"  # written when the run has ended
 MOST_MIB = 8  # of run.json
 Result = dict[str, Any]  # what an evaluation returned: the metric, "loss", "count"
@@ -82,12 +85,13 @@ class Run:
             remove_leftovers(self.folder)
             for left in self.folder.glob(".tmp*"):  # of safetensors, in an older version
                 left.unlink()
-            self._about = {"qzo_run": 1, **about, "metric": metric, "settings": settings.to_json()}
+            asked = settings.to_json()
+            self._about = {"qzo_run": 1, **about, "metric": metric, "settings": asked, SUMS: {"settings": _sum(asked)}}
             self._about["versions"] = versions()
             if self.resumed and settings.method not in ZEROTH_ORDER:  # of these, the journal tells
                 self.notices = differences("the run", read_run(self.folder).get("versions", {}), ("threads", "carrier"))
             if self.resumed:
-                self.settle(known(read_run(self.folder).get(FOUND)))
+                self._settle_again(read_run(self.folder))
             if not (self.folder / RUN).exists():
                 _write_json(self.folder / RUN, self._about)
             self._metrics = Metrics(self.folder / METRICS, metric)
@@ -103,6 +107,16 @@ class Run:
             raise QzoError(f"{self.folder / RUN}: {FOUND}: {error}; restore the file from a copy") from error
         if found:
             self._about[FOUND] = {**self._about.get(FOUND, {}), **found}
+            self._about[SUMS][FOUND] = _sum(self._about[FOUND])
+
+    def _settle_again(self, saved: Result) -> None:
+        """As the run was begun. Raises QzoError where that was changed since."""
+        self.settle(known(saved.get(FOUND)))
+        before = _sums(saved).get(FOUND)
+        if before is not None and before != self._about[SUMS].get(FOUND):
+            raise QzoError(
+                f"{self.folder / RUN}: {FOUND} is damaged, its checksum does not fit; restore it from a copy"
+            )
 
     def begin(self, steps: int) -> None:
         """Go on after `steps` steps: what the metrics tell of later ones is cut off, settings that may change are kept.
@@ -131,7 +145,16 @@ class Run:
 
     def keep_facts(self, facts: Result) -> None:
         """Write down what was found before the first step. Raises QzoError where the disk is full."""
-        _write_json(self.folder / FACTS, facts)
+        _write_json(self.folder / FACTS, finite(facts))
+
+    def facts(self) -> Result:
+        """What was written down; empty where that cannot be read, for no step depends on it."""
+        try:
+            check_regular(self.folder / FACTS, MOST_MIB)
+            content = json.loads((self.folder / FACTS).read_bytes())
+        except (OSError, QzoError, ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def write(self, entry: Result) -> None:
         """Append a line to the metrics. Raises QzoError where the disk is full; no half line is left."""
@@ -261,12 +284,29 @@ def read_run(folder: Path) -> Result:
     return dict(content)
 
 
-def preset_of(folder: Path) -> str | None:
-    """The preset that the run in a folder was begun with; None where there is no run."""
+def begun_with(folder: Path) -> Result:
+    """The settings that the run in a folder was begun with, or its preset alone where they were changed since.
+
+    Empty where there is no run. Raises QzoError as `read_run`.
+    """
     if not is_there(folder / RUN):
-        return None
-    preset = read_run(folder)["settings"].get("preset", "paper")  # an older version had no other
-    return preset if preset in PRESETS else None
+        return {}
+    saved = read_run(folder)
+    settings = saved["settings"]
+    if _sums(saved).get("settings") != _sum(settings):  # of an older version, or damaged: what is asked for is compared
+        preset = settings.get("preset", "paper")  # an older version had no other
+        return {"preset": preset} if preset in PRESETS else {}
+    return TrainSettings.from_json(settings)
+
+
+def _sums(saved: Result) -> Result:
+    sums = saved.get(SUMS)
+    return sums if isinstance(sums, dict) else {}
+
+
+def _sum(value: Any) -> str:
+    """CRC-32 of what JSON makes of a value."""
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 def dtype_of(settings: dict[str, Any]) -> torch.dtype | None:

@@ -26,7 +26,7 @@ AUTOMATIC = ("lr", "eps", "clip_threshold", "layers")  # what may be it
 SCHEDULERS = ("constant", "linear", "cosine")
 DTYPES = ("bfloat16", "float16", "float32")
 EXAMPLES = {"lr": 1e-6, "eps": 1e-3, "clip_threshold": 100}
-MAY_CHANGE = ("steps", "patience", "eval_batch_size")  # on a resume
+MAY_CHANGE = ("steps", "legs", "patience", "eval_batch_size")  # on a resume
 EVAL_BATCH_SIZE = 16
 
 
@@ -55,6 +55,7 @@ class TrainSettings:
         centering: share of the label words' mean over the batch that the loss leaves out, see `qzo.tasks.loss`.
         update: qzo only: "sgd" as in the paper, "momentum" 0.9, or "adam" with betas 0.9 and 0.999.
         scheduler: of the learning rate over `steps`: "constant", "linear" down to 0, or half a "cosine" down to 0.
+        legs: steps at which the lr came to an end before the run was given more of them; behind each it begins anew.
         eval_batch_size: examples that a validation, and the test at the end, run together.
         eval_every: steps between validations; there is one before the first step and one after the last as well.
         patience: validations without a new best before training stops; None, never.
@@ -89,6 +90,7 @@ class TrainSettings:
     seed: int = 0
     dtype: str | None = None
     preset: str = "paper"
+    legs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         choices = {
@@ -118,6 +120,8 @@ class TrainSettings:
                 raise QzoError(f"{name}={value} is not a positive whole number")
         if not 0 <= self.centering < 1:
             raise QzoError(f"centering={self.centering} is not in [0, 1); choose e.g. 0.7, or 0 for none")
+        if list(self.legs) != sorted(set(self.legs)) or not all(0 < end < self.steps for end in self.legs):
+            raise QzoError(f"legs={self.legs} are not growing numbers of steps below {self.steps}")
         self._check_method()
         self._check_estimator()
         _ = self.layer_range
@@ -164,7 +168,10 @@ class TrainSettings:
 
     def schedule(self, step: int) -> float:
         """The share of lr that step `step` is taken with."""
-        done = step / self.steps
+        ends = (*self.legs, self.steps)
+        leg = next((number for number, end in enumerate(ends) if step < end), len(ends) - 1)
+        begun = ends[leg - 1] if leg else 0
+        done = (step - begun) / (ends[leg] - begun)
         return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.scheduler]
 
     @property
@@ -185,23 +192,43 @@ class TrainSettings:
         """Name -> value as JSON holds it; no clipping is null."""
         values = asdict(self)
         clip = values["clip_threshold"]
-        return {**values, "clip_threshold": None if isinstance(clip, float) and math.isinf(clip) else clip}
+        clip = None if isinstance(clip, float) and math.isinf(clip) else clip
+        return {**values, "clip_threshold": clip, "legs": list(self.legs)}
+
+    @staticmethod
+    def from_json(saved: dict[str, Any]) -> dict[str, Any]:
+        """What `to_json` wrote, as arguments; what is not known here is left out."""
+        values = {name: saved[name] for name in TrainSettings.__dataclass_fields__ if name in saved}
+        clip = math.inf if values.get("clip_threshold") is None else values["clip_threshold"]
+        return {**values, "clip_threshold": clip, "legs": tuple(values.get("legs", ()))}
 
     def as_begun(self, saved: dict[str, Any]) -> TrainSettings:
-        """These settings, with what a run of an older version did where it could not be asked for."""
+        """These settings as a run goes on with them that was begun with others, as JSON.
+
+        What a run of an older version did, where it could not be asked for; and where it gets more steps than its lr
+        was to fall over, that of the steps to come falls from its height once more.
+        """
         older = {name: value for name, value in _before(saved).items() if getattr(self, name) == _default(name)}
+        legs, planned = saved.get("legs", []), saved.get("steps")
+        if self.scheduler != "constant" and isinstance(legs, list) and isinstance(planned, int):
+            older["legs"] = (*legs, *([planned] if self.steps > planned else ()))
         return replace(self, **older)
 
     def check_resume(self, saved: dict[str, Any]) -> None:
         """Raise QzoError where a run was begun with other settings than these, but for those that may change."""
         own, saved = self.to_json(), {**_before(saved), **saved}
+        planned = saved.get("steps", self.steps)
+        if self.scheduler != "constant" and self.steps < planned:
+            raise QzoError(
+                f"the lr of the run falls over {planned:,} steps, so it cannot end after {self.steps:,}; give --steps "
+                f"{planned} or more, or leave it out"
+            )
+        if self.legs != self.as_begun(saved).legs:
+            raise QzoError(f"the run was begun with legs={saved.get('legs', [])}; take its settings by `as_begun`")
         for field in fields(self):  # a run of an older version lacks the newer settings
             name, begun = field.name, saved.get(field.name, field.default)
-            if begun != own[name] and (name not in MAY_CHANGE or self._shapes_lr(name)):
+            if begun != own[name] and name not in MAY_CHANGE:
                 raise QzoError(f"the run was begun with {name}={begun}, not {own[name]}; give the same")
-
-    def _shapes_lr(self, name: str) -> bool:
-        return name == "steps" and self.scheduler != "constant"
 
 
 def known(found: Any) -> dict[str, Any]:

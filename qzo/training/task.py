@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from qzo.checkpoints.identity import base_identity, place_of
 from qzo.checkpoints.load import load, load_tokenizer
 from qzo.durable import replace_file
-from qzo.errors import QzoError
+from qzo.errors import NotFinite, QzoError
 from qzo.live.check import check_live
 from qzo.models.positions import row_length
 from qzo.models.prefix import SharedPrefix
@@ -29,7 +29,7 @@ from qzo.training.batches import batch_numbers
 from qzo.training.learners import check_eps, check_model, make_learner
 from qzo.training.loop import Trained, train
 from qzo.training.own import OwnData, fingerprint
-from qzo.training.run import RESULT, RUN, Result, Run, check_folder, dtype_of, read_run
+from qzo.training.run import RESULT, RUN, TEST, Result, Run, check_folder, dtype_of, read_run
 from qzo.training.settings import AUTO, QUANTIZED, TrainSettings
 from qzo.training.telemetry.memory import packed_as, resident_bytes
 from qzo.training.telemetry.progress import Progress, lines_of, tell
@@ -101,21 +101,30 @@ def train_task(
         trained = _run(source, run, work, SharedPrefix(model, work.loss, first) if first else work.loss)
         try:
             put_best(model, out)
-            test = _tested(work, trained)
+            test = _tested(work, f"the state of step {trained.best_step}")
         except KeyboardInterrupt as error:
             raise Stopped("stopped while the best state was tested; --resume tests it again", error) from error
+    trained = replace(trained, first_test=run.facts().get(TEST) or {})
     content = json.dumps({**asdict(trained), "test": test}, indent=2) + "\n"
     replace_file(out / RESULT, lambda path: path.write_text(content, encoding="utf-8"))
     return trained, test
 
 
-def _tested(work: _Work, trained: Trained) -> Result:
+def _tested(work: _Work, what: str) -> Result:
     """The result of the test; of the validation split where there is no test, if more is measured at the end."""
     split = "test" if "test" in work.splits else "validation"
     if split == "validation" and not getattr(work.objective.task, "writes", False):
         return {}
-    tell(f"testing the state of step {trained.best_step} on {len(work.rows[split]):,} examples")
+    tell(f"testing {what} on {len(work.rows[split]):,} examples")
     return work.evaluate(lines_of(split), split, last=True)
+
+
+def _baseline(work: _Work) -> Result:
+    """What the test gives before the first step. Raises NotFinite."""
+    try:
+        return _tested(work, "the model before the first step")
+    except NotFinite as error:
+        raise NotFinite(f"before the first step, {error}") from error
 
 
 class _Work:
@@ -166,10 +175,13 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
         if open_ := run.settings.undecided:
             settle(run, work.model, lambda: loss(work.batch_at(0)))
         learner = make_learner(work.model, run.settings, run.folder, source)
-        run.keep_facts(work.facts(model, learner.tensors()))
+        facts = {**work.facts(model, learner.tensors()), TEST: run.facts().get(TEST)}
+        run.keep_facts(facts)
         progress = Progress(run.settings.steps, learner.steps, learner.slope_name, run.folder)
         if run.resumed:
             progress.notice(f"going on after step {learner.steps} of {run.settings.steps}")
+        if legs := run.settings.legs:
+            progress.notice(f"the lr falls anew from step {legs[-1]} on, over {run.settings.steps - legs[-1]} steps")
         for notice in (*run.notices, *learner.notices):
             progress.notice(notice)
         try:
@@ -177,6 +189,8 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
                 progress.phase("checking that the scales are live")
                 first = work.batch_at(learner.steps)
                 check_live(work.model, lambda: loss(first), run.settings.seed, run.settings.layer_range)
+            if learner.steps == 0 and facts[TEST] is None:
+                run.keep_facts({**facts, TEST: _baseline(work)})
             if learner.steps == 0:
                 progress.phase(f"validation before the first step, {len(work.rows['validation']):,} examples")
             return train(learner, run, work.batch_at, loss, lambda: work.evaluate(progress.validating), progress)

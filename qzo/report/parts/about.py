@@ -104,6 +104,8 @@ def _value(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return number(value)
+    if isinstance(value, list):
+        return ", ".join(map(_value, value)) or "none"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {item}" for key, item in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -38,8 +38,10 @@ def _scores(story: Story) -> list[Html]:
     if metric != "loss" and math.isfinite(best.scores.get("loss", math.nan)):
         cards.append(_loss(story))
     if story.test is not None and metric in story.test.scores:
-        rows = f"{story.test.count:,} rows, " if story.test.count else ""
-        cards.append(_card(f"test {name_of(metric)}", score(story.test.scores[metric], percent), f"{rows}best state"))
+        rows = f", {story.test.count:,} rows" if story.test.count else ""
+        untrained = story.first_test.scores.get(metric, math.nan) if story.first_test else math.nan
+        known = f"before: {score(untrained, percent)}" if math.isfinite(untrained) else "best state"
+        cards.append(_card(f"test {name_of(metric)}", score(story.test.scores[metric], percent), f"{known}{rows}"))
     cards.append(_card("best state", f"step {best.step:,}", f"of {len(story.validations):,} validations"))
     return cards
 

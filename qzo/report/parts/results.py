@@ -52,7 +52,12 @@ def _validation(story: Story, found: Validation, names: Sequence[str]) -> list[s
 
 def confusion_section(story: Story) -> Html | None:
     """Confusion matrices before training, of the best state, and of the test, as far as they were recorded."""
-    found = [("before training", story.first), ("best state", story.best), ("test, best state", story.test)]
+    found = [
+        ("before training", story.first),
+        ("best state", story.best),
+        ("test, before training", story.first_test),
+        ("test, best state", story.test),
+    ]
     matrices = [(title, each.confusion) for title, each in found if each is not None and each.confusion]
     if not matrices:
         return None
@@ -63,7 +68,7 @@ def confusion_section(story: Story) -> Html | None:
     return element(
         "section",
         element("h2", "What was taken for what"),
-        element("p", "Rows are the labels of validation rows, columns what the model chose.", klass="quiet"),
+        element("p", "Rows are the labels, columns what the model chose.", klass="quiet"),
         element("div", *shown, klass="matrices"),
     )
 

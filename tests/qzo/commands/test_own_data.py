@@ -39,13 +39,18 @@ def command(model, folder, kind, out, *more):
 def test_every_kind_trains_resumes_and_is_scored_as_a_run(model, tmp_path, capsys, kind):
     assert command(model, tmp_path, kind, tmp_path / "whole") == 0
     told = capsys.readouterr()
-    assert "data: " in told.err and "an example: " in told.err and "before         best  (validation)" in told.out
+    assert (
+        "data: " in told.err
+        and "an example: " in told.err
+        and "\n                    before         best       before         best\n" in told.out
+    )
     assert command(model, tmp_path, kind, tmp_path / "run", "--steps", "2") == 0
     assert command(model, tmp_path, kind, tmp_path / "run", "--resume") == 0
     best = [read_tensors(tmp_path / name / "best.safetensors")[0] for name in ("whole", "run")]
     assert best[0].keys() == best[1].keys() and all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["first"]["count"] and result["test"]["count"]
+    assert result["first"]["count"] and result["first_test"]["count"] == result["test"]["count"]
+    assert result["first_test"] == json.loads((tmp_path / "whole/result.json").read_text())["first_test"]
     assert main(["eval", str(tmp_path / "run"), "--json", str(tmp_path / "eval.json")]) == 0
     record = json.loads((tmp_path / "eval.json").read_text())
     assert record["split"] == "test" and record["loss"] == pytest.approx(result["test"]["loss"], rel=1e-3)

@@ -1,5 +1,6 @@
 """`qzo train`: stopped and resumed, what it shows and writes, wrong input."""
 
+import itertools
 import json
 import sys
 import types
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import standin
 import torch
-from standin import SMALL, metrics, same
+from standin import PAPER, SMALL, metrics, same
 from task_files import make_model as make_small
 from task_files import make_tokenizer, write_task
 from told import errors
@@ -69,6 +70,49 @@ def test_a_finished_run_can_be_given_more_steps(task, models, tmp_path, capsys):
     assert main([*command, str(tmp_path / "cut")]) == 0
     assert main([*command, str(tmp_path / "cut"), "--steps", "9", "--resume"]) == 0
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_finished_run_whose_lr_fell_to_0_goes_on_from_its_height(task, models, tmp_path, capsys, monkeypatch):
+    command = ["train", models["quantized"], *SMALL, "--scheduler", "linear", "--lr", "6e-5", "--out"]
+    for name in ("whole", "cut"):
+        assert main([*command, str(tmp_path / name)]) == 0
+    assert main([*command, str(tmp_path / "whole"), "--resume", "--steps", "9"]) == 0
+    assert "the lr falls anew from step 6 on, over 3 steps" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "loss", stopping(task.loss, after=5))  # three are of the check that scales are live
+        assert main([*command, str(tmp_path / "cut"), "--resume", "--steps", "9"]) == 130
+    plain = ["train", models["quantized"], *PAPER, "--out", str(tmp_path / "cut"), "--resume"]
+    assert main(plain) == 0  # steps and the rest are those of the run
+    rates = [entry.lrs[0] for entry in journal_lines.read(tmp_path / "cut/run.journal").entries]
+    assert rates == pytest.approx([6e-5, 5e-5, 4e-5, 3e-5, 2e-5, 1e-5, 6e-5, 4e-5, 2e-5])
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    capsys.readouterr()
+    assert main([*plain, "--steps", "8"]) == 2
+    assert "the lr of the run falls over 9 steps, so it cannot end after 8; give --steps 9 or more" in errors(capsys)[0]
+
+
+def stopping(loss, after):
+    """A loss that Ctrl-C meets after so many calls."""
+    calls = itertools.count(1)
+
+    def stopped(*given):
+        if next(calls) > after:
+            raise KeyboardInterrupt
+        return loss(*given)
+
+    return stopped
+
+
+def test_what_a_resume_does_not_name_is_as_it_was_unless_it_was_changed(task, models, tmp_path, capsys):
+    options = ["--lr", "1e-4", "--layers", "1-1", "--clip-threshold", "inf", "--batch-size", "3"]
+    command = ["train", models["quantized"], *PAPER, "--out", str(tmp_path / "run")]
+    assert main([*command, *options, "--steps", "2"]) == 0
+    assert main([*command, "--resume", "--steps", "3"]) == 0
+    run = tmp_path / "run/run.json"
+    run.write_text(run.read_text().replace('"batch_size": 3', '"batch_size": 7'))
+    capsys.readouterr()
+    assert main([*command, "--resume", "--steps", "3"]) == 2
+    assert "the run was begun with batch_size=7, not 16" in errors(capsys)[0]
 
 
 def test_the_run_tells_what_it_was(task, models, tmp_path):

@@ -29,7 +29,7 @@ def make_run(make_model, tmp_path, monkeypatch):
     """`make_run(method, *options)`: a run of eight steps on a model folder; returns both folders."""
     task = standin.module()
     monkeypatch.setitem(sys.modules, "qzo.tasks", task)
-    accuracies = iter([0.1, 0.2, 0.9, 0.3, 0.3, 0.3])  # the best is neither the first state nor the last
+    accuracies = iter([0.0, 0.1, 0.2, 0.9, 0.3, 0.3, 0.3])  # the best is neither the first state nor the last
     task.evaluate = lambda *_, **__: {"accuracy": next(accuracies), "loss": 1.0, "count": 1}
 
     def make(method="qzo", checkpoint_format="gptq_v2", lr="1e-4"):

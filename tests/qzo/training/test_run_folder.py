@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         task = standin.module()
         patch.setitem(sys.modules, "qzo.tasks", task)
-        accuracies = iter([0.1, 0.9, 0.2, 0.3])
+        accuracies = iter([0.0, 0.1, 0.9, 0.2, 0.3])  # the first and the last are tests
         task.evaluate = lambda *_, **__: {"accuracy": next(accuracies), "loss": 1.0, "count": 1}
         assert main(["train", str(source), *SMALL, "--steps", "4", "--out", str(place / "run")]) == 0
     return source, place / "run"

@@ -51,7 +51,7 @@ def make_run(tmp_path, monkeypatch):
     """`make_run(kind, method)`: a run of eight steps on a .gguf file by `qzo train`; returns file and run."""
     task = standin.module()
     monkeypatch.setitem(sys.modules, "qzo.tasks", task)
-    accuracies = iter([0.1, 0.2, 0.9, 0.3, 0.3, 0.3])
+    accuracies = iter([0.0, 0.1, 0.2, 0.9, 0.3, 0.3, 0.3])
     task.evaluate = lambda *_, **__: {"accuracy": next(accuracies), "loss": 1.0, "count": 1}
 
     def make(kind="Q4_1", method="qzo"):
