@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SEAL = "seal"  # of a safetensors file: hash of all its tensors and of all else in its metadata
+_HAD: set[tuple[int, int, int]] = set()  # folders that a process has locked: its id, their device and number
 MARK = "sealed"  # there is a seal: should that key itself be damaged, the file does not pass for one that never had it
 
 
@@ -143,6 +144,44 @@ def _remove_unless_locked(place: Path) -> None:
                 place.unlink()
         finally:
             os.close(lock)
+
+
+def lock(folder: Path) -> int:
+    """Have a folder for this process until the number that is returned, of the open folder, is closed.
+
+    Raises QzoError where another one has it.
+    """
+    try:
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise QzoError(f"{folder} cannot be opened as a folder: {error.strerror}; choose another") from error
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(number)
+        raise QzoError(f"{folder} is in use by another process; wait for it, or choose another folder") from error
+    except OSError:  # a file system without locks
+        pass
+    return number
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have a folder for this process meanwhile, which may have it already. Raises QzoError where another one has it."""
+    about = os.stat(folder)
+    key = (os.getpid(), about.st_dev, about.st_ino)  # a forked child has not what its parent has
+    if key in _HAD:
+        yield
+        return
+    number = lock(folder)
+    _HAD.add(key)
+    try:
+        yield
+    finally:
+        _HAD.discard(key)
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_UN)  # workers that load data may have it open for longer
+        os.close(number)
 
 
 def reason(error: BaseException) -> str:

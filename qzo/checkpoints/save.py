@@ -16,7 +16,7 @@ from qzo.checkpoints.generation import GENERATION
 from qzo.checkpoints.layout import new_layout
 from qzo.checkpoints.tokenizer import load_tokenizer
 from qzo.checkpoints.write import check_link, copy_rest
-from qzo.durable import sync, whole_folder
+from qzo.durable import locked, sync, whole_folder
 from qzo.errors import QzoError
 from qzo.files.folder import one_line
 from qzo.files.rewrite import Write
@@ -232,22 +232,23 @@ def save_into(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
     """As `save`, but into a folder that may hold something: each file is replaced as a whole, config.json the last.
 
     Where that is cut short the folder has no config.json, and is no model that anyone would load. Raises QzoError where
-    `save` does.
+    `save` does, and where another process has the folder.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         save(model, folder, tokenizer)
         return
-    for left in (*folder.glob(".model*.part"), *folder.glob("..model*.part")):
-        shutil.rmtree(left, ignore_errors=True)
-    partial = folder / ".model.part"
-    whole_folder(partial, filler(model, tokenizer))
-    if (partial / "config.json").is_file():
-        (folder / "config.json").unlink(missing_ok=True)
+    with locked(folder):
+        for left in (*folder.glob(".model*.part"), *folder.glob("..model*.part")):
+            shutil.rmtree(left, ignore_errors=True)
+        partial = folder / ".model.part"
+        whole_folder(partial, filler(model, tokenizer))
+        if (partial / "config.json").is_file():
+            (folder / "config.json").unlink(missing_ok=True)
+            sync(folder)
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
         sync(folder)
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, folder / file.name)
-    sync(folder)
-    partial.rmdir()
+        partial.rmdir()
 
 
 def writes_itself(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from qzo.durable import locked
 from qzo.errors import QzoError
 from qzo.files.folder import one_line
 from qzo.quiet import quiet_libraries
@@ -33,6 +34,7 @@ from qzo.training.stop import Stop, raise_for, stoppable
 with quiet_libraries():
     from transformers import Trainer
     from transformers.trainer_callback import ExportableState
+    from transformers.trainer_utils import SaveStrategy
 
 
 class ResumableTrainer(Trainer):
@@ -58,9 +60,17 @@ class ResumableTrainer(Trainer):
         where there is none at all it starts at the first step.
 
         SIGINT and SIGTERM save a checkpoint after the step at hand, say how to go on, and end in KeyboardInterrupt and
-        SystemExit(143). Raises QzoError for a checkpoint that is damaged, of another model, or of another run.
+        SystemExit(143). Raises QzoError for a checkpoint that is damaged, of another model, or of another run, and for
+        a folder that another process trains into.
         """
-        tidy(self._out)
+        saves = bool(resume_from_checkpoint) or self.args.save_strategy != SaveStrategy.NO
+        if not saves or not self._out.is_dir():
+            return self._train_alone(resume_from_checkpoint, *arguments, **named)
+        with locked(self._out):
+            tidy(self._out)
+            return self._train_alone(resume_from_checkpoint, *arguments, **named)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, *arguments: Any, **named: Any) -> Any:
         place = self._place_to_resume(resume_from_checkpoint) if resume_from_checkpoint else None
         self._resumes = bool(resume_from_checkpoint)
         self._begins_anew = self._resumes and place is None

@@ -15,7 +15,6 @@ it counts; the states are sealed too (`qzo.durable.write_tensors`). A process th
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 
 from qzo.checkpoints.identity import BASE, MODEL
-from qzo.durable import read_tensors, remove_leftovers, replace_file, write_tensors
+from qzo.durable import lock, read_tensors, remove_leftovers, replace_file, write_tensors
 from qzo.errors import QzoError
 from qzo.files.bounds import AmbiguousKey, said_once
 from qzo.journal.header import carrier, differences
@@ -79,7 +78,7 @@ class Run:
             raise QzoError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
         self.resumed = (self.folder / RUN).exists()
         self.notices: list[str] = []
-        self._unlock = weakref.finalize(self, os.close, _lock(self.folder))
+        self._unlock = weakref.finalize(self, os.close, lock(self.folder))
         try:
             check_folder(self.folder, settings, about, resume)  # again: another process may have been here
             remove_leftovers(self.folder)
@@ -335,19 +334,6 @@ def _write_json(path: Path, content: Result) -> None:
 def _unfinished(file: Path) -> bool:
     """Whether a kill left this behind before there was a run."""
     return file.name.startswith(".") and (file.name.endswith(".part") or file.name.startswith(".tmp"))
-
-
-def _lock(folder: Path) -> int:
-    """Have a run's folder for this process. Raises QzoError where another one has it."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(number)
-        raise QzoError(f"{folder} is in use by another process; wait for it, or choose another --out") from error
-    except OSError:  # a file system without locks
-        pass
-    return number
 
 
 def _step(metadata: dict[str, str]) -> int | None:

@@ -9,6 +9,7 @@ work.result(place)                   # file -> content, of what was made; None w
 from __future__ import annotations
 
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -90,6 +91,7 @@ def _own_loop(place: Path) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensors = lives.train(place / "run", "momentum", stop=9)
-    torch.save(tensors, place / "scales.new")
-    (place / "scales.new").replace(place / "run/scales")
+    made = place / f"scales.{os.getpid()}"
+    torch.save(tensors, made)
+    made.replace(place / "run/scales")
     return 0

@@ -4,6 +4,8 @@
     kill_at(folder, 7, work)                  # the same, killed just before the operation names[7]
     code, text = signal_at(folder, 7, SIGTERM, work)   # sent a signal there, which the work may answer
     code, text = alive(work)                  # not killed: exit code and what it printed
+    both = stopped_at(folder, 7, work, other) # stopped there while `other()` is done; code and text of each
+    both = at_once(work, other)               # both at the same time
 
 A moment lies before each operation that the interpreter sees: open for writing, mkdir, rename, link, unlink, rmdir,
 truncate, fsync, os.write. Where much is written at once, by os.write, Path.write_text and write_bytes, shutil.copyfile,
@@ -149,13 +151,18 @@ def _half_pickle(save: Any, content: Any, path: Any, *_: Any, **__: Any) -> None
 
 def _fork(work: Work, prepare: Callable[[], None], output: Path | None = None) -> int:
     """The wait status of a child that does the work."""
+    return os.waitpid(_start(work, prepare, output), 0)[1]
+
+
+def _start(work: Work, prepare: Callable[[], None], output: Path | None) -> int:
+    """A child that does the work."""
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a process with threads is forked: the child starts none
         child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1]
+        return child
     code = 70
     try:
         torch.set_num_threads(1)
@@ -201,6 +208,39 @@ def alive(work: Work) -> tuple[int, str]:
     with tempfile.TemporaryDirectory() as place:
         status = _fork(work, lambda: None, Path(place, "output"))
         return os.waitstatus_to_exitcode(status), Path(place, "output").read_text(errors="replace")
+
+
+Ended = tuple[int, str]  # exit code of a child, and all that it printed
+
+
+def stopped_at(folder: Path, number: int, work: Work, other: Work) -> tuple[Ended, Ended]:
+    """Do the work in a child that is stopped at operation `number` while `other` is done from beginning to end."""
+    with tempfile.TemporaryDirectory() as place:
+        moments = _Moments(folder, number, None, signal.SIGSTOP)
+        child = _start(work, moments.watch, Path(place, "output"))
+        _, status = os.waitpid(child, os.WUNTRACED)
+        second = alive(other)
+        if os.WIFSTOPPED(status):
+            os.kill(child, signal.SIGCONT)
+            _, status = os.waitpid(child, 0)
+        return (os.waitstatus_to_exitcode(status), Path(place, "output").read_text(errors="replace")), second
+
+
+def at_once(*works: Work) -> list[Ended]:
+    """Do works at the same time, which begin when the last of their children is there."""
+    with tempfile.TemporaryDirectory() as place:
+        read, write = os.pipe()
+
+        def wait() -> None:
+            os.close(write)
+            os.read(read, 1)  # nothing, once the parent has closed its end
+
+        children = [_start(work, wait, Path(place, str(number))) for number, work in enumerate(works)]
+        os.close(write)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        os.close(read)
+        texts = [Path(place, str(number)).read_text(errors="replace") for number in range(len(works))]
+        return list(zip(codes, texts, strict=True))
 
 
 def sample(names: list[str], most: int) -> list[int]:

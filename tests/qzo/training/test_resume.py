@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 
 import qzo
 from qzo import QzoError, load, scales
-from qzo.durable import read_tensors, write_tensors
+from qzo.durable import lock, read_tensors, write_tensors
 from qzo.training.checkpoints import SEAL, check, listed, tidy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*training starts at step 0", "ignore:.*was passed over")
@@ -83,6 +84,18 @@ def test_a_kill_at_any_file_operation_ends_in_the_same_bits(model, folder, tmp_p
         assert not [name for name in left_over(folder) if not name.startswith(".tuned")], names[number]
         shutil.rmtree(folder)
         folder.mkdir()
+
+
+def test_a_folder_that_another_process_trains_or_saves_into_is_refused_and_nothing_in_it_is_touched(model, folder):
+    trainer = run(model, folder, max_steps=2)
+    (folder / "out/.saving").mkdir()
+    with ExitStack() as other:
+        other.callback(os.close, lock(folder / "out"))
+        for work in (lambda: make(model, folder).train(resume_from_checkpoint=True), trainer.save_model):
+            with pytest.raises(QzoError, match="out is in use by another process; wait for it, or choose another"):
+                work()
+    assert left_over(folder) == ["out/.saving"]
+    trainer.save_model()
 
 
 def test_a_finished_run_takes_no_further_step(model, folder):
