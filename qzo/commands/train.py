@@ -17,12 +17,16 @@ def _number(text: str) -> float | str:
     return text if text == AUTO else float(text)
 
 
-_number.__name__ = "number"  # what argparse calls it
+def _count(text: str) -> int | str:
+    return text if text == AUTO else int(text)
+
+
+_number.__name__, _count.__name__ = "number", "int"  # what argparse calls them
 Option = tuple[Any, str]  # type, choices, or bool for a flag; help
 OPTIONS: dict[str, dict[str, Option]] = {
     "how long": {
         "steps": (int, "steps in all; default 200 with --preset auto, else 1000"),
-        "batch_size": (int, "examples a step"),
+        "batch_size": (_count, "examples a step; auto: 4 to 16, as long as rows are"),
         "max_length": (int, "tokens a row; longer texts are cut at the beginning; default: the model's positions"),
         "eval_batch_size": (int, "examples that a validation runs together"),
         "eval_every": (int, "steps between validations; default 20 with --preset auto, else 100"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Splits = Mapping[str, Sequence[Any]]
-BLOCK = 512  # tokens of a row of packed text
+BLOCK = 128  # tokens of a row of packed text
 
 
 class LabelObjective:
@@ -77,7 +77,7 @@ class SequenceObjective:
         self.batch, self.length = self.encoder.batch, self.encoder.length
 
     def fitted(self, max_length: int | None) -> SequenceObjective:
-        """This one, for rows of at most so many tokens; texts are packed into 512 where no length was asked for."""
+        """This one, for rows of at most so many tokens; texts are packed into 128 where no length was asked for."""
         if self.task.packed and self.asked is None:
             max_length = min(BLOCK, max_length or BLOCK)
         self.encoder.max_length, self.encoder.left_out = max_length, 0

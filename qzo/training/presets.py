@@ -11,6 +11,7 @@ from qzo.training.settings import AUTO
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "auto": {
         "steps": 200,
+        "batch_size": AUTO,
         "eval_every": 20,
         "relative": True,
         "lr": AUTO,
@@ -18,7 +19,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "clip_threshold": AUTO,
         "layers": AUTO,
         "directions": 8,
-        "estimator": "one-sided",
+        "estimator": "population",
         "scheduler": "linear",
     },
     "reward": {  # of reports/studies/reward: a reward is not smooth, so nothing is measured beforehand

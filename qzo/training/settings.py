@@ -21,8 +21,9 @@ METHODS = tuple(DEFAULTS)
 ZEROTH_ORDER = ("qzo", "mezo")
 QUANTIZED = ("qzo", "qlora")  # methods that need a quantized model; the others need an unquantized one
 UPDATES: dict[str, dict[str, Any]] = {"sgd": {}, "momentum": {"momentum": 0.9}, "adam": {"betas": (0.9, 0.999)}}
-AUTO = "auto"  # a value that is chosen by forward passes before the first step, see `qzo.training.auto`
-AUTOMATIC = ("lr", "eps", "clip_threshold", "layers")  # what may be it
+AUTO = "auto"  # a value that is chosen before the first step, by forward passes or the data, see `qzo.training.auto`
+MEASURED = ("lr", "eps", "clip_threshold")
+AUTOMATIC = (*MEASURED, "layers", "batch_size")  # what may be it
 SCHEDULERS = ("constant", "linear", "cosine")
 DTYPES = ("bfloat16", "float16", "float32")
 EXAMPLES = {"lr": 1e-6, "eps": 1e-3, "clip_threshold": 100}
@@ -38,7 +39,7 @@ class TrainSettings:
         method: "qzo" the scales of a quantized model, "mezo" all weights of an unquantized one, both without
             gradients; "lora" and "qlora" adapters on the two kinds of model, "ft" all weights, by AdamW.
         steps: in all, not more of them after a resume.
-        batch_size: examples a step.
+        batch_size: examples a step; "auto", as suits the length of rows.
         max_length: tokens of a prompt with its answer; the text of a longer one is cut at its beginning. None, as many
             as the model has positions.
         lr: None, the method's: 1e-7 for qzo (the paper's, for 7B; a smaller model has fewer scales and needs more),
@@ -71,7 +72,7 @@ class TrainSettings:
 
     method: str = "qzo"
     steps: int = 1000
-    batch_size: int = 16
+    batch_size: int | str = 16
     max_length: int | None = None
     lr: float | str | None = None
     eps: float | str = 1e-3
@@ -116,6 +117,8 @@ class TrainSettings:
                 raise QzoError(f"{name}={value} is not a positive number; choose e.g. {EXAMPLES[name]}")
         for name in ("steps", "batch_size", "max_length", "directions", "eval_batch_size", "eval_every", "patience"):
             value = getattr(self, name)
+            if name == "batch_size" and value == AUTO:
+                continue
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise QzoError(f"{name}={value} is not a positive whole number")
         if not 0 <= self.centering < 1:
@@ -146,7 +149,7 @@ class TrainSettings:
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default and self.method not in methods:
                 raise QzoError(f'{name}={getattr(self, name)} is for {" and ".join(methods)}, not for "{self.method}"')
-        if measured := [name for name in AUTOMATIC if getattr(self, name) == AUTO]:
+        if measured := [name for name in (*MEASURED, "layers") if getattr(self, name) == AUTO]:
             needs = {"method": "qzo", "relative": True, **({"update": "sgd"} if "lr" in measured else {})}
             wrong = [f"{name}={getattr(self, name)}" for name, value in needs.items() if getattr(self, name) != value]
             if wrong:

@@ -24,7 +24,7 @@ from qzo.regular import is_there
 from qzo.signals import Stopped, held, interruptible
 from qzo.tasks.own.prompts import RewardBatch
 from qzo.tasks.summary import described
-from qzo.training.auto.settle import layers_of, settle
+from qzo.training.auto.settle import layers_of, rows_of, settle
 from qzo.training.batches import batch_numbers
 from qzo.training.learners import check_eps, check_model, make_learner
 from qzo.training.loop import Trained, train
@@ -85,18 +85,20 @@ def train_task(
     tell(f"loading {source}")
     packed = settings.method in QUANTIZED
     model: Any = load(source, dtype_of(asdict(settings)), device or _device(), dequantize=not packed).eval()
-    run_layers = layers_of(model, settings, bool(task.words), out if resume else None)
-    check_model(model, run_layers, source)
+    resumed = out if resume else None
+    settled = layers_of(model, settings, bool(task.words), resumed)
+    check_model(model, settled, source)
     if not (out / RUN).is_file():
-        check_eps(model, run_layers)
-    work = _Work(objective.fitted(row_length(model, settings.max_length, source)), model, splits, settings)
+        check_eps(model, settled)
+    work = _Work(objective.fitted(row_length(model, settings.max_length, source)), model, splits, settled)
+    settled = work.settings = rows_of(settled, work.tokens, bool(task.words), resumed)
     for line in tasks.summary(task, splits, work.objective, work.rows) if own else ():
         tell(line)
     for notice in work.objective.notices(splits):
         tell(f"notice: {notice}")
-    first = 0 if own and own.reward else (run_layers.layer_range or (0, 0))[0]  # a cache remembers the layers below too
+    first = 0 if own and own.reward else (settled.layer_range or (0, 0))[0]  # a cache remembers the layers below too
     run = Run(out, settings, about, task.metric, resume)
-    run.settle({"layers": run_layers.layers} if settings.layers == AUTO else {})
+    run.settle({name: getattr(settled, name) for name in ("layers", "batch_size") if getattr(settings, name) == AUTO})
     with interruptible():
         trained = _run(source, run, work, SharedPrefix(model, work.loss, first) if first else work.loss)
         try:
@@ -137,13 +139,24 @@ class _Work:
         train = self.rows["train"]
         self._known = [objective.length(row) for row in train], [getattr(row, "label", 0) for row in train]
 
+    @property
+    def tokens(self) -> list[int]:
+        """Of each training row in a batch: all of its lines together, as of two answers to a prompt."""
+        lines = self._lines
+        return [length * lines for length in self._known[0]]
+
+    @property
+    def _lines(self) -> int:
+        rows = getattr(self.objective.batch(self.rows["train"][:1]), "input_ids", ())
+        return max(1, len(rows))
+
     def facts(self, model: Result, trained: dict[str, torch.Tensor]) -> Result:
         """What is known before the first step, as `facts.json` holds it."""
         reward = getattr(self.objective.task, "reward", None)  # of answers to prompts, which are written
         longest = max(self._known[0]) + (reward.max_new_tokens if reward else 0)
-        rows = getattr(self.objective.batch(self.rows["train"][:1]), "input_ids", ())
-        each = reward.generations if reward else max(1, len(rows))
+        each = reward.generations if reward else self._lines
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        assert isinstance(self.settings.batch_size, int)
         return {
             "data": described(self.objective.task, self.splits, self.objective, self.rows),
             "model": {**model, "trained": sum(tensor.numel() for tensor in trained.values())},
@@ -153,6 +166,7 @@ class _Work:
 
     def batch_at(self, step: int) -> Any:
         """The batch of a step."""
+        assert isinstance(self.settings.batch_size, int)
         numbers = batch_numbers(*self._known, self.settings.batch_size, self.settings.seed, step)
         batch = self.objective.batch([self.rows["train"][number] for number in numbers]).to(self.device)
         return batch.seeded(mix_seed(self.settings.seed, step)) if isinstance(batch, RewardBatch) else batch

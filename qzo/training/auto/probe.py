@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Probe:
         curvature: mean of zᵀHz, which is tr H; 0 where the loss rises along no direction.
         radius: how far the model was moved.
         evaluations: forward passes of the loss that it took.
+        noise: standard deviation of a loss around the parabola, from direction to direction: rounding, and what
+            zᵀHz differs by.
     """
 
     loss: float
@@ -38,6 +40,7 @@ class Probe:
     curvature: float
     radius: float
     evaluations: int
+    noise: float = 0.0
 
 
 @torch.no_grad()
@@ -70,7 +73,8 @@ def probe(model: nn.Module, named: dict[str, Tensor], loss: Callable[[], Tensor]
         if not left:
             break
     slope = math.sqrt(fmean(d * d for d in slopes))
-    return Probe(start, slope, max(0.0, 2 * rise / kept**2), kept, count)
+    noise = stdev(rises) * math.sqrt(2) if math.isfinite(rise) else math.inf  # a rise is a mean of two losses
+    return Probe(start, slope, max(0.0, 2 * rise / kept**2), kept, count, noise)
 
 
 def _along(

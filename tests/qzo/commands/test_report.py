@@ -67,7 +67,7 @@ def test_the_page_tells_curves_baseline_figures_memory_and_data(tmp_path):
 
 def test_the_command_to_go_on_is_read_back_as_the_settings_of_the_run(tmp_path):
     options = {"method": "mezo", "relative": False, "clip_threshold": 5.0, "layers": "1-2", "seed": 3}
-    auto = {**PRESETS["auto"], "preset": "auto", "steps": 99, "normalize": False, "directions": 1}
+    auto = {**PRESETS["auto"], "preset": "auto", "steps": 99, "normalize": False, "directions": 2}
     for number, more in enumerate([{}, {"clip_threshold": float("inf"), "estimator": "one-sided"}, options, auto]):
         run = write_run(tmp_path / f"run {number}", taken=40, **more)
         assert report(run) == 0

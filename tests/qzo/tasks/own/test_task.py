@@ -182,7 +182,7 @@ def test_texts_are_packed_into_rows_of_one_length_and_every_token_is_there(tmp_p
     packed = [token for row in rows for token in row[0].ids]
     assert packed == ids[: len(packed)] and len(ids) - len(packed) <= 1
     assert {len(row[0].ids) for row in rows[:-1]} == {50}
-    assert tasks.objective(objective.task, tokenizer).fitted(8192).encoder.max_length == 512
+    assert tasks.objective(objective.task, tokenizer).fitted(8192).encoder.max_length == 128
 
 
 @pytest.mark.parametrize("kind", ["completion", "chat", "text"])
