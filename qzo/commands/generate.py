@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the answer, or the answers, to stdout as they come."""
     from qzo.checkpoints.load import load_tokenizer
+    from qzo.kernels.rebuilt import kept_weights
     from qzo.tasks.sampled import Sampling
     from qzo.training.tuned import is_tuned, read_tuned
 
@@ -59,13 +61,16 @@ def run(options: argparse.Namespace) -> None:
     prompt = options.prompt
     if prompt is None and not options.chat:
         prompt = sys.stdin.read()
+    place = tuned.model if tuned else options.model
     for title, model in _models(options, tuned, device):
         if title:
             print(f"{title}: ", end="", flush=True)
-        if prompt is None:
-            _talk(model, tokenizer, options, sampling)
-        else:
-            _say(model, tokenizer, _asked(tokenizer, options, prompt), sampling, options.chat)
+        # a .gguf file is read dequantized, so a run of one may take as much
+        with kept_weights() if place.lower().endswith(".gguf") else nullcontext():
+            if prompt is None:
+                _talk(model, tokenizer, options, sampling)
+            else:
+                _say(model, tokenizer, _asked(tokenizer, options, prompt), sampling, options.chat)
 
 
 def _models(options: argparse.Namespace, tuned: Any, device: Any) -> Iterator[tuple[str, Any]]:

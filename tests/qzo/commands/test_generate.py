@@ -2,6 +2,7 @@
 
 import io
 import json
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from task_files import make_model, make_tokenizer
 from qzo import load, load_tokenizer, quantize
 from qzo.checkpoints.save import save
 from qzo.commands.main import main
+from qzo.kernels import rebuilt
 from qzo.tasks.sampled import Sampling, write
 
 
@@ -62,6 +64,16 @@ def test_a_chat_answers_each_line_with_the_template_around_it(model, capsys, mon
     first = naive(model, "<s>user\nWho is it?</s>\n<s>assistant\n", 5)
     second = naive(model, f"<s>user\nWho is it?</s>\n<s>assistant\n{first}</s>\n<s>user\nAnd?</s>\n<s>assistant\n", 5)
     assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+@pytest.mark.parametrize(("name", "keeps"), [("model.gguf", True), ("model", False)])
+def test_weights_of_a_gguf_file_are_rebuilt_once_for_all_tokens(monkeypatch, capsys, name, keeps):
+    read = types.SimpleNamespace(eval=lambda: None)
+    monkeypatch.setattr("qzo.checkpoints.load.load", lambda *_: read)
+    monkeypatch.setattr("qzo.checkpoints.load.load_tokenizer", lambda *_: None)
+    monkeypatch.setattr("qzo.tasks.sampled.write", lambda *_: [str(rebuilt._kept is not None)])
+    assert main(["generate", name, "--prompt", "a"]) == 0
+    assert capsys.readouterr().out == f"{keeps}\n"
 
 
 def test_a_run_answers_before_and_after(model, tmp_path, capsys):

@@ -170,7 +170,8 @@ def test_training_and_what_follows_tells_its_own_progress_alone(tmp_path, method
     lines = told(*commands, *([replay] if method == "qzo" else []))
     live = ["measuring how far a step may go, and that the scales are live"] if method == "qzo" else []
     live += ["training all layers, lr "] if method == "qzo" else []
-    begun = [f"loading {model}", *live, "validation before the first step, 10 examples"]
+    begun = [f"loading {model}", *live, "testing the model before the first step on 12 examples"]
+    begun += ["validation before the first step, 10 examples"]
     heads = [re.sub(r"(training all layers, lr ).*", r"\1", line.split("  ")[0]) for line in lines[:-1]]
     assert heads == [*begun, "step 0", "step 1", "step 2"]
     assert re.fullmatch(r"testing the state of step \d on 12 examples", lines[-1])
