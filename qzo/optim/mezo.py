@@ -91,6 +91,14 @@ class MeZO(SpsaOptimizer):
     def _limit(self, number: int) -> float:
         return min(torch.finfo(tensor.dtype).max for tensor in self.param_groups[number]["params"])
 
+    def _check_places(self) -> None:
+        for number, group in enumerate(self.param_groups if not self.exact else ()):
+            if group["eps"] * LARGEST_Z >= (limit := self._limit(number)):
+                raise QzoError(
+                    f"eps={group['eps']:g} moves weights beyond {limit:g}, the largest number of their dtype, from "
+                    "where exact=False cannot bring them back; choose e.g. 1e-3"
+                )
+
     def _try(self, number: int, applied: Applied) -> bool:
         self._restore()
         self._along = 0

@@ -43,6 +43,8 @@ class Reach:
         assert self.largest is not None
         g = LARGEST_Z * sum(abs(d) for d in derivatives) / len(derivatives)
         momentum, rate = self.momentum or 0.0, abs(float(group["lr"]))
+        if rate > torch.finfo(torch.float32).max:  # infinite as a factor, and 0 times that is no number
+            return False
         if group.get("betas"):
             beta1, beta2 = group["betas"]
             if g > LARGEST_MOMENT or rate / (1 - beta1) > torch.finfo(torch.float32).max:

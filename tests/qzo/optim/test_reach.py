@@ -74,6 +74,22 @@ def test_mezo_too(dtype, lr, options):
     assert optimizer.last.skipped and same(live, before)
 
 
+@pytest.mark.parametrize("rule", ["relative", "momentum"])
+def test_an_lr_beyond_fp32_leaves_no_number_infinite_where_d_is_0_too(rule):
+    live = tensors()
+    optimizer = QZO(live, lr=1e39, **RULES[rule], **({"momentum": 0.9} if rule == "relative" else {}))
+    optimizer.step(lambda: 1.0)
+    assert all(bool(tensor.isfinite().all()) for tensor in [*live.values(), *optimizer.truth().values()])
+
+
+def test_without_an_undo_list_an_eps_beyond_the_dtype_is_refused_and_the_weights_are_untouched():
+    live = tensors()
+    before = copied(live)
+    with pytest.raises(QzoError, match=r"eps=1e\+06 moves weights beyond 65504, .*exact=False.*; choose e\.g\. 1e-3"):
+        MeZO(live, eps=1e6, exact=False).step(Slope(live))
+    assert same(live, before)
+
+
 def test_an_offset_that_would_overflow_counts():
     scale, offset = torch.full((64,), 0.01), torch.full((64,), 30000.0, dtype=torch.float16)
     optimizer = QZO([{"params": {"x.scales": scale}, "offsets": {"x.scales": offset}}], lr=1e-3, clip_threshold=None)
