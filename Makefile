@@ -15,7 +15,7 @@ PIP     := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup bench report compare test test-browser test-gptqmodel test-llamacpp attack lint format baselines \
-	paper gptq-report accuracy architectures formats reward bench-step validation gpu gpu-report clean
+	paper gptq-report accuracy architectures formats reward own-data bench-step validation gpu gpu-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -120,6 +120,10 @@ formats: $(READY) ## bytes, seconds and accuracy of every quantization format, a
 reward: $(READY) ## a regular expression as a reward, raised on SmolLM2's GGUF by three seeds, as a page (half an hour)
 	$(RUN) -m bench.studies.reward --out reports/studies/reward/reward.json $(ARGS)
 	$(RUN) -m reports.studies.reward.page
+
+own-data: $(READY) $(LLAMACPP)/.ready ## five kinds of own data by defaults alone, killed, gone on with, in llama.cpp, as a page (hours)
+	$(RUN) -m bench.studies.own_data --out reports/studies/own_data/own_data.json $(ARGS)
+	$(RUN) -m reports.studies.own_data.page
 
 architectures: $(READY) ## every architecture of transformers under every method, simulated, as a page (half an hour)
 	$(RUN) -m bench.studies.architectures --out reports/studies/architectures/architectures.json $(ARGS)

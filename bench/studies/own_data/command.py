@@ -15,6 +15,7 @@ from pathlib import Path
 from qzo.errors import QzoError
 from qzo.training.run import METRICS, RESULT, RUN
 
+QZO = (sys.executable, "-m", "qzo")
 POLL_SECONDS = 0.2
 
 
@@ -34,7 +35,7 @@ def trained(model: str, data: Path, run: Path) -> Spent:
     """
     notes = run.with_suffix(".spent.json")
     spent = Spent(**json.loads(notes.read_text(encoding="utf-8"))) if notes.exists() else Spent()
-    command = [sys.executable, "-m", "qzo", "train", model, "--data", str(data), "--out", str(run)]
+    command = [*QZO, "train", model, "--data", str(data), "--out", str(run)]
     log = run.with_suffix(".log")
     if spent.killed_at is None:
         again = ["--resume"] if (run / RUN).exists() else []

@@ -7,6 +7,7 @@ import io
 import json
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,19 @@ def _classes() -> str:
 
 def _text() -> str:
     dice = random.Random("text")
-    rows = review_rows()
-    lines = [row["text"] for row in dice.sample(rows, LINES)]
+    lines = [row["text"] for row in dice.sample(_reviews(), LINES)]
     return "\n\n".join("\n".join(lines[start : start + 10]) for start in range(0, LINES, 10)) + "\n"
 
 
 def _snippets() -> Sequence[dict[str, str]]:
     """As many of each opinion, in turn."""
     dice = random.Random("snippets")
-    short = [row for row in review_rows() if SHORT <= len(row["text"]) <= LONG]
+    short = [row for row in _reviews() if SHORT <= len(row["text"]) <= LONG]
     dice.shuffle(short)
     sides = [[row for row in short if row["label"] == label] for label in VERDICTS]
     return [row for pair in zip(*sides, strict=False) for row in pair]
+
+
+@cache
+def _reviews() -> list[dict[str, str]]:
+    return review_rows()
