@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.commands import data
-from qzo.errors import printable
+from qzo.errors import printable, required
 from qzo.optim.estimator import SIDES
 from qzo.training.presets import PRESETS, usual_preset
 from qzo.training.settings import AUTO, DTYPES, METHODS, SCHEDULERS, UPDATES, TrainSettings
@@ -68,6 +68,9 @@ def add_command(commands: Any) -> None:
     data.add_options(parser)
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default results/train/TASK-METHOD-SEED)")
     parser.add_argument("--device", help="where to train (default: the GPU if there is one)")
+    parser.add_argument(
+        "--wandb", metavar="PROJECT", help="send numbers and settings, no data, to this project of Weights & Biases"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, to the bit")
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
@@ -93,6 +96,8 @@ def run(options: argparse.Namespace) -> None:
     from qzo.training.run import begun_with
     from qzo.training.task import train_task
 
+    if options.wandb is not None:
+        required("wandb", "wandb")  # before anything that takes long
     own = data.own_data(options)
     name = options.task or Path(options.data).name
     out = Path(options.out or Path("results/train") / f"{name}-{given.get('method', 'qzo')}-{given.get('seed', 0)}")
@@ -103,7 +108,9 @@ def run(options: argparse.Namespace) -> None:
     settings = TrainSettings(**{**PRESETS[preset], **begun, **given, "method": method, "preset": preset})
     device = None if options.device is None else str(data.device(options.device))
     folder = None if own else options.data
-    trained, test = train_task(options.model, options.task, settings, out, folder, options.resume, own, device)
+    trained, test = train_task(
+        options.model, options.task, settings, out, folder, options.resume, own, device, options.wandb
+    )
     early = ", stopped early" if trained.stopped_early else ""
     print(f"steps        {trained.steps:>12,}{early}\nskipped      {trained.skipped:>12,}")
     print(f"best step    {trained.best_step:>12,}")

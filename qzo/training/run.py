@@ -41,7 +41,7 @@ from qzo.training.own import SOURCE
 from qzo.training.presets import PRESETS
 from qzo.training.settings import AUTO, DTYPES, METHODS, ZEROTH_ORDER, TrainSettings, known
 from qzo.training.telemetry.metrics import Metrics, finite
-from qzo.training.telemetry.progress import TENSORBOARD
+from qzo.training.telemetry.writers import TENSORBOARD, WANDB
 
 SUMS = "sums"  # key of run.json: checksums of the settings and of what was found
 FOUND = "found"  # key of run.json: what was chosen where settings say "auto"
@@ -208,7 +208,8 @@ class Run:
         """Remove a run that failed before its first validation, so that it may be begun anew in the same place."""
         if self.resumed or self.validations:
             return
-        shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
+        for name in (TENSORBOARD, WANDB):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         with suppress(OSError):  # something of others' making is in the folder
             for name in (METRICS, BEST, JOURNAL, FACTS, RUN):
                 (self.folder / name).unlink(missing_ok=True)

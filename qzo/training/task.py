@@ -33,6 +33,7 @@ from qzo.training.run import RESULT, RUN, TEST, Result, Run, check_folder, dtype
 from qzo.training.settings import AUTO, QUANTIZED, TrainSettings
 from qzo.training.telemetry.memory import packed_as, resident_bytes
 from qzo.training.telemetry.progress import Progress, lines_of, tell
+from qzo.training.telemetry.writers import writers
 from qzo.training.tuned import put_best
 
 
@@ -45,6 +46,7 @@ def train_task(
     resume: bool = False,
     own: OwnData | None = None,
     device: str | None = None,
+    wandb: str | None = None,
 ) -> tuple[Trained, Result]:
     """Train a model on a task and test its best state; returns how training ended, and the result of the test.
 
@@ -60,6 +62,7 @@ def train_task(
         own: data of one's own in the place of a task. Without a test split the test's result is empty, or, where
             answers are compared that the model writes, that of the validation split.
         device: where to train; None, the GPU if there is one.
+        wandb: project of Weights & Biases that gets the run's numbers and settings; None, none does.
 
     Raises QzoError for wrong input, a model whose logits are not finite, losses that are not, and a full disk; what is
     on disk can be resumed. Nothing is, where a run fails before its first validation is done.
@@ -100,7 +103,8 @@ def train_task(
     run = Run(out, settings, about, task.metric, resume)
     run.settle({name: getattr(settled, name) for name in ("layers", "batch_size") if getattr(settings, name) == AUTO})
     with interruptible():
-        trained = _run(source, run, work, SharedPrefix(model, work.loss, first) if first else work.loss)
+        loss = SharedPrefix(model, work.loss, first) if first else work.loss
+        trained = _run(source, run, work, loss, wandb)
         try:
             put_best(model, out)
             test = _tested(work, f"the state of step {trained.best_step}")
@@ -182,7 +186,7 @@ class _Work:
         return dict(self.objective.evaluate(self.model, rows, size, watch=watch, last=last))
 
 
-def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
+def _run(source: str, run: Run, work: _Work, loss: Any, wandb: str | None) -> Trained:
     """Make what the loop needs, and release it whatever happens."""
     try:
         model = {**resident_bytes(work.model), "packed": packed_as(work.model)}  # before adapters are put in
@@ -191,7 +195,9 @@ def _run(source: str, run: Run, work: _Work, loss: Any) -> Trained:
         learner = make_learner(work.model, run.settings, run.folder, source)
         facts = {**work.facts(model, learner.tensors()), TEST: run.facts().get(TEST)}
         run.keep_facts(facts)
-        progress = Progress(run.settings.steps, learner.steps, learner.slope_name, run.folder)
+        config = {"model": source, **run.settings.to_json()}
+        told = writers(run.folder, learner.steps, wandb, config)
+        progress = Progress(run.settings.steps, learner.steps, learner.slope_name, told)
         if run.resumed:
             progress.notice(f"going on after step {learner.steps} of {run.settings.steps}")
         if legs := run.settings.legs:

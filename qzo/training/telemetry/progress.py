@@ -1,20 +1,19 @@
-"""What a training run shows while it runs: a bar or lines on stderr, and TensorBoard scalars where it is installed."""
+"""What a training run shows while it runs: a bar or lines on stderr, and numbers to writers."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from qzo.errors import printable
 from qzo.training.learners import Outcome
+from qzo.training.telemetry.writers import Writer
 
 WINDOW = 100  # steps that the share of clipped ones is taken over
-TENSORBOARD = "tensorboard"  # folder in that of a run
 NARROW = 60  # columns below which there is room for numbers alone
 SILENCE = 30.0  # seconds after which a line tells how far the run is, where there is no terminal
 
@@ -40,8 +39,8 @@ def lines_of(what: str, clock: Callable[[], float] = time.monotonic) -> Callable
 class Progress:
     """On a terminal a bar: steps, time left, loss, d, share of clipped steps. Elsewhere a line every half minute.
 
-    Each validation is one line, on a terminal above the bar, and tells how far it is meanwhile. `folder` gets
-    TensorBoard's files; None, no such files. `clock` gives seconds.
+    Each validation is one line, on a terminal above the bar, and tells how far it is meanwhile. `writers` get the
+    numbers too. `clock` gives seconds.
     """
 
     def __init__(
@@ -49,13 +48,13 @@ class Progress:
         steps: int,
         start: int = 0,
         slope_name: str = "d",
-        folder: Path | None = None,
+        writers: Sequence[Writer] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.steps, self.start, self.slope_name, self._clock = steps, start, slope_name, clock
         self._begun = self._last_line = clock()
         self._clipped: deque[bool] = deque(maxlen=WINDOW)
-        self._writer: Any = None if folder is None else _summary_writer(folder, start)
+        self._writers = writers
         self._bar: Any = _bar(steps, start) if sys.stderr.isatty() else None
 
     @property
@@ -117,16 +116,16 @@ class Progress:
         return f"{_shown(spent)} spent, {_shown(left)} left"
 
     def _scalars(self, group: str, values: dict[str, Any], steps: int) -> None:
-        for name, value in values.items() if self._writer is not None else ():
-            if isinstance(value, float):
-                self._writer.add_scalar(f"{group}/{name}", value, steps)
+        numbers = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, float)}
+        for writer in self._writers:
+            writer.scalars(numbers, steps)
 
     def close(self) -> None:
-        """Take the bar down and write what TensorBoard has not."""
+        """Take the bar down, and have the writers write what they have not."""
         if self._bar is not None:
             self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
+        for writer in self._writers:
+            writer.close()
 
 
 def _shown(seconds: float) -> str:
@@ -147,12 +146,3 @@ def _bar(steps: int, start: int) -> Any:
     bar.add_task("train", total=steps, completed=start, text="")
     bar.start()
     return bar
-
-
-def _summary_writer(folder: Path, start: int) -> Any:
-    """TensorBoard's writer, None where TensorBoard is not installed; scalars after `start` are of a life before."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1)
