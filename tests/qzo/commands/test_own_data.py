@@ -59,17 +59,18 @@ def test_every_kind_trains_resumes_and_is_scored_as_a_run(model, tmp_path, capsy
 
 def test_a_run_without_a_number_by_hand_measures_them_once(model, tmp_path, capsys, monkeypatch):
     data = ["--data", str(write_kind(tmp_path, "completion")), "--validation-samples", "4", "--test-samples", "3"]
-    train = ["train", model, *data, "--steps", "4", "--eval-every", "2", "--batch-size", "4", "--out"]
+    train = ["train", model, *data, "--steps", "4", "--eval-every", "2", "--out"]
     assert main([*train, str(tmp_path / "whole")]) == 0
     told = capsys.readouterr().err
-    assert "training all layers, lr " in told and "measured by " in told
+    assert "training all layers, 16 rows a step, lr " in told and "measured by " in told
     found = json.loads((tmp_path / "whole/run.json").read_text())["found"]
-    assert found["layers"] is None and all(found[name] > 0 for name in ("lr", "eps", "clip_threshold"))
+    assert found["layers"] is None and found["batch_size"] == 16 and all(found[name] > 0 for name in ("lr", "eps", "clip_threshold"))
     with monkeypatch.context() as patch:
         patch.setattr("qzo.training.loop._validate", stopped_at(2))
         assert main([*train, str(tmp_path / "run")]) == 130
     assert "go on with --resume" in errors(capsys)[0]
     monkeypatch.setattr("qzo.training.auto.settle.probe", None)  # what is known is not measured again
+    monkeypatch.setattr("qzo.training.auto.settle.chosen_rows", None)
     assert main([*train, str(tmp_path / "run"), "--resume"]) == 0
     best = [read_tensors(tmp_path / name / "best.safetensors")[0] for name in ("whole", "run")]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
