@@ -64,7 +64,11 @@ def test_a_run_without_a_number_by_hand_measures_them_once(model, tmp_path, caps
     told = capsys.readouterr().err
     assert "training all layers, 16 rows a step, lr " in told and "measured by " in told
     found = json.loads((tmp_path / "whole/run.json").read_text())["found"]
-    assert found["layers"] is None and found["batch_size"] == 16 and all(found[name] > 0 for name in ("lr", "eps", "clip_threshold"))
+    assert (
+        found["layers"] is None
+        and found["batch_size"] == 16
+        and all(found[name] > 0 for name in ("lr", "eps", "clip_threshold"))
+    )
     with monkeypatch.context() as patch:
         patch.setattr("qzo.training.loop._validate", stopped_at(2))
         assert main([*train, str(tmp_path / "run")]) == 130
