@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from crashes import kill_at, operations
 from own_files import CHATML, lines
 from task_files import make_model, make_tokenizer
 from told import errors
@@ -91,6 +92,20 @@ def test_a_reward_is_trained_resumed_to_the_bit_and_scored(model, data, capsys):
     assert main(["eval", str(data / "run"), "--json", str(data / "eval.json")]) == 0
     assert json.loads((data / "eval.json").read_text())["reward"] == result["test"]["reward"]
     assert f"\nreward       {result['test']['reward']:.4f}\n" in capsys.readouterr().out
+
+
+def test_a_reward_run_killed_in_the_midst_of_a_line_of_its_journal_ends_in_the_same_bits(model, data):
+    def live(out):
+        estimator = ["--estimator", "population", "--directions", "2"]
+        return command(model, data, out, *estimator, "--steps", "3", "--resume")
+
+    names = operations(data / "whole", lambda: live("whole"))
+    moments = [number for number, name in enumerate(names) if "run.journal, half" in name]  # the header, then the steps
+    assert kill_at(data / "run", moments[2], lambda: live("run"))
+    assert not (data / "run/result.json").exists()
+    assert live("run") == 0
+    for name in ("best.safetensors", "run.journal"):
+        assert (data / "run" / name).read_bytes() == (data / "whole" / name).read_bytes()
 
 
 def test_a_model_and_a_run_are_scored_and_a_changed_function_is_told(model, data, capsys):
