@@ -173,6 +173,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, its kind where it has none."""
-    lines = str(error).strip().splitlines()
+    """The first line of an exception's message, with the next one where it only announces it; its kind for no message."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__

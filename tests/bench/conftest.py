@@ -1,8 +1,40 @@
-"""A small architecture that several tests of the bench run."""
+"""A small architecture that several tests of the bench run; without bitsandbytes, what needs it is skipped."""
 
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+OPTIONAL = "bitsandbytes"  # the bench does without: of the machines it runs on, some have no binary of it
+
+
+@contextmanager
+def skipped_where_it_is_missing() -> Iterator[None]:
+    """Skip a test that ends because that package is not installed."""
+    try:
+        yield
+    except Exception as error:
+        causes = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        wants_it = any(isinstance(cause, ImportError) and OPTIONAL in str(cause) for cause in causes)
+        if wants_it and importlib.util.find_spec(OPTIONAL) is None:
+            pytest.skip(f"{OPTIONAL} is not installed")
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup():
+    with skipped_where_it_is_missing():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    with skipped_where_it_is_missing():
+        return (yield)
 
 
 @pytest.fixture(scope="session")

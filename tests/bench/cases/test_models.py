@@ -241,7 +241,9 @@ def test_what_is_no_causal_language_model_is_refused_in_one_line(folder, fields,
 
 
 def test_a_config_of_several_models_of_text_is_refused_in_one_line(tmp_path):
-    CONFIG_MAPPING["musicgen"]().save_pretrained(tmp_path)
+    parts = {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"}
+    config = {"model_type": "musicgen", **{name: {"model_type": kind} for name, kind in parts.items()}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         QzoError, match=r"model_type='musicgen', several models of text in one; give a causal"
     ) as caught:
