@@ -52,8 +52,8 @@ def told(found: Probe, settings: TrainSettings, exact: bool) -> str:
     hidden = not exact and found.slope * float(settings.eps) < found.noise
     more = "; so small a slope is hidden by the rounding of the loss, with --dtype float32 it is not" if hidden else ""
     return (
-        f"training {layers}, {settings.batch_size} rows a step, lr {settings.lr:g} {settings.scheduler}, "
-        f"eps {settings.eps:g}, {bound}; measured by {found.evaluations} forward passes: |d| {found.slope:.2g}, "
+        f"training {layers}, lr {settings.lr:g} {settings.scheduler}, eps {settings.eps:g}, {bound}, "
+        f"{settings.batch_size} rows a step; measured by {found.evaluations} forward passes: |d| {found.slope:.2g}, "
         f"curvature {found.curvature:.2g}{more}"
     )
 

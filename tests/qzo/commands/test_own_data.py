@@ -62,7 +62,7 @@ def test_a_run_without_a_number_by_hand_measures_them_once(model, tmp_path, caps
     train = ["train", model, *data, "--steps", "4", "--eval-every", "2", "--out"]
     assert main([*train, str(tmp_path / "whole")]) == 0
     told = capsys.readouterr().err
-    assert "training all layers, 16 rows a step, lr " in told and "measured by " in told
+    assert "training all layers, lr " in told and ", 16 rows a step; " in told and "measured by " in told
     found = json.loads((tmp_path / "whole/run.json").read_text())["found"]
     assert (
         found["layers"] is None
