@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("results/own-data"), help="folder of files and runs")
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
     parser.add_argument("--node", type=Path, default=NODE, help="folder with node-llama-cpp, see make test-llamacpp")
+    parser.add_argument("--steps", type=int, help="of a trial of this study; default: as many as the command takes")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     try:
@@ -56,18 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind in kinds:
             if kind not in read(options.out):
                 log.info("%s", kind)
-                add(options.out, kind, measure(kind, options.work, options.node))
+                add(options.out, kind, measure(kind, options.work, options.node, options.steps))
     except (QzoError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def measure(kind: str, work: Path, node: Path) -> dict[str, Any]:
+def measure(kind: str, work: Path, node: Path, steps: int | None = None) -> dict[str, Any]:
     """The entry of a kind. Raises QzoError where something of the way does not end as it should."""
     source = str(gguf_source(MODEL).weights)
     data, run, file = write(kind, work), work / kind, work / f"{kind}.gguf"
-    spent = trained(source, data, run)
+    spent = trained(source, data, run, ["--steps", str(steps)] if steps else [])
     about = read_run(run)
     result = json.loads((run / RESULT).read_text(encoding="utf-8"))
     if not file.exists():

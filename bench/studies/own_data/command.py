@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +28,16 @@ class Spent:
     killed_at: int | None = None  # steps that metrics.jsonl held
 
 
-def trained(model: str, data: Path, run: Path) -> Spent:
-    """Train with no number given, killed by SIGKILL after half of the steps; what is done already is not done again.
+def trained(model: str, data: Path, run: Path, more: Sequence[str] = ()) -> Spent:
+    """Train, killed by SIGKILL after half of the steps; what is done already is not done again.
+
+    No number is given by hand, but where a trial of this study brings `more` options.
 
     Raises QzoError where a process ends in another way than it should.
     """
     notes = run.with_suffix(".spent.json")
     spent = Spent(**json.loads(notes.read_text(encoding="utf-8"))) if notes.exists() else Spent()
-    command = [*QZO, "train", model, "--data", str(data), "--out", str(run)]
+    command = [*QZO, "train", model, "--data", str(data), "--out", str(run), *more]
     log = run.with_suffix(".log")
     if spent.killed_at is None:
         again = ["--resume"] if (run / RUN).exists() else []
