@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 from qzo.durable import reason, replace_file
 from qzo.errors import QzoError
 
 OPEN_FILES = re.compile(r"/(?:dev|proc/(?:self|\d+))/fd/(\d+)|/dev/(stdin|stdout|stderr)")
+PATIENCE = 10  # seconds that a FIFO's reader is waited for
 STANDARD = {"stdin": 0, "stdout": 1, "stderr": 2}
 
 
@@ -30,6 +33,8 @@ def check_output(path: str | os.PathLike[str], option: str = "--json") -> None:
 def write_output(path: str | os.PathLike[str], text: str, option: str = "--json") -> None:
     """Write what a user asked for to where he asked for it: a file as a whole, a device or pipe straight.
 
+    A FIFO's reader is waited for, but not for ever.
+
     Raises QzoError as `check_output`, and where writing fails; a file then is what it was.
     """
     check_output(path, option)
@@ -39,11 +44,36 @@ def write_output(path: str | os.PathLike[str], text: str, option: str = "--json"
         return
     try:
         sys.stdout.flush()
-        opened = os.open(place, os.O_WRONLY | os.O_NOCTTY) if number is None else os.dup(number)
+        opened = _opened(place) if number is None else os.dup(number)
         with open(opened, "w", encoding="utf-8") as file:
             file.write(text)
+    except NobodyReads as error:
+        raise QzoError(f"{option} {place} {error}") from error
     except OSError as error:
         raise QzoError(f"{option} {place} could not be written: {reason(error)}") from error
+
+
+class NobodyReads(Exception):
+    """A FIFO without a reader."""
+
+
+def _opened(place: Path) -> int:
+    """A device, or a FIFO whose reader is there or comes within PATIENCE seconds."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            number = os.open(place, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            os.set_blocking(number, True)
+            return number
+        except OSError as error:
+            if error.errno != errno.ENXIO or not place.is_fifo():
+                raise
+        if time.monotonic() > deadline:
+            raise NobodyReads(
+                f"is a FIFO that no program opened for reading within {PATIENCE} s; start its reader first, or name a "
+                "file"
+            )
+        time.sleep(0.02)
 
 
 def _number(path: Path) -> int | None:

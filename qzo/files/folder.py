@@ -173,7 +173,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, with the next one where it only announces it; its kind for no message."""
+    """The first line of an exception's message, with the next one where it announces that; its kind for no message."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if len(lines) > 1 and lines[0].endswith(":"):
         return f"{lines[0]} {lines[1]}"

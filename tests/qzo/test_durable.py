@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qzo import QzoError
+from qzo import QzoError, output
 from qzo.durable import check_target, create_file, read_tensors, replace_file, whole_folder, write_tensors
 from qzo.output import check_output, write_output
 
@@ -87,6 +87,15 @@ def test_a_device_a_pipe_and_an_open_file_are_written_to(tmp_path, capfd):
     assert (tmp_path / "file").read_text() == "before\nafter\n"
     with pytest.raises(QzoError, match="--json /dev/full could not be written: No space left on device"):
         write_output("/dev/full", "text")
+
+
+def test_a_fifo_without_a_reader_is_waited_for_but_not_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "PATIENCE", 0.05)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        QzoError, match=r"pipe is a FIFO that no program opened for reading within .*; start its"
+    ):
+        write_output(tmp_path / "pipe", "nobody hears this")
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
