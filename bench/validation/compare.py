@@ -13,7 +13,7 @@ from bench.cases.notices import ignore_future_warnings
 from bench.validation import recorded
 from bench.validation.asked import AS_STATED, Asked
 from bench.validation.measurement import METRICS, measured_bytes, parse
-from bench.validation.published.readers import is_published, unstated
+from bench.validation.published.readers import is_published, rounding_bytes, unstated
 from qzo.errors import QzoError
 
 GIB = 1 << 30
@@ -39,6 +39,7 @@ def compare_row(row: Row, asked: Asked = AS_STATED) -> Row:
 
     `ours` is there for rows that were measured for this package, `unstated` where one of others does not state all of
     its recipe.
+    `rounding` is there where the source's numbers are rounded by so many bytes that it matters.
     `otherwise` is there where options changed what the row states.
     """
     ours = recorded.is_record(row)
@@ -47,6 +48,8 @@ def compare_row(row: Row, asked: Asked = AS_STATED) -> Row:
     result |= {"ours": True} if ours or "recipe" in row else {}
     missing = unstated(row)
     result |= {"unstated": missing} if missing else {}
+    rounding = rounding_bytes(row)
+    result |= {"rounding": rounding} if rounding else {}
     otherwise = asked.told(row)
     result |= {"otherwise": otherwise} if otherwise else {}
     try:

@@ -23,6 +23,7 @@ from qzo.errors import QzoError
 from qzo.quiet import quiet_libraries
 
 DEFAULTS = {"rank": 128, "update_proj_gap": 200, "scale": 0.25}
+PROJECTION = "std"  # on the smaller side
 NAMES = ("galore_adamw", "galore_adamw_layerwise")
 
 
@@ -92,10 +93,7 @@ def galore_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     low = _targets(model, targets)
     if not low:
         raise QzoError(f"optim_target_modules={targets!r} matches no linear layer; for example all-linear")
-    stated = dict(
-        pair.split("=") for pair in str(arguments.get("optim_args") or "").replace(" ", "").split(",") if pair
-    )
-    options = {name: type(value)(stated.get(name, value)) for name, value in DEFAULTS.items()}
+    options = _options(str(arguments.get("optim_args") or ""))
     trained = [(name, item) for name, item in model.named_parameters() if item.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [item for name, item in trained if name not in low]},
@@ -109,6 +107,18 @@ def galore_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         for parameter in group["params"]:
             parameter.register_post_accumulate_grad_hook(_StepAtOnce(GaLore([group | {"params": [parameter]}])))
     return torch.optim.SGD([item for _, item in trained], lr=0.0)  # nothing is left to do for it
+
+
+def _options(stated: str) -> dict[str, Any]:
+    """`DEFAULTS` with what optim_args says of them; the library reads no other name but that of the projection."""
+    pairs = dict(pair.partition("=")[::2] for pair in stated.replace(" ", "").split(",") if pair)
+    projection = pairs.get("proj_type", PROJECTION)
+    if projection != PROJECTION:
+        raise QzoError(f"optim_args=proj_type={projection} is not simulated; GaLore's default, {PROJECTION}, is")
+    try:
+        return {name: type(value)(pairs.get(name, value)) for name, value in DEFAULTS.items()}
+    except ValueError as error:
+        raise QzoError(f"optim_args={stated} has no number where one belongs; try rank=128,scale=0.25") from error
 
 
 class _StepAtOnce:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.cases.messages import one_line
@@ -62,8 +63,13 @@ def _made(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         return _low_bit(kind, options, groups, model)
     if without_data and "foreach" in inspect.signature(kind).parameters and not options.get("fused"):
         options["foreach"] = True
-    if without_data and kind.__name__ in KINDS and kind.__module__.startswith("torchao"):
-        return LowBitStates(groups, KINDS[kind.__name__])
+    if kind.__module__.startswith("torchao"):
+        if without_data and kind.__name__ in KINDS:
+            return LowBitStates(groups, KINDS[kind.__name__])
+        if any(isinstance(parameter, FakeTensor) for _, parameter in trained):
+            raise QzoError(
+                f"{arguments.optim} compiles its step, which takes numbers that a simulated CPU lacks; choose a GPU"
+            )
     optimizer = kind(groups, **options)
     if options.get("fused"):
         optimizer.register_step_pre_hook(make_state_without_data)

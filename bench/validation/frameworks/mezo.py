@@ -17,6 +17,16 @@ from torch import Tensor, nn
 from bench.validation.frameworks.transformers_4 import base_of
 
 
+def answer(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probability of each token of ids [1, T] but the first (run.py, forward): keys and values go before they are
+    taken of all the vocabulary.
+    """
+    logits = model(input_ids=ids, use_cache=True).logits[0, :-1]
+    log_probs = F.log_softmax(logits, dim=-1)
+    labels = ids[0, 1:]
+    return log_probs[torch.arange(len(labels), device=ids.device), labels]
+
+
 def score_answers(model: nn.Module) -> None:
     """The model's forward gives the loss of all rows as answers to one question; logits die with it."""
     inner = base_of(model)

@@ -30,6 +30,7 @@ UNSTATED: dict[str | None, str] = {
     "torchtune": "which version ran, and whether memory is reserved or active in most rows",
     None: "what else used the card",
 }
+ROUNDING_BYTES: dict[str | None, int] = {"princeton-nlp/MeZO": 1 << 29}  # bars of whole GiB
 
 
 def unstated(row: Row) -> str | None:
@@ -37,6 +38,11 @@ def unstated(row: Row) -> str | None:
     if not is_published(row):
         return None
     return UNSTATED.get(row.get("framework") or (row.get("source") or {}).get("repo"))
+
+
+def rounding_bytes(row: Row) -> int | None:
+    """How far a source's number may be from what was measured by its rounding alone; None where that is nothing."""
+    return ROUNDING_BYTES.get((row.get("source") or {}).get("repo"))
 
 
 def is_published(row: Row) -> bool:

@@ -1,11 +1,12 @@
 """Rows of zeroth-order methods: what princeton-nlp/MeZO and liangyuwang/zo2 run, and what the driver says of it.
 
-MeZO's figure 2 is on MultiRC, batch 1. How long its prompts were is not told with it; here they are as long as that
-data's longest in MeZO's own template by GPT-2's vocabulary (tasks.py, templates.py), since the allocator keeps what the
-longest took: 636 tokens of validation (355 in the mean of 4,848), 768 of training (373 of 27,243). In-context learning
-has 32 examples before it, cut at the 2,048 positions of OPT. Training scores both answers to a question at once
-(mezo.sh, train_as_classification). nvidia-smi tells the process; ZO2 asks NVML for what of the whole card is used, with
-what the driver keeps for itself.
+MeZO's figure 2 is on MultiRC, batch 1. How long its prompts were is not told with it, but what its scripts draw is: a
+thousand rows by NumPy's seed 0 (tasks.py, sample_subset), in the Trainer's order by seed 42. Their lengths are those of
+its own template by GPT-2's vocabulary, and the allocator keeps what each needed that was longer than all before it, so
+that these stand for the run: two hundred evaluations come out as their longest six do. In-context learning has 32
+examples before it, cut at the 2,048 positions of OPT. Training scores both answers to a question at once, padded to a
+multiple of eight (mezo.sh, train_as_classification). nvidia-smi tells the process; ZO2 asks NVML for what of the whole
+card is used, with what the driver keeps for itself.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from bench.cases.models import ModelSource
 from bench.cases.recipes.recipe import Recipe
 from bench.cases.text import Batch
 from bench.ledger.ledger import Ledger
-from bench.methods.as_released import full_loss, mezo_reference
+from bench.methods.as_released import mezo_reference
 from bench.methods.prepared import Prepared
 from bench.simulator.allocator.replay import ROUND_BYTES, replay
 from bench.simulator.cuda.kernels import rules
 from bench.simulator.shared import collector_off
-from bench.validation.frameworks.mezo import bound_scores, score_answers
+from bench.validation.frameworks.mezo import answer, bound_scores, score_answers
 from bench.validation.frameworks.streams import replay_streams
 from bench.validation.frameworks.zo2 import resident_steps, streamed_step
 from bench.validation.published.row import Published, Row, model_of
@@ -34,7 +35,9 @@ from bench.worlds.sim import SimWorld
 from bench.worlds.watch import register_resident, run_steps
 from qzo.errors import QzoError
 
-PROMPT, TRAINED, CONTEXT = 636, 768, 2048  # tokens
+EVALUATED = (200, 349, 508, 561, 568, 614)  # tokens of a prompt and its answer: each longer than all before it
+TRAINED = (384, 544, 616, 632, 680, 744)
+CONTEXT = (2048,)
 CANDIDATES = 2  # sequences that a question is scored by
 EAGER = "eager"
 Figures = dict[str, int]
@@ -45,7 +48,7 @@ def read(row: Row) -> Published:
     prefix = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM"} if row["method"].startswith("prefix") else None
     recipe = Recipe(
         row["method"], {"fp16": True, "optim": "adamw_mixed"}, prefix, "PrefixTuningConfig", dtype="float32",
-        attention=EAGER, batch_size=CANDIDATES, lengths=(TRAINED,), use_cache=True,
+        attention=EAGER, batch_size=CANDIDATES, lengths=(max(TRAINED),), use_cache=True,
     )  # fmt: skip
     return Published(recipe, model_of(row), changes=(score_answers, bound_scores))
 
@@ -74,21 +77,24 @@ def _mezo(row: Row) -> Figures:
     source, gpu = model_of(row), _gpu(row)
     world, ledger = _world(row, source), _ledger(gpu, source)
     prepared = mezo_reference(BenchCase(source.name, "mezo-reference"), world)
+    bound_scores(prepared.model)
     register_resident(ledger, prepared)
     with ledger, world.functions():
-        run_steps(ledger, prepared, [_batch(TRAINED, CANDIDATES)])
+        run_steps(ledger, prepared, [_batch(tokens, CANDIDATES) for tokens in TRAINED])
     return _figures(ledger, gpu)
 
 
-def _forward(row: Row, tokens: int) -> Figures:
-    """An evaluation: one forward pass in fp16 that keeps its keys and values."""
+def _forward(row: Row, lengths: tuple[int, ...]) -> Figures:
+    """Evaluations in fp16, one answer at a time."""
     source, gpu = model_of(row), _gpu(row)
     world, ledger = _world(row, source), _ledger(gpu, source)
     model = world.model(torch.float16).eval()
+    bound_scores(model)
     register_resident(ledger, Prepared(model, torch.optim.SGD([torch.zeros(1)]), lambda *_: 0.0, "float16", "none"))
     with ledger, world.functions(), torch.no_grad():
         ledger.enter("forward")
-        full_loss(model, _batch(tokens))
+        for tokens in lengths:
+            answer(model, _batch(tokens).input_ids)
     return _figures(ledger, gpu)
 
 
@@ -145,6 +151,6 @@ def _batch(tokens: int, rows: int = 1) -> Batch:
 METHODS: tuple[tuple[str, Callable[[Row], Figures]], ...] = (
     ("mezo, layers streamed", _zo2),
     ("mezo", _mezo),
-    ("zero-shot", lambda row: _forward(row, PROMPT)),
+    ("zero-shot", lambda row: _forward(row, EVALUATED)),
     ("in-context", lambda row: _forward(row, CONTEXT)),
 )

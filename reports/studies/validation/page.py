@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import statistics
 import sys
 from collections import Counter
@@ -31,6 +32,7 @@ KINDS = ("allocated", "reserved", "process")  # what is drawn, and compared grou
 LOWEST_GIB = 0.1  # below it the scatter plot has no room
 METRICS = ("allocated", "reserved", "process", "forward", "backward", "step")
 LIMITS = {"allocated": "2 / 6 %", "reserved": "4 / 12 %", "process": "5 %"}  # mean / worst that are aimed at
+STEPS = "zeroth-order steps"
 HEAD = """# Predicted against measured
 
 Made by `make validation FILES=...` from measurement files, each row predicted without a GPU from its architecture and
@@ -50,6 +52,7 @@ def page(compared: Sequence[Row]) -> str:
             [
                 HEAD.rstrip(),
                 others_table(compared).to_markdown(),
+                *(table.to_markdown() for table in zeroth_order_tables(compared)),
                 sources,
                 CAUSES.read_text(encoding="utf-8").strip(),
                 *(table.to_markdown() for table in tables),
@@ -94,6 +97,43 @@ def others_table(compared: Sequence[Row]) -> Table:
     notes = [f"{source}, {count} rows, do not state {what}." for (source, what), count in sorted(missing.items())]
     headers = ["rows", "number", "not said", *(f"{kind}, mean / worst / signed" for kind in KINDS)]
     return Table("Rows of others", headers, rows, notes)
+
+
+def zeroth_order_tables(compared: Sequence[Row]) -> list[Table]:
+    """Of each source with zeroth-order steps its process bytes, by what was run: as they are, and beyond what the
+    source's own rounding explains.
+    """
+    tables = []
+    for part in compared:
+        groups: dict[str, list[Row]] = {"all": []}
+        for row in part["rows"]:
+            if row["status"] == "ok" and "process" in row["error_percent"]:
+                groups.setdefault(_run_of(row["case"]), []).append(row)
+                groups["all"].append(row)
+        if STEPS not in groups or any(row.get("ours") for row in part["rows"]):
+            continue
+        rows = []
+        for name, group in sorted(groups.items(), key=lambda item: (item[0] == "all", item[0])):
+            plain = _mean_worst_signed([row["error_percent"]["process"] for row in group])
+            rows.append([name, str(len(group)), plain, _mean_worst_signed([_beyond(row) for row in group])])
+        headers = ["what was run", "rows", "process, mean / worst / signed", "beyond the source's rounding"]
+        notes = ["Where a source tells no more than whole GiB, what it measured may be half of one more or less."]
+        tables.append(Table(f"Rows of {_source(part)}", headers, rows, notes))
+    return tables
+
+
+def _run_of(case: Row) -> str:
+    method = str(case.get("method"))
+    if not method.startswith("mezo"):
+        return "training by Adam" if "Adam" in method else "evaluations without training"
+    return STEPS if (case.get("source") or {}).get("repo") else f"{STEPS}, on a card that others may have used"
+
+
+def _beyond(row: Row) -> float:
+    """The error in percent to the nearest number of bytes that the source would have rounded to its own."""
+    error = row["predicted"]["process"] - row["measured"]["process"]
+    left = max(abs(error) - row.get("rounding", 0), 0)
+    return 100 * math.copysign(left, error) / row["measured"]["process"]
 
 
 def _source(part: Row) -> str:

@@ -7,12 +7,14 @@ from transformers import OPTConfig, OPTForCausalLM
 from bench.cases import gpus
 from bench.ledger.ledger import Ledger
 from bench.validation.compare import compare_row
-from bench.validation.frameworks.mezo import bound_scores, score_answers
+from bench.validation.frameworks.mezo import answer, bound_scores, score_answers
 from bench.validation.frameworks.transformers_4 import repeat_keys, shift
 from bench.validation.measurement import MIB, measured_bytes
+from bench.validation.published import zeroth_order
 from bench.validation.published.peft_comparison import AROUND, LONGEST
 from bench.validation.published.qwen import drawn_lengths
 from bench.validation.published.readers import predictor_of, read, unstated
+from bench.validation.published.zeroth_order import EVALUATED
 from qzo.errors import QzoError
 
 SIZES = {
@@ -200,7 +202,15 @@ def test_mezos_figure_counts_in_gib_and_what_ran_on_several_gpus_is_not_said():
     row = OPT | {"source": {"repo": "princeton-nlp/MeZO"}, "method": "zero-shot", "attention": "eager", "seq_len": None}
     found = compare_row(row | {"measured_mib": {"memory_as_printed": 1e9 / MIB}})
     assert found["status"] == "ok" and found["measured"] == {"process": 1 << 30}
+    assert found["rounding"] == 1 << 29 and "rounding" not in compare_row(OPT)
     assert "the sum over 4 GPUs" in compare_row(row | {"gpus": 4})["message"]
+
+
+def test_an_allocator_keeps_what_each_longer_prompt_needed():
+    architecture = OPT["architecture"] | {"vocab_size": 50272}
+    row = OPT | {"architecture": architecture, "method": "zero-shot", "seq_len": None, "gpu": "NVIDIA A100 80GB"}
+    all_of_them, longest = (zeroth_order._forward(row, lengths) for lengths in (EVALUATED, EVALUATED[-1:]))
+    assert all_of_them["allocated"] == longest["allocated"] and all_of_them["reserved"] > longest["reserved"]
 
 
 def test_keys_are_repeated_within_an_attention_alone():
@@ -229,7 +239,9 @@ def test_mezos_adam_scores_two_answers_with_the_attention_of_its_day():
     logits = model(input_ids=ids, attention_mask=mask).logits
     bound_scores(model)
     assert torch.allclose(model(input_ids=ids, attention_mask=mask).logits, logits, atol=1e-6)
+    tokens = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert torch.allclose(answer(model, ids[:1]), tokens[0], atol=1e-6)
     score_answers(model)
-    picked = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1).mean(-1)
+    picked = tokens.mean(-1)
     loss = model(input_ids=ids, attention_mask=mask)["loss"]
     assert torch.allclose(loss, -picked.log_softmax(0)[0], atol=1e-6)

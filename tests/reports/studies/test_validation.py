@@ -51,6 +51,28 @@ def test_rows_that_state_their_whole_recipe_have_a_line_of_their_own_and_ours_no
     assert table.notes == ["others, 1 rows, do not state its lengths."]
 
 
+def test_zeroth_order_rows_are_told_by_what_ran_and_beyond_their_rounding(compared):
+    def told(method: str, error: float, repository: str | None, rounding: int) -> dict:
+        figures = {"measured": {"process": 10 * GIB}, "predicted": {"process": round(GIB * (10 + error / 10))}}
+        case = CASE | {"method": method, "source": {"repo": repository} if repository else {"id": "x"}}
+        return row(0.0) | figures | {"case": case, "error_percent": {"process": error}, "rounding": rounding}
+
+    assert validation.zeroth_order_tables([compared]) == []
+    compared["file"] = "zeroth.jsonl"
+    compared["rows"] += [
+        told("mezo", -4.0, "a/b", GIB // 2), told("mezo, layers streamed", 9.0, "a/b", 0), told("mezo", -20.0, None, 0),
+        told("zero-shot", -8.0, "a/b", GIB // 2), told("prefix (Adam)", 12.0, "a/b", GIB // 2),
+    ]  # fmt: skip
+    (table,) = validation.zeroth_order_tables([compared])
+    assert [[line[0], line[1], line[-1]] for line in table.rows] == [
+        ["evaluations without training", "1", "3.0 / 3.0 / -3.0 %"],
+        ["training by Adam", "1", "7.0 / 7.0 / +7.0 %"],
+        ["zeroth-order steps", "2", "4.5 / 9.0 / +4.5 %"],
+        ["zeroth-order steps, on a card that others may have used", "1", "20.0 / 20.0 / -20.0 %"],
+        ["all", "5", "7.8 / 20.0 / -1.4 %"],
+    ]
+
+
 def test_the_picture_is_a_png(compared):
     assert validation.picture([compared]).startswith(b"\x89PNG")
 

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers.training_args import OptimizerNames
 
 from bench.cases.recipes.recipe import Recipe
@@ -87,6 +88,8 @@ def test_galore_without_layers_is_refused():
     for changes, says in (
         ({"optim_target_modules": None}, "needs optim_target_modules"),
         ({"optim_target_modules": ["none"]}, "matches no linear layer"),
+        ({"optim_args": "rank=4,proj_type=full"}, "proj_type=full is not simulated"),
+        ({"optim_args": "rank=many"}, "no number where one belongs"),
         ({"optim": "galore_adamw_layerwise", "gradient_accumulation_steps": 2}, "does not accumulate"),
     ):
         with pytest.raises(QzoError, match=says):
@@ -101,6 +104,15 @@ def test_low_bit_moments_are_those_of_torchao(n_bits, name):
         theirs = getattr(optim, name)([parameter])._new_buffer(parameter, True)
         parts = [getattr(theirs, part) for part in getattr(theirs, "tensor_attrs", ())] or [theirs]
         assert sum(part.nbytes for part in parts) == sum(part.nbytes for part in moment_of(parameter, n_bits).values())
+
+
+def test_a_compiled_step_is_refused_on_a_simulated_cpu():
+    pytest.importorskip("torchao.optim")
+    with FakeTensorMode():
+        parameter = torch.nn.Parameter(torch.zeros(64, 64))
+    layers = torch.nn.ParameterDict({"fake": parameter})
+    with pytest.raises(QzoError, match="compiles its step"):
+        optimizer_of(Recipe("any", {"optim": "adamw_torch_8bit"}), layers)
 
 
 def test_states_and_gradients_wait_in_the_hosts_memory():
