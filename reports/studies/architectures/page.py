@@ -45,8 +45,8 @@ def _setting(record: Mapping[str, Any]) -> str:
             "and to 16 experts at most",
             f"- torch {environment['torch']}, transformers {environment['transformers']}, Python "
             f"{environment['python']}{commit}",
-            "- where a model's own code is named, a step with data on a CPU ends at the same line: tried with xlnet and "
-            "with xlstm, which in 16 bits runs with a cache alone, and training has none",
+            "- where a model's own code is named, a step with data on a CPU ends at the same line: tried with xlnet "
+            "and xlstm, which in 16 bits runs with a cache alone, and training has none",
             "- made by `make architectures`",
         ]
     )
