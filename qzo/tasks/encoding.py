@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -146,16 +147,17 @@ class Encoder:
 
     def _told_apart(self, answers: list[list[int]]) -> list[list[int]]:
         """Label words that are told apart by their tokens: where one begins another, a new line ends them all."""
-        pairs = [(a, b) for a in range(len(answers)) for b in range(len(answers)) if a != b]
-        begins = next(((a, b) for a, b in pairs if answers[b][: len(answers[a])] == answers[a]), None)
-        if begins is None:
-            return answers
-        if answers[begins[0]] == answers[begins[1]]:
-            first, second = (self.task.words[number].strip() for number in begins)
+        order = sorted(range(len(answers)), key=answers.__getitem__)  # what begins another stands right before one
+        pairs = list(pairwise(order))
+        same = next(((a, b) for a, b in pairs if answers[a] == answers[b]), None)
+        if same is not None:
+            first, second = (self.task.words[number].strip() for number in same)
             raise QzoError(
                 f'{self.task.name}: label words "{first}" and "{second}" are the same tokens to this tokenizer, so '
                 "nothing tells them apart; use a model whose tokenizer has them as words, or other label words"
             )
+        if not any(answers[b][: len(answers[a])] == answers[a] for a, b in pairs):
+            return answers
         end = self._tokens("\n")
         return [[*answer, *end] for answer in answers]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
+from qzo.tasks.answers import takes_answers
 from qzo.tasks.catalog import Task
 from qzo.tasks.encoding import Batch, Encoder
 from qzo.tasks.evaluation import Watch, evaluate
@@ -16,7 +17,7 @@ from qzo.tasks.own.encoding import Row, SequenceEncoder
 from qzo.tasks.own.reward import RewardTask
 from qzo.tasks.own.scoring import evaluate_sequences, sequence_loss
 from qzo.tasks.own.task import SequenceTask
-from qzo.tasks.scoring import loss
+from qzo.tasks.scoring import loss, row_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,10 @@ class LabelObjective:
         for example in examples:
             self.encoder.encode(example)
         return list(examples)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Find out how the model reads answers of several tokens, before its layers are given a `forward` of ours."""
+        takes_answers(model, row_losses)
 
     def loss(self, model: nn.Module, batch: Batch, centering: float = 0.0) -> Tensor:
         """The training loss of a batch, see `qzo.tasks.loss`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.models.loss import IGNORED, last_columns_only
 from qzo.models.positions import check_columns, position_options
+from qzo.tasks.answers import answer_losses, shares_prompts
 from qzo.tasks.encoding import Batch
 
 
@@ -34,7 +36,7 @@ def loss(model: nn.Module, batch: Batch, centering: float = 0.0) -> Tensor:
         QzoError: rows that are longer than the model has positions, and tokens that it does not have.
     """
     if batch.choices is None and batch.targets is not None and batch.targets.shape[0] == batch.labels.shape[0]:
-        losses = _token_losses(model, batch, batch.targets)
+        losses = row_losses(model, batch, batch.targets)
         return losses.sum() / (batch.targets != IGNORED).sum()
     scores = candidate_scores(model, batch)
     if centering:
@@ -43,13 +45,20 @@ def loss(model: nn.Module, batch: Batch, centering: float = 0.0) -> Tensor:
 
 
 def candidate_scores(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-likelihood of each candidate after its prompt, summed over its tokens; fp32 [B, C]."""
+    """Log-likelihood of each candidate after its prompt, summed over its tokens; fp32 [B, C].
+
+    Candidates of several tokens share one row where the model can read them so, see `qzo.tasks.answers`.
+    """
     if batch.choices is not None:
         logits = forward(model, batch, keep=1)[:, -1].float()
         return logits.log_softmax(-1).gather(1, batch.choices)
     if batch.targets is None:
         raise QzoError("a batch of prompts has no answers to score; make it with Encoder.batch")
-    return -_token_losses(model, batch, batch.targets).sum(1).view(batch.labels.shape[0], -1)
+    check_columns(model, batch.input_ids.shape[1])
+    known = replace(batch, input_ids=known_tokens(model, batch))
+    shares = shares_prompts(model, known, row_losses)
+    losses = answer_losses(model, known) if shares else row_losses(model, batch, batch.targets)
+    return -losses.sum(1).view(batch.labels.shape[0], -1)
 
 
 def forward(model: nn.Module, batch: Batch, keep: int) -> Tensor:
@@ -89,7 +98,7 @@ def known_tokens(model: Any, batch: Batch) -> Tensor:
     return input_ids
 
 
-def _token_losses(model: nn.Module, batch: Batch, targets: Tensor) -> Tensor:
-    """Cross entropy of each answer token, 0 where there is none; [R, A]."""
+def row_losses(model: nn.Module, batch: Batch, targets: Tensor) -> Tensor:
+    """Cross entropy of each answer token, 0 where there is none; [R, A]. Each answer stands behind its own prompt."""
     logits = forward(model, batch, keep=targets.shape[1] + 1)[:, :-1].float()
     return nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")

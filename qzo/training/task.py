@@ -22,6 +22,7 @@ from qzo.models.prefix import SharedPrefix
 from qzo.optim.noise import mix_seed
 from qzo.regular import is_there
 from qzo.signals import Stopped, held, interruptible
+from qzo.tasks.objective import LabelObjective
 from qzo.tasks.own.prompts import RewardBatch
 from qzo.tasks.summary import described
 from qzo.training.auto.settle import layers_of, rows_of, settle
@@ -138,6 +139,8 @@ class _Work:
 
     def __init__(self, objective: Any, model: nn.Module, splits: dict[str, list[Any]], settings: TrainSettings) -> None:
         self.objective, self.model, self.splits, self.settings = objective, model, splits, settings
+        if isinstance(objective, LabelObjective):
+            objective.prepare(model)
         self.device = next(model.parameters()).device
         self.rows = {split: objective.rows(examples) for split, examples in splits.items()}
         train = self.rows["train"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.models.loss import IGNORED
+from qzo.tasks.answers import MOST_LOGITS
 from qzo.tasks.encoding import Batch
 from qzo.tasks.evaluation import Watch, by_length, check_finite, evaluating
 from qzo.tasks.metrics import normalized, token_f1
@@ -19,7 +20,6 @@ from qzo.tasks.scoring import forward
 from qzo.tasks.writing import continued
 
 ODDS_WEIGHT = 1.0  # of the odds ratio beside the likelihood; the paper of ORPO tries 0.1 to 1
-MOST_LOGITS = 2**26  # numbers of them at once where no gradient is wanted; 256 MiB in fp32
 LONGEST_ANSWER = 256  # tokens that are written for a comparison
 LEAST = 1e-6  # of -log p of a token, where odds have no bound
 

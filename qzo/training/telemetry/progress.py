@@ -79,7 +79,7 @@ class Progress:
         text = f"validation: {done:,} of {count:,} examples"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], text=text)
-        elif self._is_due():
+        elif self._is_due() and done < count:
             self._line(f"{text}  {_shown(self._clock() - self._begun)} spent")
 
     def validation(self, steps: int, result: dict[str, Any], better: bool) -> None:

@@ -182,7 +182,7 @@ def test_rows_that_are_tokenised_and_collators_of_ones_own_are_left_alone(model,
 
 BROKEN = [completion(n) for n in range(3)] + [{"prompt": "a", "completion": 3}]
 WRONG = {
-    "a wrong row": ({"rows": BROKEN}, 'train_dataset, row 4: "prompt" and "completion" must both be text'),
+    "a wrong row": ({"rows": BROKEN}, 'train_dataset, row 4: field "completion" is 3; it must be of type str or list'),
     "no known field": ({"rows": [{"question": "a"}]}, 'train_dataset, row 1 has the fields "question"; needed are'),
     "a row of another kind": ({"rows": [completion(0), 3]}, "train_dataset, row 2 is 3; it must be a dictionary"),
     "an unseen label": (
