@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from bench.capacity.capacity import Capacity, Question, capacity
 from bench.capacity.remedies import Sizes, cheapest, further_questions, key
 from bench.cases.models import ModelSource
-from bench.cases.notices import ignore_future_warnings
-
-WORKERS = 2
+from bench.worlds.workers import InOrder, workers
 
 
 def answer(questions: Sequence[Question], source: ModelSource) -> list[Capacity]:
-    """The capacity of each question with its `remedy`; simulated in two processes, with progress on stderr."""
-    with multiprocessing.get_context("spawn").Pool(min(WORKERS, len(questions)), ignore_future_warnings) as pool:
-        found = _ask(pool, questions)
+    """The capacity of each question with its `remedy`; simulated in several processes, with progress on stderr."""
+    with workers(len(questions)) as in_order:
+        found = _ask(in_order, questions)
         known = {key(item): item for item in found}
-        known |= {key(item): item for item in _ask(pool, further_questions(questions, known))}
+        known |= {key(item): item for item in _ask(in_order, further_questions(questions, known))}
     print(file=sys.stderr)
     config = source.config.get_text_config()
     sizes = Sizes(config.num_hidden_layers, config.vocab_size)
@@ -31,9 +27,9 @@ def answer(questions: Sequence[Question], source: ModelSource) -> list[Capacity]
     return rows
 
 
-def _ask(pool: Any, questions: Sequence[Question]) -> list[Capacity]:
+def _ask(in_order: InOrder, questions: Sequence[Question]) -> list[Capacity]:
     found = []
-    for number, item in enumerate(pool.imap(capacity, questions), 1):
+    for number, item in enumerate(in_order(capacity, questions), 1):
         print(f"\r[{number}/{len(questions)}] {item['method']:<9}", end="", file=sys.stderr, flush=True)
         found.append(item)
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -25,12 +24,12 @@ import torch
 from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.cases.methods import EXTRA_METHODS, METHODS
-from bench.cases.notices import ignore_future_warnings
 from bench.records.files import write_json
 from bench.records.record import Record
 from bench.validation.recorded import figures
 from bench.worlds import cell
-from bench.worlds.runner import SIM_WORKERS, Worker
+from bench.worlds.runner import Worker
+from bench.worlds.workers import workers
 from qzo.durable import replace_file
 from qzo.errors import QzoError
 
@@ -134,8 +133,8 @@ def predictions(cases: Sequence[BenchCase], file: Path) -> dict[str, Any]:
     lacking = [case for case in cases if key(case) not in found]
     if not lacking:
         return found
-    with multiprocessing.get_context("spawn").Pool(min(SIM_WORKERS, len(lacking)), ignore_future_warnings) as pool:
-        records = pool.map(cell.run, lacking, chunksize=1)
+    with workers(len(lacking)) as in_order:
+        records = list(in_order(cell.run, lacking))
     for case, record in zip(lacking, records, strict=True):
         parts = {part: record[part] for part in ("status", "message", "parameters")}
         found[key(case)] = parts | {"figures": figures(record)}

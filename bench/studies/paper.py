@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases.case import BenchCase
-from bench.cases.notices import ignore_future_warnings
 from bench.records.files import write_json
 from bench.studies.fsdp import MODES, PRECISIONS, FsdpSetting, simulate
 from bench.worlds import sim
+from bench.worlds.workers import InOrder, workers
 from qzo.errors import QzoError
 
 # One SST-2 example is two sequences: the prompt with each of the two answers (--train_as_classification in the scripts
@@ -32,7 +31,6 @@ SEQ_LEN = 56
 ZEROTH_ORDER_GPU, FIRST_ORDER_GPU = "rtx-4090", "a100-80gb"
 MODELS = ("opt-6.7b", "llama2-7b", "llama3.1-8b")
 GPUS = (1, 2, 4, 8)
-WORKERS = 2
 PROTOCOL = {
     "sequences": SEQUENCES,
     "seq_len": SEQ_LEN,
@@ -81,15 +79,15 @@ def fsdp_entry(job: tuple[str, FsdpSetting]) -> dict[str, Any]:
 def collect(models: Sequence[str] = MODELS) -> dict[str, Any]:
     """Everything that the file holds: protocol, records, and the FSDP grid of `models`."""
     jobs = [(model, setting) for model in models for setting in settings()]
-    with multiprocessing.get_context("spawn").Pool(WORKERS, ignore_future_warnings) as pool:
-        records = _watched("cases", pool.imap, sim.run, cases())
-        grid = _watched("FSDP settings", pool.imap, fsdp_entry, jobs)
+    with workers(len(jobs)) as in_order:
+        records = _watched("cases", in_order, sim.run, cases())
+        grid = _watched("FSDP settings", in_order, fsdp_entry, jobs)
     return {"protocol": PROTOCOL, "records": records, "fsdp": grid}
 
 
-def _watched(what: str, imap: Callable[..., Any], function: Callable[..., Any], jobs: Sequence[Any]) -> list[Any]:
+def _watched(what: str, in_order: InOrder, function: Callable[..., Any], jobs: Sequence[Any]) -> list[Any]:
     done = []
-    for number, result in enumerate(imap(function, jobs), 1):
+    for number, result in enumerate(in_order(function, jobs), 1):
         print(f"\r[{number}/{len(jobs)}] {what}", end="", file=sys.stderr, flush=True)
         done.append(result)
     print(file=sys.stderr)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from bench.cases.notices import ignore_future_warnings
 from bench.validation import recorded
 from bench.validation.asked import AS_STATED, Asked
 from bench.validation.measurement import METRICS, measured_bytes, parse
 from bench.validation.published.readers import is_published, rounding_bytes, unstated
+from bench.worlds.workers import workers
 from qzo.errors import QzoError
 
 GIB = 1 << 30
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80)  # where a verdict is asked: does the process fit?
-WORKERS = 2
 Row = dict[str, Any]
 
 
 def predict_all(rows: Sequence[Row], asked: Asked = AS_STATED) -> list[Row]:
-    """The result of each row, in order; simulated in two processes, with a line of progress on stderr."""
-    context = multiprocessing.get_context("spawn")
+    """The result of each row, in order; simulated in several processes, with a line of progress on stderr."""
     results = []
-    with context.Pool(min(WORKERS, len(rows)), ignore_future_warnings) as pool:
-        for number, result in enumerate(pool.imap(partial(compare_row, asked=asked), rows), 1):
+    with workers(len(rows)) as in_order:
+        for number, result in enumerate(in_order(partial(compare_row, asked=asked), rows), 1):
             print(f"\r[{number}/{len(rows)}] predicted", end="", file=sys.stderr, flush=True)
             results.append(result)
     print(file=sys.stderr)

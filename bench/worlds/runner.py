@@ -20,8 +20,8 @@ from bench.records.files import write_record
 from bench.records.record import Record, failed_record
 from bench.worlds.cell import WORLD_OF
 from bench.worlds.watch import case_of
+from bench.worlds.workers import count
 
-SIM_WORKERS = 2
 MESSAGE_LENGTH = 300
 
 
@@ -82,9 +82,9 @@ def run_cells(cases: Iterable[BenchCase], out: Path, done: Callable[[Record], No
     """
     simulated = [case for case in cases if case.device == "sim"]
     measured = [case for case in cases if case.device != "sim"]
-    for batch, workers, fresh in ((simulated, SIM_WORKERS, False), (measured, 1, True)):
+    for batch, workers, fresh in ((simulated, count(len(simulated)), False), (measured, 1, True)):
         if batch:
-            _run_batch(batch, min(workers, len(batch)), fresh, out, done)
+            _run_batch(batch, workers, fresh, out, done)
 
 
 def _run_batch(cases: list[BenchCase], workers: int, fresh: bool, out: Path, done: Callable[[Record], None]) -> None:

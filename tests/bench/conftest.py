@@ -1,4 +1,5 @@
-"""A small architecture that several tests of the bench run; without bitsandbytes, what needs it is skipped."""
+"""What the tests of the bench share: a small architecture, simulations in the process of the test itself, and tests
+that are skipped where bitsandbytes is not installed."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -6,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from bench.worlds.workers import VARIABLE
 
 OPTIONAL = "bitsandbytes"  # the bench does without: of the machines it runs on, some have no binary of it
 
@@ -35,6 +38,12 @@ def pytest_fixture_setup():
 def pytest_pyfunc_call():
     with skipped_where_it_is_missing():
         return (yield)
+
+
+@pytest.fixture(autouse=True)
+def without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own takes seconds to load its libraries; test_workers.py starts some."""
+    monkeypatch.setenv(VARIABLE, "1")
 
 
 @pytest.fixture(scope="session")

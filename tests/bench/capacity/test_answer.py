@@ -150,7 +150,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
     assert all(word in printed.err for word in words)
 
 
-def test_the_command_prints_a_table_writes_json_and_tells_by_its_exit_code(small, tmp_path, capfd):
+def test_the_command_prints_a_table_writes_json_and_tells_by_its_exit_code(small, tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("QZO_BENCH_WORKERS")
     file = tmp_path / "fit.json"
     arguments = ["fit", small, "--methods", "qzo,mezo", "--gpu", "t4", "--seq-len", "64", "--json", str(file)]
     assert main(arguments) == 0
