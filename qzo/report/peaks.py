@@ -16,7 +16,10 @@ from qzo.errors import QzoError
 from qzo.report.reading import Story
 
 GROUP = "qzo.peaks"
-MISSING = "not simulated: install the checkout with its bench, pip install --editable '.[bench]'"
+MISSING = (
+    "not simulated: install the checkout with its bench, pip install --editable '.[bench]'; where that was done by an "
+    "older version, do it again"
+)
 ROLES = ("weights", "quantization", "gradients", "optimizer", "activations", "noise", "temporaries", "unattributed")
 REST = "everything else"
 # (model, method, batch_size, seq_len, device, packed) -> records
@@ -86,7 +89,7 @@ def _simulator() -> Ask | None:
         return None
     try:
         ask: Ask = found.load()
-    except ImportError:  # of an environment that lacks what the bench needs
+    except (ImportError, AttributeError):  # of an environment that lacks what the bench needs, or is of another version
         return None
     return ask
 

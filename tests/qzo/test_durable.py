@@ -92,9 +92,7 @@ def test_a_device_a_pipe_and_an_open_file_are_written_to(tmp_path, capfd):
 def test_a_fifo_without_a_reader_is_waited_for_but_not_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "PATIENCE", 0.05)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(
-        QzoError, match=r"pipe is a FIFO that no program opened for reading within .*; start its"
-    ):
+    with pytest.raises(QzoError, match=r"pipe is a FIFO that no program opened for reading within .*; start its"):
         write_output(tmp_path / "pipe", "nobody hears this")
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from importlib.metadata import EntryPoint
 
 import pytest
 from run_folders import EVIL, Page, put, write_run
@@ -204,14 +205,16 @@ def test_other_methods_stand_beside_the_run_where_somebody_simulates_them(tmp_pa
         yield sound
         yield {**sound, "case": {**case, "method": "lora"}, "status": "oom", "message": EVIL}
 
-    monkeypatch.setattr("qzo.report.peaks._simulator", lambda: ask)
     run = write_run(tmp_path / "run")
-    assert main(["report", str(run)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("qzo.report.peaks._simulator", lambda: ask)
+        assert main(["report", str(run)]) == 0
     assert asked == [(f"/models/{EVIL}.gguf", "qzo", 16, 34, "cpu", None)]
     text = page_of(run).text
     assert "full, 16 bytes a parameter" in text and "2.00 GiB" in text and "simulated, CPU" in text and "oom: " in text
-    monkeypatch.setattr("qzo.report.peaks._simulator", lambda: None)
-    assert main(["report", str(run)]) == 0 and "Not simulated: install the checkout" in page_of(run).text
+    for gone in ([], [EntryPoint("a", "qzo.no_such:peaks", "g")], [EntryPoint("a", "qzo.report.peaks:gone", "g")]):
+        monkeypatch.setattr("qzo.report.peaks.entry_points", lambda gone=gone, **_: gone)
+        assert main(["report", str(run)]) == 0 and "Not simulated: install the checkout" in page_of(run).text
 
 
 @pytest.mark.parametrize(
