@@ -1,5 +1,4 @@
-"""What the tests of the bench share: a small architecture, simulations in the process of the test itself, and tests
-that are skipped where bitsandbytes is not installed."""
+"""Tests of the bench simulate in their own process, share a small architecture, and do without bitsandbytes."""
 
 import importlib.util
 from collections.abc import Iterator
