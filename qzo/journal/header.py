@@ -77,7 +77,8 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
             raise QzoError(f"{path}: the header says {name}={header[name]!r}; known are {', '.join(known)}")
     groups = header["groups"]
     named = [group["names"] for group in groups if isinstance(group, dict) and isinstance(group.get("names"), list)]
-    if not groups or len(named) != len(groups) or not all(type(n) is str for names in named for n in names):
+    are_named = len(named) == len(groups) and all(names and all(type(n) is str for n in names) for names in named)
+    if not groups or not are_named:
         raise QzoError(f"{path}: the header has no groups of named tensors; restore the file from a copy")
 
 

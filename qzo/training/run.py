@@ -295,7 +295,7 @@ def begun_with(folder: Path) -> Result:
     settings = saved["settings"]
     if _sums(saved).get("settings") != _sum(settings):  # of an older version, or damaged: what is asked for is compared
         preset = settings.get("preset", "paper")  # an older version had no other
-        return {"preset": preset} if preset in PRESETS else {}
+        return {"preset": preset} if isinstance(preset, str) and preset in PRESETS else {}
     return TrainSettings.from_json(settings)
 
 

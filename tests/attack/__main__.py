@@ -4,7 +4,7 @@ Names given as arguments (`make attack ARGS="damaged trainer"`) choose some of t
 
 | fault | attack |
 |---|---|
-| flipped bits in what decides "best", in the best state, in any file of a run | run_folder |
+| one flipped bit in what decides "best", in the best state, in any file of a run | run_folder |
 | the same in any file of a Trainer's checkpoint; export of one that is not whole | checkpoints |
 | the Trainer killed: half checkpoints, no resume, other bits, a step too many | trainer |
 | train, first order, journal, export, quantize, replay killed: half folders, leftovers | crash_points |
@@ -12,10 +12,10 @@ Names given as arguments (`make attack ARGS="damaged trainer"`) choose some of t
 | a full or read-only disk; `--json` and outputs that are devices, links, FIFOs | run_folder, environment |
 | memory and time from small files, layer counts, giant headers, links out of a folder | hostile, damaged, environment |
 | NaN and infinity in any format; a tensor in two shards; a config with fewer layers | damaged, hostile |
-| a journal's header, a snapshot's metadata, a run with missing keys | run_folder, environment |
+| headers, metadata, settings, states with missing keys or unknown words, sealed anew; threads, carrier | sealed |
 | keys of a GGUF file that are not read | gguf_keys |
 | two processes in one place: runs, journals, outputs, Trainers | pairs |
-| other threads or carriers, a journal of CUDA without a GPU | environment; tests/qzo/journal/test_header.py |
+| a journal of CUDA without a GPU | sealed |
 | extreme settings: infinite numbers, false claims of an error | extreme |
 | data that cannot be trained on | data |
 """

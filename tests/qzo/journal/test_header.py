@@ -61,7 +61,7 @@ def test_a_header_that_lacks_something_or_has_unknown_words_is_one_line(tmp_path
             assert "\n" not in str(caught.value)
 
 
-WRONG = [{"lr": "x"}, {"eps": -1}, {"names": [3]}, {"names": "ab"}, {"betas": 5}, {"lr": None}]
+WRONG = [{"lr": "x"}, {"eps": -1}, {"names": [3]}, {"names": []}, {"names": "ab"}, {"betas": 5}, {"lr": None}]
 
 
 @pytest.mark.parametrize("change", WRONG)
