@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qzo.errors import QzoError
@@ -78,6 +79,25 @@ def own_data(options: argparse.Namespace) -> OwnData | None:
         sizes,
         _reward(options),
     )
+
+
+def take_over(options: argparse.Namespace, about: Mapping[str, Any]) -> None:
+    """Put what a run was begun with where nothing was asked for; what was asked for is compared with it later."""
+    if about.get("task") is not None:
+        if options.data is None:
+            options.task, options.data = options.task or about["task"], about.get("data")
+        return
+    if options.task is not None:
+        return
+    sizes = about.get("sizes") or {}
+    columns = ",".join(f"{field}={column}" for field, column in (about.get("columns") or {}).items())
+    known = {name: about.get(name) for name in ("data", "validation", "test", "label_words", "reward")}
+    known |= {"metric": about.get("asked_metric"), "columns": columns or None}
+    known |= {f"{split}_samples": sizes.get(split) for split in SPLITS}
+    known |= {name: about.get(name) for name in REWARD}
+    for name, value in known.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def _reward(options: argparse.Namespace) -> Any:

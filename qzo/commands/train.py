@@ -93,11 +93,14 @@ def run(options: argparse.Namespace) -> None:
     """Train, and print how the run ended and what the test gave."""
     names = TrainSettings.__dataclass_fields__
     given = {name: value for name, value in vars(options).items() if name in names}
-    from qzo.training.run import begun_with
+    from qzo.regular import is_there
+    from qzo.training.run import RUN, begun_with, read_run
     from qzo.training.task import train_task
 
     if options.wandb is not None:
         required("wandb", "wandb")  # before anything that takes long
+    if options.resume and options.out and is_there(Path(options.out) / RUN):
+        data.take_over(options, read_run(Path(options.out)))
     own = data.own_data(options)
     name = options.task or Path(options.data).name
     out = Path(options.out or Path("results/train") / f"{name}-{given.get('method', 'qzo')}-{given.get('seed', 0)}")

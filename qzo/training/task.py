@@ -22,7 +22,6 @@ from qzo.models.prefix import SharedPrefix
 from qzo.optim.noise import mix_seed
 from qzo.regular import is_there
 from qzo.signals import Stopped, held, interruptible
-from qzo.tasks.objective import LabelObjective
 from qzo.tasks.own.prompts import RewardBatch
 from qzo.tasks.summary import described
 from qzo.training.auto.settle import layers_of, rows_of, settle
@@ -111,6 +110,8 @@ def train_task(
             test = _tested(work, f"the state of step {trained.best_step}")
         except KeyboardInterrupt as error:
             raise Stopped("stopped while the best state was tested; --resume tests it again", error) from error
+        except torch.OutOfMemoryError as error:
+            raise _too_little(error) from error
     trained = replace(trained, first_test=run.facts().get(TEST) or {})
     content = json.dumps({**asdict(trained), "test": test}, indent=2) + "\n"
     replace_file(out / RESULT, lambda path: path.write_text(content, encoding="utf-8"))
@@ -139,8 +140,8 @@ class _Work:
 
     def __init__(self, objective: Any, model: nn.Module, splits: dict[str, list[Any]], settings: TrainSettings) -> None:
         self.objective, self.model, self.splits, self.settings = objective, model, splits, settings
-        if isinstance(objective, LabelObjective):
-            objective.prepare(model)
+        if prepare := getattr(objective, "prepare", None):  # where candidates are scored
+            prepare(model)
         self.device = next(model.parameters()).device
         self.rows = {split: objective.rows(examples) for split, examples in splits.items()}
         train = self.rows["train"]
@@ -226,16 +227,20 @@ def _run(source: str, run: Run, work: _Work, loss: Any, wandb: str | None) -> Tr
             learner.close()
     except torch.OutOfMemoryError as error:
         run.discard_unless_begun()
-        raise QzoError(
-            f"the device has too little memory: {str(error).partition('. ')[0]}; give a smaller --eval-batch-size, "
-            "--batch-size or --max-length (the first may change on a --resume, the others need a new run)"
-        ) from error
+        raise _too_little(error) from error
     except QzoError as error:
         if not isinstance(error, Stopped):
             run.discard_unless_begun()
         raise
     finally:
         run.close()
+
+
+def _too_little(error: torch.OutOfMemoryError) -> QzoError:
+    return QzoError(
+        f"the device has too little memory: {str(error).partition('. ')[0]}; give a smaller --eval-batch-size, "
+        "--batch-size or --max-length (the first may change on a --resume, the others need a new run)"
+    )
 
 
 def _device() -> str:

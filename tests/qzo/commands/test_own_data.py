@@ -45,7 +45,7 @@ def test_every_kind_trains_resumes_and_is_scored_as_a_run(model, tmp_path, capsy
         and "\n                    before         best       before         best\n" in told.out
     )
     assert command(model, tmp_path, kind, tmp_path / "run", "--steps", "2") == 0
-    assert command(model, tmp_path, kind, tmp_path / "run", "--resume") == 0
+    assert main(["train", model, "--out", str(tmp_path / "run"), "--resume", "--steps", "4"]) == 0
     best = [read_tensors(tmp_path / name / "best.safetensors")[0] for name in ("whole", "run")]
     assert best[0].keys() == best[1].keys() and all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_its_own_rows_alone(model, tmp_path, capsys):
     assert "the run was begun with rows=" in errors(capsys)[0]
     assert main(["eval", run]) == 2
     assert "has other rows than" in errors(capsys)[0]
-    assert main(["train", model, "--data", str(file), *SHORT, "--out", run, "--resume"]) == 2
+    assert main(["train", model, *data, "--test-samples", "5", *SHORT, "--out", run, "--resume"]) == 2
     assert "the run was begun with sizes=" in errors(capsys)[0]
     assert main(["eval", run, "--data", str(file), "--split", "validation", "--samples", "2"]) == 0
     assert "examples     2" in capsys.readouterr().out

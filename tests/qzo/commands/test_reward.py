@@ -83,7 +83,7 @@ def test_a_reward_is_trained_resumed_to_the_bit_and_scored(model, data, capsys):
     assert ":vowels of completions, sampled at temperature 1, of up to 3 tokens, 2 for each prompt" in told.err
     assert "\nreward " in told.out and "\ngreedy_reward " in told.out
     assert command(model, data, "run", *more, "--steps", "2") == 0
-    assert command(model, data, "run", *more, "--steps", "4", "--resume") == 0
+    assert main(["train", model, "--out", str(data / "run"), "--steps", "4", "--resume"]) == 0
     best = [(data / name / "best.safetensors").read_bytes() for name in ("whole", "run")]
     journals = [(data / name / "run.journal").read_bytes() for name in ("whole", "run")]
     assert best[0] == best[1] and journals[0] == journals[1]

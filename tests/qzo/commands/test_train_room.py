@@ -65,7 +65,14 @@ def test_too_little_memory_is_one_line_with_what_would_help(task, models, tmp_pa
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB")
 
-    monkeypatch.setattr(task, "loss", full)
-    assert main(["train", models["quantized"], *SMALL, "--out", str(tmp_path / "run")]) == 2
+    command = ["train", models["quantized"], *SMALL, "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "loss", full)
+        assert main(command) == 2
     [line] = errors(capsys)
     assert "CUDA out of memory; give a smaller --eval-batch-size" in line and not (tmp_path / "run").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("qzo.training.task.put_best", full)  # at the end, where the best state is tested
+        assert main(command) == 2
+    assert "give a smaller --eval-batch-size" in errors(capsys)[0]
+    assert main([*command, "--resume", "--eval-batch-size", "2"]) == 0
