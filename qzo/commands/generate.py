@@ -110,12 +110,16 @@ def _templated(tokenizer: Any, messages: list[Message]) -> str:
 def _say(model: Any, tokenizer: Any, text: str, sampling: Any, whole: bool) -> str:
     """Write what a model says, piece by piece; returns all of it."""
     from qzo.tasks.sampled import write
+    from qzo.training.telemetry.progress import tell
 
     said = ""
     for piece in write(model, tokenizer, text, sampling, whole):
         said += piece
         print("\n".join(map(printable, piece.split("\n"))), end="", flush=True)
     print(flush=True)
+    if not said.strip():
+        more = "" if whole or not tokenizer.chat_template else "; it is made for chat, which --chat asks for"
+        tell(f"notice: the model ended its answer before the first word{more}")
     return said
 
 

@@ -52,6 +52,7 @@ def train_line(story: Story, steps: int | None = None) -> str:
     device = device.get("type") if isinstance(device, dict) else None
     words = ["qzo", "train", about["model"], *_task(about), *_own(about), *_settings(settings)]
     words += ["--device", str(device)] if device else []
+    words += ["--keep-weights"] if about.get("reward") is not None and story.facts.get("keep_weights") is True else []
     return shlex.join([*words, "--out", str(story.folder.absolute()), "--resume"])
 
 

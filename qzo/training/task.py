@@ -170,6 +170,7 @@ class _Work:
             "model": {**model, "trained": sum(tensor.numel() for tensor in trained.values())},
             "batch": {"rows": self.settings.batch_size * each, "tokens": longest},
             "device": {"type": self.device.type, "name": name},
+            "keep_weights": bool(reward and reward.keep_weights),
         }
 
     def batch_at(self, step: int) -> Any:

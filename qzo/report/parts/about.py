@@ -11,6 +11,7 @@ from qzo.report.reading import Story
 from qzo.report.sizes import number
 
 MOST_LABELS = 20  # whose shares are shown
+LEARNT, WRITTEN = "An example, what is learnt in brackets", "An example, what the model writes in brackets"
 
 
 def data_section(story: Story) -> Html:
@@ -20,7 +21,7 @@ def data_section(story: Story) -> Html:
     if not isinstance(about, dict):
         return element("section", title, element("p", "The run does not tell its data.", klass="quiet"))
     facts = [(name, about.get(key)) for name, key in (("name", "name"), ("what it is", "kind"), ("metric", "metric"))]
-    facts += [("from", story.about.get("data"))]
+    facts += [("reward", about.get("reward")), ("from", story.about.get("data"))]
     notices = about.get("notices")
     example = about.get("example")
     return element(
@@ -31,7 +32,7 @@ def data_section(story: Story) -> Html:
         _labels(about.get("labels")),
         *(element("p", str(notice), klass="quiet") for notice in (notices if isinstance(notices, list) else ())),
         None if not isinstance(example, str) else join(
-            element("h3", "An example, what is learnt in brackets"), element("p", example, klass="asked")
+            element("h3", WRITTEN if about.get("reward") else LEARNT), element("p", example, klass="asked")
         ),
     )  # fmt: skip
 
@@ -68,6 +69,8 @@ def settings_section(story: Story) -> Html:
     """All settings; those that are not the default stand out."""
     rows = []
     for name, value in story.settings.items():
+        if name == "legs" and not value:
+            continue
         other = name != "method" and value != default_of(name, story.method)
         shown = element("b", _value(value)) if other else _value(value)
         rows.append(join(element("dt", name), element("dd", shown)))

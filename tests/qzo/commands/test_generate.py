@@ -76,6 +76,13 @@ def test_weights_of_a_gguf_file_are_rebuilt_once_for_all_tokens(monkeypatch, cap
     assert capsys.readouterr().out == f"{keeps}\n"
 
 
+def test_an_answer_without_a_word_is_told(model, monkeypatch, capsys):
+    monkeypatch.setattr("qzo.tasks.sampled.write", lambda *_: iter(()))
+    assert main(["generate", model, "--prompt", "a"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "\n" and "before the first word; it is made for chat, which --chat asks for" in told.err
+
+
 def test_a_run_answers_before_and_after(model, tmp_path, capsys):
     data = ["--data", str(write_kind(tmp_path, "completion")), "--validation-samples", "4", "--test-samples", "3"]
     steps = ["--steps", "6", "--eval-every", "6", "--batch-size", "4", "--lr", "1e-2", "--relative", "--eps", "1e-2"]

@@ -6,7 +6,7 @@ import shlex
 from importlib.metadata import EntryPoint
 
 import pytest
-from run_folders import EVIL, Page, put, write_run
+from run_folders import EVIL, Page, facts, put, scores, write_run
 
 from qzo.commands.data import own_data
 from qzo.commands.main import _parser, main
@@ -64,6 +64,20 @@ def test_the_page_tells_curves_baseline_figures_memory_and_data(tmp_path):
     assert sum(line.get("class") == "baseline" for line in page.named("line")) == 2
     assert sum(circle.get("class") == "mark" for circle in page.named("circle")) == 8  # of loss and accuracy
     assert len([table for table in page.named("table") if table.get("class") == "matrix"]) == 3
+
+
+def test_the_test_stands_beside_what_it_gave_before_training_and_a_reward_says_what_it_is(tmp_path):
+    run = write_run(tmp_path / "run", scheduler="linear")
+    known = {**facts(), "test": scores(0), "keep_weights": True}
+    put(run / "facts.json", {**known, "data": {**known["data"], "reward": "score.py:f, greedy"}})
+    about = json.loads((run / "run.json").read_text())
+    put(run / "run.json", {**about, "reward": "score.py:f"})
+    assert report(run) == 0
+    page = page_of(run)
+    for words in ("test accuracy", "before: 70.0 %, 20 rows", "test, before training", "score.py:f, greedy"):
+        assert words in page.text, words
+    assert "what the model writes in brackets" in page.text and "legs" not in page.text
+    assert "Train on, to 120 steps" in page.text and "--keep-weights" in page.text
 
 
 def test_the_command_to_go_on_is_read_back_as_the_settings_of_the_run(tmp_path):
