@@ -45,8 +45,8 @@ CHATS = (
         {"role": "user", "content": "And?"},
     ],
 )
-# What was measured on six files, 1,019 tokens: 98 % the same, log p 0.09 apart in the mean and 0.77 at most, and the
-# token that qzo takes in place of another one likelier to it by 0.33 at most (of log p).
+# What was measured on six files, 1,015 tokens: 98 % the same, log p 0.09 apart in the mean and 0.80 at most, and the
+# token that qzo takes in place of another one likelier to it by 0.37 at most (of log p).
 MOST, MEAN, NEAR, SAME = 1.0, 0.12, 0.5, 0.95
 TRAINED = [
     "--steps",
