@@ -144,16 +144,26 @@ class Run:
 
     def keep_facts(self, facts: Result) -> None:
         """Write down what was found before the first step. Raises QzoError where the disk is full."""
-        _write_json(self.folder / FACTS, finite(facts))
+        known = finite(facts)
+        _write_json(self.folder / FACTS, {**known, "crc": _sum(known)})
 
     def facts(self) -> Result:
-        """What was written down; empty where that cannot be read, for no step depends on it."""
-        try:
-            check_regular(self.folder / FACTS, MOST_MIB)
-            content = json.loads((self.folder / FACTS).read_bytes())
-        except (OSError, QzoError, ValueError, RecursionError):
+        """What was written down; empty where nothing was. Raises QzoError where it was changed since."""
+        if not is_there(self.folder / FACTS):
             return {}
-        return content if isinstance(content, dict) else {}
+        check_regular(self.folder / FACTS, MOST_MIB)
+        try:
+            content = json.loads((self.folder / FACTS).read_bytes())
+            crc = content.pop("crc", None)  # none of an older version
+            is_whole = crc in (None, _sum(content))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            is_whole = False
+        if not is_whole:
+            raise QzoError(
+                f"{self.folder / FACTS} is damaged; restore it from a copy, or remove it, and with it what the test "
+                "gave before the first step"
+            )
+        return dict(content)
 
     def write(self, entry: Result) -> None:
         """Append a line to the metrics. Raises QzoError where the disk is full; no half line is left."""

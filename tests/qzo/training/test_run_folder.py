@@ -190,6 +190,16 @@ def test_damage_is_one_line_and_nothing_is_cut_off(run, trained, task, capsys):
         assert path.read_bytes() == b"".join(wrong)
 
 
+def test_damaged_facts_are_told_and_gone_ones_are_no_obstacle(run, trained, task, capsys):
+    command = ["train", trained[0], *SMALL, "--steps", "4", "--out", run, "--resume"]
+    facts = run / "facts.json"
+    for damaged in (facts.read_bytes().replace(b'"accuracy": 0.0', b'"accuracy": 0.5'), b"[]", b"{\xff"):
+        facts.write_bytes(damaged)
+        assert "facts.json is damaged; restore it from a copy, or remove it" in says(capsys, 2, *command)
+    facts.unlink()
+    says(capsys, 0, *command)
+
+
 def test_lines_of_an_older_version_are_read_and_new_ones_sealed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "validation": {"accuracy": 0.5}}\n{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
