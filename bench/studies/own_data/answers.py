@@ -37,7 +37,8 @@ class Compared:
 def llamacpp(node: Path, file: Path, asked: Sequence[Asked], count: int, likeliest: int = 1) -> list[Any]:
     """What llama.cpp makes of prompts, see llamacpp.mjs; `node`: where `make test-llamacpp` has it. Raises QzoError."""
     wanted = json.dumps({"model": str(file.resolve()), "prompts": asked, "count": count, "likeliest": likeliest})
-    done = subprocess.run(["node", str(SCRIPT), str(node.resolve())], input=wanted, capture_output=True, text=True, check=False)
+    command = ["node", str(SCRIPT), str(node.resolve())]
+    done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
     if done.returncode:
         raise QzoError(f"llama.cpp ends with {done.returncode}: {done.stderr.strip()[-300:]}")
     return list(json.loads(done.stdout)["answers"])
