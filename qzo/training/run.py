@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from qzo.checkpoints.identity import BASE, MODEL
-from qzo.durable import lock, read_tensors, remove_leftovers, replace_file, write_tensors
+from qzo.durable import lock, read_tensors, reason, remove_leftovers, replace_file, write_tensors
 from qzo.errors import QzoError
 from qzo.files.bounds import AmbiguousKey, said_once
 from qzo.journal.header import carrier, differences
@@ -306,7 +306,14 @@ def begun_with(folder: Path) -> Result:
     if _sums(saved).get("settings") != _sum(settings):  # of an older version, or damaged: what is asked for is compared
         preset = settings.get("preset", "paper")  # an older version had no other
         return {"preset": preset} if isinstance(preset, str) and preset in PRESETS else {}
-    return TrainSettings.from_json(settings)
+    try:
+        values = TrainSettings.from_json(settings)
+        TrainSettings(**values)
+        if values.get("preset", "paper") not in [*PRESETS]:
+            raise QzoError(f"preset={values['preset']!r} is not known; there are {', '.join(PRESETS)}")
+    except (TypeError, ValueError, AttributeError) as error:  # QzoError is one
+        raise QzoError(f"{folder / RUN}: settings: {reason(error)}; restore the file from a copy") from error
+    return values
 
 
 def _sums(saved: Result) -> Result:

@@ -41,6 +41,8 @@ def ask(model: str, method: str, memory: int, longest: int | None = 256, **optio
 
 @pytest.mark.parametrize("method", ["ft-mixed", "lora", "qlora", "mezo", "qzo"])
 def test_the_reported_batch_fits_and_the_next_one_does_not(small, method):
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
     question, found = ask(small, method, 400 << 20)
     batch = found["batch"]["largest"]
     assert found["status"] == "fits"

@@ -21,7 +21,7 @@ from qzo import QzoError, export, load, scales
 from qzo.checkpoints.identity import base_identity
 from qzo.commands.main import main
 from qzo.durable import read_tensors, write_tensors
-from qzo.training.run import read_run
+from qzo.training.run import SUMS, _sum, begun_with, read_run
 from qzo.training.telemetry.metrics import Metrics
 
 SMALL = [*standin.PAPER, "--batch-size", "4", "--lr", "1e-4", "--eval-every", "2"]
@@ -308,6 +308,16 @@ def test_a_run_or_checkpoint_that_lacks_something_is_one_line(run, tmp_path, cap
         about["settings"]["dtype"] = "float99"
     (run / "run.json").write_text(json.dumps(about))
     assert "checkpoint-2" in (line := says(capsys, 2, "export", place, tmp_path / "out")) or "run" in line
+
+
+@pytest.mark.parametrize("wrong", [{"legs": None}, {"layers": 7}, {"eps": []}, {"centering": "x"}, {"preset": []}])
+def test_settings_of_the_wrong_kind_are_one_line_though_their_sum_fits(run, wrong):
+    about = json.loads((run / "run.json").read_text())
+    about["settings"] |= wrong
+    about[SUMS]["settings"] = _sum(about["settings"])
+    (run / "run.json").write_text(json.dumps(about))
+    with pytest.raises(QzoError, match=r"run\.json: settings: .*; restore the file from a copy"):
+        begun_with(run)
 
 
 # a run where a model is asked for
