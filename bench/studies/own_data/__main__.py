@@ -86,6 +86,7 @@ def measure(kind: str, work: Path, node: Path, steps: int | None = None) -> dict
         "after": after,
         "best_step": result["best_step"],
         "steps": result["steps"],
+        "trial": steps is not None,
         "forwards": result["steps"] * evaluations(about["settings"]),
         **vars(spent),
         "answers": compared(node, file, asked(kind)),

@@ -72,6 +72,8 @@ def learnt(entries: Mapping[str, Entry]) -> Table:
         "on the validation rows, 10 % of the file, drawn by seed; the best state is chosen by them",
         "forwards: passes over a batch in all steps; minutes: of both processes of a run, validations included",
     ]
+    if any(entry.get("trial") for entry in entries.values()):
+        notes.append("a trial of the study: the number of steps was given by hand")
     return Table("Validation before and after", headers, rows, notes)
 
 

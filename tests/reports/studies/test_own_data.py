@@ -26,4 +26,6 @@ def test_a_line_tells_a_kind_before_and_after_and_what_llamacpp_says_of_it():
     assert cells[0][1:] == ["0.750", "0.250", "0.500", "0.900", "180 of 200", chosen, "1,600", "15", "30 |"]
     assert cells[1][1:5] == ["4.500", "4.250", "", ""]
     assert cells[2][1:4] == ["98 of 100", "0.21", "8 of 8"] and "good \\| film" in text
-    assert cells[3][1:3] == ["100 of 100", ""]
+    assert cells[3][1:3] == ["100 of 100", ""] and "by hand" not in text.partition("\n")[2]
+    trial = page.render({"model": "smollm2-135m", "rows": 400, "entries": {"classes": {**ENTRY, "trial": True}}})
+    assert "the number of steps was given by hand" in trial
