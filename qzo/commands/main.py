@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
+import qzo
 from qzo import __version__
 from qzo.commands import evaluate, export, generate, inspect, quantize, replay, report, train
 from qzo.commands.streams import tolerant_streams
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # an ASCII terminal is shown escapes where it has no character
             stream.reconfigure(errors="backslashreplace")
     try:
-        with interruptible(), tolerant_streams():
+        with interruptible(), tolerant_streams(), _own_warnings_as_notices():
             options = _parser().parse_args(arguments)
             options.run(options)
     except Stopped as error:
@@ -41,6 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _told("interrupted; nothing is left half written", 128 + number_of(error))
     return 0
+
+
+@contextmanager
+def _own_warnings_as_notices() -> Iterator[None]:
+    """Within, what qzo warns of is a line for a user of the command, without the place in its source."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> str:
+        is_own = Path(filename).is_relative_to(Path(qzo.__file__).parent)
+        return f"notice: {printable(message)}\n" if is_own else usual(message, category, filename, *rest)
+
+    warnings.formatwarning = formatted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _told(error: object, code: int) -> int:

@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+import qzo
 from qzo import load, quantize, scales
 from qzo.checkpoints.load import load_tokenizer
 from qzo.checkpoints.save import save
@@ -175,3 +178,18 @@ def test_training_and_what_follows_tells_its_own_progress_alone(tmp_path, method
     heads = [re.sub(r"(training all layers, lr ).*", r"\1", line.split("  ")[0]) for line in lines[:-1]]
     assert heads == [*begun, "step 0", "step 1", "step 2"]
     assert re.fullmatch(r"testing the state of step \d on 12 examples", lines[-1])
+
+
+def test_what_qzo_warns_of_is_a_notice_of_its_commands(monkeypatch, capsys):
+    def warns(_):
+        warnings.warn_explicit("lr 4 is too large", UserWarning, str(Path(qzo.__file__).with_name("a.py")), 1)
+        warnings.warn_explicit("of others", UserWarning, "b.py", 1)
+
+    monkeypatch.setattr("qzo.commands.inspect.run", warns)
+    usual = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *given: print(warnings.formatwarning(*given[:4]), end="", file=sys.stderr)
+        assert main(["inspect", "nowhere"]) == 0
+    assert capsys.readouterr().err == "notice: lr 4 is too large\nb.py:1: UserWarning: of others\n"
+    assert warnings.formatwarning is usual
