@@ -43,6 +43,7 @@ from qzo.training.settings import AUTO, DTYPES, METHODS, ZEROTH_ORDER, TrainSett
 from qzo.training.telemetry.metrics import Metrics, finite
 from qzo.training.telemetry.writers import TENSORBOARD, WANDB
 
+PLACES = ("task", "data", "validation", "test", "label_words", "reward")  # keys of run.json: what a run was begun on
 SUMS = "sums"  # key of run.json: checksums of the settings and of what was found
 FOUND = "found"  # key of run.json: what was chosen where settings say "auto"
 RUN, METRICS, BEST, FACTS = "run.json", "metrics.jsonl", "best.safetensors", "facts.json"
@@ -284,6 +285,8 @@ def read_run(folder: Path) -> Result:
     wrong = {
         "model": not isinstance(content.get(MODEL), str) and MODEL in content,
         "base": not isinstance(content.get(BASE), str | None),
+        **{name: not isinstance(content.get(name), str | None) for name in PLACES},
+        **{name: not isinstance(content.get(name), dict | None) for name in ("sizes", "columns")},
         "settings.method": settings.get("method") not in METHODS,
         "settings.dtype": settings.get("dtype") not in (None, *DTYPES),
         "settings.seed": type(settings.get("seed", 0)) is not int,

@@ -318,6 +318,9 @@ def test_settings_of_the_wrong_kind_are_one_line_though_their_sum_fits(run, wron
     (run / "run.json").write_text(json.dumps(about))
     with pytest.raises(QzoError, match=r"run\.json: settings: .*; restore the file from a copy"):
         begun_with(run)
+    (run / "run.json").write_text(json.dumps({**about, "data": [7]}))
+    with pytest.raises(QzoError, match=r"run\.json: data is missing or not known; restore"):
+        read_run(run)
 
 
 # a run where a model is asked for
