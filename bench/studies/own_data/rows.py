@@ -25,7 +25,11 @@ NAMES = {
 ROWS, ASKED = 400, 8  # of a file; that are kept apart, to be asked afterwards
 LINES = 1200  # of the text file, ten a paragraph
 SHORT, LONG = 30, 64  # characters of a snippet
-OPENINGS = ("when does", "where can i see", "who wrote", "who directed", "how long is", "is there a sequel to")
+OPENINGS = (
+    "when did they show", "where can i see", "who wrote", "who directed", "how long is", "is there a sequel to",
+    "who stars in", "who made the music of", "in which year did they shoot", "what happens in", "what language is",
+    "which studio paid for", "who edited", "what do tickets cost for",
+)  # fmt: skip
 FILMS = (
     "the old harbour", "seven winters", "a train to lisbon", "the glass orchard", "night ferry", "small hours",
     "the cartographer", "paper lanterns", "north of here", "the last reel",
@@ -72,7 +76,8 @@ def _lines(kind: str) -> str:
 def _classes() -> str:
     """Two thirds are snippets by what they say of a film, one third are questions."""
     dice = random.Random("questions")
-    questions = [f"{dice.choice(OPENINGS)} {dice.choice(FILMS)} ?" for _ in range(ROWS // 3)]
+    known = [f"{opening} {film} ?" for opening in OPENINGS for film in FILMS]
+    questions = dice.sample(known, ROWS // 3)  # no text twice: all of its rows would go into one split
     rows = [(row["text"], VERDICTS[row["label"]]) for row in _snippets()[: ROWS - len(questions)]]
     rows += [(question, "question") for question in questions]
     dice.shuffle(rows)
