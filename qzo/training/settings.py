@@ -202,6 +202,8 @@ class TrainSettings:
     def from_json(saved: dict[str, Any]) -> dict[str, Any]:
         """What `to_json` wrote, as arguments; what is not known here is left out."""
         values = {name: saved[name] for name in TrainSettings.__dataclass_fields__ if name in saved}
+        for name in ("lr", "eps"):  # as an option has them: no operator takes a whole number of any size
+            values |= {name: float(values[name])} if type(values.get(name)) is int else {}
         clip = math.inf if values.get("clip_threshold") is None else values["clip_threshold"]
         return {**values, "clip_threshold": clip, "legs": tuple(values.get("legs", ()))}
 

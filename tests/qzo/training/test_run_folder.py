@@ -22,6 +22,7 @@ from qzo.checkpoints.identity import base_identity
 from qzo.commands.main import main
 from qzo.durable import read_tensors, write_tensors
 from qzo.training.run import SUMS, _sum, begun_with, read_run
+from qzo.training.settings import TrainSettings
 from qzo.training.telemetry.metrics import Metrics
 
 SMALL = [*standin.PAPER, "--batch-size", "4", "--lr", "1e-4", "--eval-every", "2"]
@@ -318,6 +319,7 @@ def test_settings_of_the_wrong_kind_are_one_line_though_their_sum_fits(run, wron
     (run / "run.json").write_text(json.dumps(about))
     with pytest.raises(QzoError, match=r"run\.json: settings: .*; restore the file from a copy"):
         begun_with(run)
+    assert type(TrainSettings.from_json({"eps": 10**30})["eps"]) is float
     (run / "run.json").write_text(json.dumps({**about, "data": [7]}))
     with pytest.raises(QzoError, match=r"run\.json: data is missing or not known; restore"):
         read_run(run)
