@@ -47,6 +47,8 @@ class BenchCase:
         recipe: how a first-order method trains where it is not as its row of the table has it; its batch, length and
             attention are those of the case.
         weights: folder that holds the model's weights unpacked once for all cells; None reads them where they are.
+        still_offsets: leave the offsets of such a format where they are, as measurements did that were made before they
+            followed their scales.
     """
 
     model: str
@@ -63,6 +65,7 @@ class BenchCase:
     weights: str | None = None
     quantization: str | None = None
     recipe: Recipe | None = None
+    still_offsets: bool = False
 
     def __post_init__(self) -> None:
         choose("method", self.method, BY_NAME)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDING_BITS = 8
+FOLLOW = "follow"  # what a record says of offsets that move with their scales; where they stay it says nothing
 Build = Callable[[Tensor, Tensor | None, int, int], nn.Module]
 
 

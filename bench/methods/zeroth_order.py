@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,12 +10,13 @@ from torch import nn
 import qzo
 from bench.cases.case import BenchCase
 from bench.cases.group_sizes import default_group_size
-from bench.cases.quantizations import FORMATS, quantize_as
+from bench.cases.quantizations import FOLLOW, FORMATS, quantize_as
 from bench.cases.text import Batch
 from bench.methods.prepared import Enter, Prepared
 from bench.methods.world import World
 from qzo.formats.aqlm import layer as aqlm
 from qzo.live.scales import has_signed_scales
+from qzo.live.trainable import offsets
 from qzo.quantizers.aqlm import quantize_random
 
 if TYPE_CHECKING:
@@ -68,15 +69,17 @@ def _quantized(case: BenchCase, world: World, embeddings: int | None) -> Prepare
 def _quantized_as(case: BenchCase, world: World, model: PreTrainedModel, name: str, embeddings: bool) -> Prepared:
     """In a format of `bench.cases.quantizations`. What a scale is differs, so all are moved by relative amounts.
 
-    Offsets stay where they are. `qzo train` lets them follow, with 8 bytes a scale more where a format has them.
+    Where a format has offsets, they follow their scales as in `qzo train`, for 8 bytes a scale more.
     """
     about = quantize_as(model, name, case.group_size, case.seed, embeddings)
     signed = has_signed_scales(model)  # before there may be fake tensors, which tell nothing
     placed = world.place(model).eval()
-    still = {"params": qzo.scales(placed, vocabulary=True), "offsets": {}}  # as in the recorded measurements of a GPU
-    optimizer = qzo.QZO([still], lr=1e-7, eps=EPS, seed=case.seed, relative=True, nonnegative=not signed)
+    group: dict[str, Any] = {"params": qzo.scales(placed, vocabulary=True)}
+    group |= {"offsets": {}} if case.still_offsets else {}
+    optimizer = qzo.QZO([group], lr=1e-7, eps=EPS, seed=case.seed, relative=True, nonnegative=not signed)
     prepared = _prepared(placed, optimizer, "qzo")
-    prepared.quantization = about
+    follow = not case.still_offsets and bool(offsets(placed))
+    prepared.quantization = about | ({"offsets": FOLLOW} if follow else {})
     note = FORMATS[name].note
     prepared.notes += [note] if note else []
     return prepared

@@ -87,7 +87,9 @@ SCHEMA = {
         "attention": Maybe(TEXT),
         "gradient_checkpointing": FLAG,
         "optimizer": Maybe(TEXT),
-        "quantization": Maybe({"format": TEXT, "bits": NUMBER, "group_size": Maybe(POSITIVE)}),
+        "quantization": Maybe(
+            {"format": TEXT, "bits": NUMBER, "group_size": Maybe(POSITIVE), "offsets": Optional(_one_of("follow"))}
+        ),
         "gpu": Maybe(TEXT),
         "recipe": Optional(Maybe(RECIPE)),
     },

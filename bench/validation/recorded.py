@@ -10,7 +10,7 @@ from bench.cases import gpus
 from bench.cases.case import BenchCase
 from bench.cases.methods import QUANTIZABLE
 from bench.cases.models import resolve
-from bench.cases.quantizations import FORMATS, named
+from bench.cases.quantizations import FOLLOW, FORMATS, named
 from bench.cases.recipes.recipe import Recipe, parse
 from bench.cases.recipes.table import BARE, RECIPES
 from bench.records.record import Record
@@ -57,7 +57,7 @@ def simulated_case(record: Record) -> BenchCase:
         gpu=gpus.find(case["gpu"]).name if measured_on_gpu else gpus.CPU,
         gradient_checkpointing=case["gradient_checkpointing"],
         group_size=quantization["group_size"] if chosen or quantization.get("format") in SCALED else None,
-        quantization=name, recipe=recipe,
+        quantization=name, recipe=recipe, still_offsets=quantization.get("offsets") != FOLLOW,
     )  # fmt: skip
     capability = gpus.get(asked.gpu).compute_capability if measured_on_gpu and asked.gpu else None
     if case["attention"] == attention_of(asked, resolve(asked.model), capability):

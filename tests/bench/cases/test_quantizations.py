@@ -1,6 +1,7 @@
 """`--quantization`: the bytes of every format, the simulated CPU against the measured one, and what names are told."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -17,6 +18,7 @@ from qzo.errors import QzoError
 from qzo.live.scales import quantized_bytes
 
 TOLERANCE = 0.002
+FOLLOWING = ("gguf-q4_1", "gguf-q5_1", "torchao-int4")  # formats with offsets, which move with their scales
 NEEDS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "gguf": "gguf", "hqq": "hqq", "torchao": "torchao"}
 WEIGHTS = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576
 # codes, scales, zero points or offsets, and tables, of one such layer of Llama, by the layout of each format
@@ -61,8 +63,9 @@ def test_the_simulated_cpu_agrees_with_the_measured_one_in_every_format(folder, 
     about = measured["case"]["quantization"]
     assert about == simulated["case"]["quantization"] and about["format"] in name
     assert named(about) == (None if name in ("gptq", "gptq-4") else name)
+    assert about.get("offsets") == ("follow" if name in FOLLOWING else None)
     again = simulated_case(measured)
-    assert again.quantization == named(about)
+    assert again.quantization == named(about) and (again.still_offsets or name in FOLLOWING)
     assert again.group_size in (None, about["group_size"])
 
 
@@ -73,6 +76,15 @@ def test_bytes_are_those_of_the_format(folder, name):
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     sizes = quantized_bytes(model)
     assert sum(sizes.values()) - sizes["scale_count"] == BYTES[name]
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_offsets_that_follow_take_eight_bytes_a_scale(folder, name):
+    if not find_spec(NEEDS[name.partition("-")[0]]):
+        pytest.skip(f"needs {NEEDS[name.partition('-')[0]]}")
+    follow = BenchCase(folder, "qzo", quantization=name, seq_len=16)
+    more, less = (sim_cpu.run(case)["at_peak"]["optimizer"] for case in (follow, replace(follow, still_offsets=True)))
+    assert more - less == 8 * (GROUPS_64 if name == "torchao-int4" else GROUPS_32)
 
 
 @pytest.mark.parametrize("name", ["nf4", "gguf-q4_0", "aqlm-2x8"])
