@@ -72,7 +72,7 @@ $(LLAMACPP)/.ready:
 # The tests start a hundred processes, which need not each compile our files.
 test: $(READY) ## all tests that need no GPU, each process with THREADS threads, which do not spin while they wait
 	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= \
-		$(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+		$(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 attack: $(READY) ## hours, by night: damaged and hostile inputs by the thousand; ARGS="NAME ..." for some of tests/attack
 	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(RUN) -m tests.attack $(ARGS)

@@ -1,8 +1,8 @@
-"""What takes minutes comes first, so that at the end no process is left alone with it."""
+"""What takes minutes comes first, so that at the end no process is left alone with it; xdist has to keep the order."""
 
 import gc
 
-LONGEST = ("tests/test_cpu_levels.py", "tests/bench/worlds/", "tests/bench/validation/")
+LONGEST = ("tests/test_", "tests/bench/worlds/", "tests/bench/validation/")
 
 
 def pytest_collection_modifyitems(items):
