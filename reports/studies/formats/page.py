@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reports.studies.words import machine
 from reports.tables.table import Table
 
 HERE = Path(__file__).parent
@@ -34,7 +35,7 @@ def render(record: Mapping[str, Any]) -> str:
 def setting(record: Mapping[str, Any]) -> str:
     """Where all formats start, how they were trained, and on what machine."""
     about = record["settings"]
-    machines = {_machine(entry["environment"]) for entry in _measured(record)}
+    machines = {machine(entry["environment"]) for entry in _measured(record)}
     lines = [
         "Start: the weights of the model's GGUF, dequantized and quantized to the format layer by layer, embedding and "
         'head apart; the line "gguf file" is the file itself, packed, its vocabulary in Q8_0.',
@@ -97,12 +98,6 @@ def renewed(readme: str, record: Mapping[str, Any]) -> str:
 
 def _measured(record: Mapping[str, Any]) -> list[Entry]:
     return [entry for entry in record["entries"] if "missing" not in entry]
-
-
-def _machine(environment: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "python"))
-    count = environment["threads"]
-    return f"{environment['platform']}, {count} thread{'s' if count > 1 else ''}, {versions}"
 
 
 def _uncertainty(count: int) -> str:

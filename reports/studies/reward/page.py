@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from reports.studies.words import machine, quoted
 from reports.tables.table import Table
 
 HERE = Path(__file__).parent
@@ -38,7 +39,7 @@ def setting(record: Mapping[str, Any]) -> str:
     """What is asked, scored and trained, and on what machine."""
     first, ways = record["entries"][0], record["ways"]
     settings = first["settings"]
-    machines = sorted({_machine(entry["environment"]) for entry in record["entries"]})
+    machines = sorted({machine(entry["environment"]) for entry in record["entries"]})
     lines = [
         f'{record["rows"]} questions of the form "Can dogs swim?", as a chat with the system prompt '
         f'"{record["system"]}". The reward is 1 where the first word of the answer is Yes or No, else 0, see '
@@ -78,7 +79,7 @@ def table(entries: Sequence[Entry]) -> Table:
 def answers(entry: Entry) -> str:
     """Greedy answers to the first test questions of a seed, before and after."""
     rows = [
-        [question, _quoted(before), _quoted(after)]
+        [question, quoted(before), quoted(after)]
         for (question, before), (_, after) in zip(*(entry[when]["answers"] for when in WHEN), strict=True)
     ]
     note = (
@@ -110,16 +111,6 @@ def to_png(record: Mapping[str, Any]) -> bytes:
 
 def _scores(entry: Entry) -> list[str]:
     return [f"{entry[when][key]:.3f}" for key, _ in SCORES for when in WHEN]
-
-
-def _quoted(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _machine(environment: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "python"))
-    count = environment["threads"]
-    return f"{environment['platform']}, {count} thread{'s' if count > 1 else ''}, {versions}"
 
 
 def main() -> int:
