@@ -16,6 +16,7 @@ from qzo.durable import locked
 from qzo.errors import QzoError
 from qzo.files.folder import one_line
 from qzo.quiet import quiet_libraries
+from qzo.trainer.state import check_callback, check_state
 from qzo.training.checkpoints import (
     CUT_SHORT,
     PREFIX,
@@ -46,6 +47,7 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self._saving = self._begins_anew = self._resumes = False
+        self._resumed: Path | None = None  # the checkpoint
         self._stop = Stop()
         super().__init__(*arguments, **named)
 
@@ -54,6 +56,11 @@ class ResumableTrainer(Trainer):
 
     def _unlike(self, about: dict[str, Any], step: int) -> str | None:
         return None
+
+    def _unfit(self, place: Path, about: dict[str, Any]) -> str | None:
+        """Why this run cannot go on from a whole checkpoint, or None. Raises QzoError for a state that is none."""
+        check_state(place, about.get("step"))
+        return self._unlike(about, step_of(place))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **named: Any) -> Any:
         """As Trainer's. `True` goes on from the newest whole checkpoint, and warns of newer ones that are passed over;
@@ -73,7 +80,7 @@ class ResumableTrainer(Trainer):
     def _train_alone(self, resume_from_checkpoint: str | bool | None, *arguments: Any, **named: Any) -> Any:
         place = self._place_to_resume(resume_from_checkpoint) if resume_from_checkpoint else None
         self._resumes = bool(resume_from_checkpoint)
-        self._begins_anew = self._resumes and place is None
+        self._begins_anew, self._resumed = self._resumes and place is None, place
         try:
             with stoppable() as self._stop:
                 result = super().train(None if place is None else str(place), *arguments, **named)
@@ -91,11 +98,11 @@ class ResumableTrainer(Trainer):
         """The checkpoint to go on from; None where there is none. Raises QzoError, see `train`."""
         if wish is not True:
             place = Path(str(wish))
-            reason = self._unlike(check(place), step_of(place))
+            reason = self._unfit(place, check(place))
             if reason is not None:
                 raise QzoError(f"{place} cannot be resumed: {reason}")
             return place
-        found, notices = newest(self._out, self._unlike)
+        found, notices = newest(self._out, self._unfit)
         if found is None and any(CUT_SHORT not in notice for notice in notices):
             raise QzoError(f"{self._out} has no checkpoint to go on from; {notices[0]}")
         if found is None:
@@ -112,16 +119,22 @@ class ResumableTrainer(Trainer):
         super()._run_epoch(*arguments, **named)
 
     def _load_callback_state(self) -> None:
-        """As Trainer's; what callbacks with unchanged options had counted up to the checkpoint goes on in any case."""
-        super()._load_callback_state()
-        if self.args.restore_callback_states_from_checkpoint:
-            return
+        """As Trainer's; what callbacks with unchanged options had counted up to the checkpoint goes on in any case.
+
+        A callback that the run did not have when it was saved begins anew.
+        """
         kept: Any = self.state.stateful_callbacks
-        for callback in self.callback_handler.callbacks:
+        own = [each for each in (*self.callback_handler.callbacks, self.control) if isinstance(each, ExportableState)]
+        for callback in own:
             saved = kept.get(type(callback).__name__)
-            if not isinstance(callback, ExportableState) or not isinstance(saved, dict):
+            for state in saved if isinstance(saved, list) else [saved or {}]:
+                check_callback(self._resumed or self._out, callback, state)
+        super()._load_callback_state()
+        for callback in own:
+            saved = kept.setdefault(type(callback).__name__, callback.state())
+            if self.args.restore_callback_states_from_checkpoint or callback is self.control:
                 continue
-            if saved.get("args") == callback.state().get("args"):
+            if isinstance(saved, dict) and saved.get("args") == callback.state().get("args"):
                 vars(callback).update(saved.get("attributes", {}))
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **named: Any) -> None:

@@ -30,7 +30,7 @@ READ = (TRAINED, STATE, OPTIMIZER, SEAL)
 SAVING = ".saving"  # folder in which a checkpoint is made
 MOST_MIB = 64  # of a seal or a state, which holds all that was logged
 CUT_SHORT = "its writing was cut short"
-Fits = Callable[[dict[str, Any], int], str | None]
+Fits = Callable[[Path, dict[str, Any]], str | None]
 
 
 def seal(folder: Path, about: dict[str, Any]) -> None:
@@ -95,12 +95,12 @@ def newest(folder: Path, fits: Fits) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in a Trainer's folder, and why newer ones were passed over; None where there is none.
 
     Newest is what was written last: after a resume from an older one, what that run writes counts. `fits` tells, from a
-    seal and a step, why a checkpoint cannot be taken, or None.
+    checkpoint and its seal, why it cannot be taken, or None.
     """
     notices: list[str] = []
     for place in reversed(listed(folder)):
         try:
-            reason = fits(check(place), step_of(place))
+            reason = fits(place, check(place))
         except QzoError as error:
             reason = str(error)
         if reason is None:
