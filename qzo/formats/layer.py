@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from qzo.kernels import by_row
 from qzo.kernels.rebuilt import chunk_bounds, chunked_linear
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -107,12 +108,19 @@ class RebuiltLinear(Quantized, ABC):
 
     def _product(self, x: Tensor) -> Tensor:
         """x Wᵀ as a tensor of its own, which may be changed in place."""
+        rows = self._by_row(0, self.out_features, self.scales)
+        if rows is not None and by_row.can_multiply(rows, x):
+            return by_row.multiply(rows, x)
         return chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight [N, K], for export and tests; forward never calls it."""
         bounds = chunk_bounds(self.out_features, self.in_features)
         return torch.cat([self._rows(start, stop, dtype, self.scales) for start, stop in bounds])
+
+    def _by_row(self, start: int, stop: int, scales: Tensor) -> by_row.Rows | None:
+        """What rows start:stop of W are made of, where their codes lie along them; None where compiled code cannot."""
+        return None
 
     @abstractmethod
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Weights from packed codes, and products with them, on a CPU by compiled code (qzo/kernels/csrc).
 
+Here of codes that lie along the columns of a weight [N, K], as GPTQ has them; along its rows: by_row.py.
+
 Installing the package compiles it where there is a compiler. PyTorch's operators do the same work elsewhere: they come
 to the same weights, bit for bit, in five passes over them, where compiled code needs one; and a product by compiled
 code rebuilds a layer in parts that stay within the cache, so that it costs no more than one with a dense weight.
@@ -22,6 +24,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from qzo.errors import QzoError
 from qzo.kernels.instructions import has_bf16, has_tiles
+from qzo.kernels.rebuilt import keeps_weights
 
 DTYPES = (torch.bfloat16, torch.float32)  # of rebuilt weights
 KINDS = (Tensor, nn.Parameter, FakeTensor)  # other subclasses may keep their data elsewhere
@@ -37,6 +40,7 @@ class Codes(NamedTuple):
     words: int32 [K * n_bits / 32, N], packed as in qzo/formats/gptq/codes.py. scales: [K / g, N] of any floating point
         dtype.
     zeros: int32 [K / g, N], or the one zero point of all. g_idx: int32 [K], or None for k // g.
+    awq: whether words are int32 [K, N / 8], packed as in qzo/formats/awq/layer.py.
     """
 
     words: Tensor
@@ -44,11 +48,12 @@ class Codes(NamedTuple):
     scales: Tensor
     zeros: Tensor | int
     g_idx: Tensor | None
+    awq: bool = False
 
 
 def is_compiled() -> bool:
     """Whether there is compiled code here, and it can be loaded."""
-    return _library() is not None
+    return library() is not None
 
 
 @contextmanager
@@ -75,17 +80,22 @@ def products_on_tiles() -> Iterator[None]:
 
 def can_rebuild(words: Tensor, n_bits: int, scales: Tensor, dtype: torch.dtype) -> bool:
     """Whether `rebuild` takes such codes; it computes no derivatives, backward or forward, and cannot be traced."""
-    return _can(words, n_bits, scales) and dtype in DTYPES
+    return 32 % n_bits == 0 and words.dtype == torch.int32 and takes(words, scales) and dtype in DTYPES
 
 
 def can_multiply(words: Tensor, n_bits: int, scales: Tensor, x: Tensor) -> bool:
     """Whether `multiply` takes these, on this CPU; see `can_rebuild`."""
-    return x.dtype == torch.bfloat16 and _can(words, n_bits, scales, x) and multiplies_here()
+    return can_rebuild(words, n_bits, scales, x.dtype) and takes(x) and multiplies(x)
 
 
 def multiplies_here() -> bool:
     """Whether products are compiled code's on this CPU: it has AVX512-BF16, and no tiles, which PyTorch's use."""
     return is_compiled() and _panel_columns() > 0 and has_bf16() and (_on_tiles or not has_tiles())
+
+
+def multiplies(x: Tensor) -> bool:
+    """Whether products with x are compiled code's here and now."""
+    return x.dtype == torch.bfloat16 and multiplies_here() and not keeps_weights()
 
 
 def rebuild(codes: Codes, dtype: torch.dtype) -> Tensor:
@@ -97,9 +107,9 @@ def rebuild(codes: Codes, dtype: torch.dtype) -> Tensor:
     kept = _laid_out(codes)
     weight = torch.empty(_shape(kept), dtype=dtype, device=kept.words.device)
     if not isinstance(weight, FakeTensor):
-        threads = torch.get_num_threads() if weight.numel() >= LEAST_WEIGHTS else 1
         is_bf16 = dtype == torch.bfloat16
-        _check(_library().qzo_rebuild(_described(kept), weight.data_ptr(), is_bf16, threads), kept)
+        threads = threads_for(weight.numel(), LEAST_WEIGHTS)
+        _check(library().qzo_rebuild(_described(kept), weight.data_ptr(), is_bf16, threads), kept)
     return weight
 
 
@@ -112,34 +122,50 @@ def multiply(codes: Codes, x: Tensor) -> Tensor:
     """
     kept = _laid_out(codes)
     depth, columns = _shape(kept)
-    rows = x.reshape(-1, depth)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    y = x.new_empty(*x.shape[:-1], columns)
-    work = depth * columns * (16 + len(rows))  # rebuilding a weight takes as long as 16 multiplications with it
-    threads = torch.get_num_threads() if work >= LEAST_MULTIPLICATIONS else 1
-    panels = x.new_empty(threads, depth, _panel_columns())
-    if not isinstance(y, FakeTensor):
-        sides = (rows.data_ptr(), rows.stride(0), len(rows), y.data_ptr())
-        _check(_library().qzo_multiply(_described(kept), *sides, panels.data_ptr(), threads), kept)
-    return y
+    product = Product(x, depth, columns)
+    if not isinstance(product.y, FakeTensor):
+        _check(library().qzo_multiply(_described(kept), *product.arguments()), kept)
+    return product.y
 
 
-def _can(words: Tensor, n_bits: int, *inputs: Tensor) -> bool:
+class Product:
+    """y = x Wᵀ for a W [columns, depth], both bf16: what compiled code is given besides W."""
+
+    def __init__(self, x: Tensor, depth: int, columns: int) -> None:
+        """Make y, and what the threads work in."""
+        rows = x.reshape(-1, depth)
+        self.rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        self.y = x.new_empty(*x.shape[:-1], columns)
+        work = depth * columns * (16 + len(rows))  # rebuilding a weight takes as long as 16 multiplications with it
+        self.threads = threads_for(work, LEAST_MULTIPLICATIONS)
+        self.panels = x.new_empty(self.threads, depth, _panel_columns())
+
+    def arguments(self) -> tuple[int, ...]:
+        """Pointers and sizes."""
+        rows = self.rows
+        return rows.data_ptr(), rows.stride(0), len(rows), self.y.data_ptr(), self.panels.data_ptr(), self.threads
+
+
+def threads_for(work: int, least: int) -> int:
+    """All of PyTorch's threads, or one where they are not worth waking."""
+    return torch.get_num_threads() if work >= least else 1
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether compiled code is here, may run, and can read these tensors and need not tell their derivatives."""
     return (
         _allowed
         and not torch.compiler.is_compiling()
-        and 32 % n_bits == 0
         and is_compiled()
-        and words.dtype == torch.int32
-        and all(type(tensor) in KINDS and tensor.device.type == "cpu" for tensor in (words, *inputs))
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
-        and all(unpack_dual(tensor).tangent is None for tensor in inputs)
+        and all(type(tensor) in KINDS and tensor.device.type == "cpu" for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and all(unpack_dual(tensor).tangent is None for tensor in tensors)
     )
 
 
 def _laid_out(codes: Codes) -> Codes:
     """With tensors as compiled code reads them, which does not know where they end."""
-    words, _, scales, zeros, g_idx = codes
+    words, _, scales, zeros, g_idx, _ = codes
     depth, columns = _shape(codes)
     fits = scales.dim() == 2 and scales.shape[1] == columns and len(scales) > 0
     fits = fits and (g_idx is not None or depth % len(scales) == 0)
@@ -156,26 +182,42 @@ def _laid_out(codes: Codes) -> Codes:
 
 
 def _shape(codes: Codes) -> tuple[int, int]:
-    return codes.words.shape[0] * (32 // codes.n_bits), codes.words.shape[1]
+    rows, columns = codes.words.shape
+    return (rows, columns * 8) if codes.awq else (rows * (32 // codes.n_bits), columns)
 
 
 class _Codes(ctypes.Structure):
     """`Codes` of qzo/kernels/csrc/codes.h."""
 
     _fields_ = (
-        *(("words", ctypes.c_void_p), ("words_stride", ctypes.c_int64), ("n_bits", ctypes.c_int64)),
+        *(("words", ctypes.c_void_p), ("words_stride", ctypes.c_int64)),
+        *(("awq", ctypes.c_int64), ("n_bits", ctypes.c_int64)),
         *(("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("zero", ctypes.c_int64)),
         *(("g_idx", ctypes.c_void_p), ("groups", ctypes.c_int64), ("group_size", ctypes.c_int64)),
         *(("k", ctypes.c_int64), ("n", ctypes.c_int64)),
     )
 
 
+class RowsStruct(ctypes.Structure):
+    """`Rows` of qzo/kernels/csrc/rows.h."""
+
+    _fields_ = (
+        *(("codes", ctypes.c_void_p), ("order", ctypes.c_int64)),
+        *(("row_bytes", ctypes.c_int64), ("run_bytes", ctypes.c_int64)),
+        *(("plane_bits", ctypes.c_int64), ("plane_rows", ctypes.c_int64), ("first", ctypes.c_int64)),
+        *(("table", ctypes.c_void_p), ("zero", ctypes.c_int64)),
+        *(("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("offsets", ctypes.c_void_p)),
+        *(("row_step", ctypes.c_int64), ("group_step", ctypes.c_int64), ("group_size", ctypes.c_int64)),
+        *(("k", ctypes.c_int64), ("n", ctypes.c_int64)),
+    )
+
+
 def _described(codes: Codes) -> _Codes:
-    words, n_bits, scales, zeros, g_idx = codes
+    words, n_bits, scales, zeros, g_idx, awq = codes
     table, zero = (zeros.data_ptr(), 0) if isinstance(zeros, Tensor) else (None, zeros)
     order = None if g_idx is None else g_idx.data_ptr()
     depth, columns = _shape(codes)
-    pointers = (words.data_ptr(), words.stride(0), n_bits, scales.data_ptr(), table, zero, order)
+    pointers = (words.data_ptr(), words.stride(0), awq, n_bits, scales.data_ptr(), table, zero, order)
     return _Codes(*pointers, len(scales), depth // len(scales), depth, columns)
 
 
@@ -185,26 +227,30 @@ def _check(failed: int, codes: Codes) -> None:
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
     """The compiled code, or None: not built, built from older sources, or for an OpenMP runtime that is not here."""
     paths = [Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES]
     path = next(filter(Path.exists, paths), None)
     if path is None:
         return None
     try:
-        library = ctypes.CDLL(str(path))
-        if library.qzo_codes_bytes() != ctypes.sizeof(_Codes):
+        loaded = ctypes.CDLL(str(path))
+        if (loaded.qzo_codes_bytes(), loaded.qzo_rows_bytes()) != (ctypes.sizeof(_Codes), ctypes.sizeof(RowsStruct)):
             return None
     except (OSError, AttributeError):
         return None
     codes, pointer, size, number = ctypes.POINTER(_Codes), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.qzo_rebuild.argtypes = [codes, pointer, number, number]
-    library.qzo_multiply.argtypes = [codes, pointer, size, size, pointer, pointer, number]
-    library.qzo_panel_columns.restype = size
-    return library
+    rows = ctypes.POINTER(RowsStruct)
+    product = (pointer, size, size, pointer, pointer, number)
+    loaded.qzo_rebuild.argtypes = [codes, pointer, number, number]
+    loaded.qzo_rebuild_by_row.argtypes = [rows, pointer, number, number]
+    loaded.qzo_multiply.argtypes = [codes, *product]
+    loaded.qzo_multiply_by_row.argtypes = [rows, *product]
+    loaded.qzo_panel_columns.restype = size
+    return loaded
 
 
 @cache
 def _panel_columns() -> int:
     """Columns of Wᵀ that a thread rebuilds at a time; 0 on a CPU without the instructions."""
-    return int(_library().qzo_panel_columns())
+    return int(library().qzo_panel_columns())

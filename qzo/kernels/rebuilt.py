@@ -18,10 +18,10 @@ _kept: dict[Any, Tensor] | None = None  # chunks, within `kept_weights`
 
 @contextmanager
 def kept_weights() -> Iterator[None]:
-    """Within, a chunk that was rebuilt is kept, and used by every product that needs it again; to the bit the same.
+    """Within, a chunk that was rebuilt is kept, and used by every product that needs it again.
 
     For several passes through weights that nobody changes meanwhile, as when a model writes: each of its tokens would
-    rebuild all of them. Extra memory: the dense weights of all layers that rebuild theirs. Not for several threads.
+    rebuild all of them. Products are PyTorch's, to the bit the same as without what is kept. Extra memory: the dense weights of all layers that rebuild theirs. Not for several threads.
     """
     global _kept
     before, _kept = _kept, {}
@@ -29,6 +29,11 @@ def kept_weights() -> Iterator[None]:
         yield
     finally:
         _kept = before
+
+
+def keeps_weights() -> bool:
+    """Whether this is within `kept_weights`, where a product that rebuilds its weight anew would take longer."""
+    return _kept is not None
 
 
 def chunked_linear(x: Tensor, rebuild: Rebuild, shape: tuple[int, int], *tensors: Tensor) -> Tensor:

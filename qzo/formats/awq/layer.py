@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo.formats.layer import Device, RebuiltLinear, frozen, scale_dtype
+from qzo.kernels import native
 from qzo.kernels.constants import constant
 from qzo.kernels.operators import columns
 from qzo.kernels.rtn import round_to_nearest
@@ -83,14 +84,27 @@ class AwqLinear(RebuiltLinear):
         """Zero points as int32 [K/g, N]."""
         return unpack(self.qzeros)
 
+    def _product(self, x: Tensor) -> Tensor:
+        if x.shape[-1] == self.in_features and native.can_multiply(self.qweight, self.n_bits, self.scales, x):
+            return native.multiply(self._codes(0, self.out_features // PER_WORD, self.scales), x)
+        return super()._product(x)
+
+    def _codes(self, first: int, last: int, scales: Tensor) -> native.Codes:
+        """What the columns of Wᵀ in words first:last are made of."""
+        zeros, scale = unpack(self.qzeros[:, first:last]), scales[:, first * PER_WORD : last * PER_WORD]
+        return native.Codes(self.qweight[:, first:last], self.n_bits, scale, zeros, None, awq=True)
+
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`.
 
         Whole words are read, and the columns before `start` and after `stop` left out at the end.
         """
         first, last = start // PER_WORD, -(-stop // PER_WORD)
-        codes, zeros = unpack(self.qweight[:, first:last]), unpack(self.qzeros[:, first:last])
-        whole = columns(codes, zeros, scales[:, first * PER_WORD : last * PER_WORD])
+        words = self._codes(first, last, scales)
+        if native.can_rebuild(self.qweight, self.n_bits, scales, dtype):
+            whole = native.rebuild(words, dtype)
+        else:
+            whole = columns(unpack(words.words), words.zeros, words.scales)
         return whole[:, start - first * PER_WORD : stop - first * PER_WORD].to(dtype).t()
 
     def extra_repr(self) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.formats.layer import Device, RebuiltLinear, frozen
+from qzo.kernels import by_row
 
 QUANT_TYPES = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that the library knows
@@ -119,8 +120,10 @@ class BnbLinear4bit(RebuiltLinear):
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], by whole blocks; what lies before and after is left out at the end.
 
-        A byte is looked up as a pair of weights, so that no code is ever unpacked.
+        By operators, a byte is looked up as a pair of weights, so that no code is ever unpacked.
         """
+        if (rows := self._by_row(start, stop, scales)) is not None and by_row.can_rebuild(rows, dtype):
+            return by_row.rebuild(rows, dtype)
         first, last = start * self.in_features, stop * self.in_features
         from_block, to_block = first // self.block_size, -(-last // self.block_size)
         half = self.block_size // 2  # bytes a block
@@ -133,6 +136,14 @@ class BnbLinear4bit(RebuiltLinear):
         values = values * scale if scale.requires_grad else values.mul_(scale)
         before = from_block * self.block_size
         return values.view(-1)[first - before : last - before].view(stop - start, -1).to(dtype)
+
+    def _by_row(self, start: int, stop: int, scales: Tensor) -> by_row.Rows | None:
+        if self.in_features % self.block_size:  # a block goes on in the next row
+            return None
+        shape = stop - start, self.in_features
+        codes = self.qweight.view(self.out_features, -1)[start:stop]
+        scale = scales.view(self.out_features, -1)[start:stop]
+        return by_row.Rows(codes, by_row.Order.HIGH_FIRST, shape, scale, table=self.quant_map)
 
     def _pairs(self) -> Tensor:
         """int64 [256]: the two fp32 table entries of every byte as one number, which is quicker to look up."""
@@ -188,9 +199,16 @@ class BnbLinear8bit(RebuiltLinear):
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`."""
+        if by_row.can_rebuild(rows := self._by_row(start, stop, scales), dtype):
+            return by_row.rebuild(rows, dtype)
         scale = (scales[start:stop].float() * (1 / INT8_TOP))[:, None]
         values = self.qweight[start:stop].float()
         return (values * scale if scale.requires_grad else values.mul_(scale)).to(dtype)
+
+    def _by_row(self, start: int, stop: int, scales: Tensor) -> by_row.Rows:
+        scale = (scales[start:stop].float() * (1 / INT8_TOP))[:, None]
+        shape = stop - start, self.in_features
+        return by_row.Rows(self.qweight[start:stop], by_row.Order.BYTES, shape, scale)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

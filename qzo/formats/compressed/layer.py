@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.formats.compressed.scheme import Scheme
 from qzo.formats.layer import SCALE_DTYPES, CodesAsQweight, Device, RebuiltLinear, frozen
-from qzo.kernels import native
+from qzo.kernels import by_row, native
 from qzo.kernels.constants import constant
 
 BUFFER_OF = {
@@ -26,6 +26,7 @@ BUFFER_OF = {
     "weight_zero_point": "zero_points",
     "weight_g_idx": "g_idx",
 }
+PACKED_ORDERS = {4: by_row.Order.LOW_FIRST, 8: by_row.Order.PLANES}
 
 
 class CompressedLinear(CodesAsQweight, RebuiltLinear):
@@ -95,6 +96,8 @@ class CompressedLinear(CodesAsQweight, RebuiltLinear):
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`."""
+        if (rows := self._by_row(start, stop, scales)) is not None and by_row.can_rebuild(rows, dtype):
+            return by_row.rebuild(rows, dtype)
         scale, zeros = self._part(scales, start, stop), self._zeros(start, stop)
         fills_words = self.in_features * self.n_bits % 32 == 0
         if fills_words and native.can_rebuild(self.codes, self.n_bits, scales, dtype):
@@ -105,6 +108,15 @@ class CompressedLinear(CodesAsQweight, RebuiltLinear):
         scale = self._to_weights(scale.float())
         numbers = numbers * scale if scale.requires_grad else numbers.mul_(scale)
         return numbers.view(stop - start, self.in_features).to(dtype)
+
+    def _by_row(self, start: int, stop: int, scales: Tensor) -> by_row.Rows | None:
+        fills_words = self.in_features * self.n_bits % 32 == 0
+        order = PACKED_ORDERS.get(self.n_bits) if self.scheme.is_packed else by_row.Order.BYTES
+        if order is None or self.g_idx is not None or not fills_words:
+            return None
+        scale, zeros = self._part(scales, start, stop), self._zeros(start, stop)
+        rows = by_row.Rows(self.codes[start:stop], order, (stop - start, self.in_features), scale)
+        return rows._replace(zero=zeros) if isinstance(zeros, int) else rows._replace(zeros=zeros)
 
     def _numbers(self, start: int, stop: int) -> Tensor:
         """Rows start:stop of the codes, of packed ones code + 2^(b-1); fp32 [n, K], or [n, K/g, g] without g_idx."""

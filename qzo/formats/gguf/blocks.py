@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qzo.kernels.by_row import Order, Rows
+
 Codes = Callable[[Tensor], Tensor]
 
 
@@ -24,6 +26,7 @@ class BlockType:
         has_scale: d is the first fp16 number of a block, for all its weights.
         has_offset: m is the second one.
         signed: d may be negative, since its sign tells on which side the largest weight lies.
+        order, zero: where compiled code finds the codes behind d (and m), and what it takes off them.
     """
 
     name: str
@@ -33,6 +36,16 @@ class BlockType:
     has_scale: bool = False
     has_offset: bool = False
     signed: bool = False
+    order: Order | None = None
+    zero: int = 0
+
+    def by_row(self, blocks: Tensor, scales: Tensor | None = None, offsets: Tensor | None = None) -> Rows | None:
+        """What compiled code makes the same weights of; None where it cannot."""
+        if self.order is None or scales is None:
+            return None
+        rows, shape = blocks.flatten(1), (len(blocks), blocks.shape[1] * self.n_weights)
+        at = 4 if self.has_offset else 2
+        return Rows(rows, self.order, shape, scales, offsets=offsets, zero=self.zero, at=at, run_bytes=self.n_bytes)
 
     def weights(self, blocks: Tensor, scales: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
         """Weights fp32 [n, B * n_weights] of rows of blocks uint8 [n, B, n_bytes].

@@ -28,6 +28,7 @@ from qzo.formats.gguf.blocks import BlockType as BlockType
 from qzo.formats.gguf.blocks import Codes, bits, halves
 from qzo.formats.gguf.blocks import half_at as half_at
 from qzo.formats.gguf.lattices import LATTICES
+from qzo.kernels.by_row import Order
 
 
 def _q4(first: int, zero: int) -> Codes:
@@ -103,11 +104,11 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 BLOCK_TYPES: dict[int, BlockType] = {  # number in the file -> type
-    2: BlockType("Q4_0", 32, 18, _q4(2, 8), has_scale=True, signed=True),
-    3: BlockType("Q4_1", 32, 20, _q4(4, 0), has_scale=True, has_offset=True),
-    6: BlockType("Q5_0", 32, 22, _q5(2, 16), has_scale=True, signed=True),
-    7: BlockType("Q5_1", 32, 24, _q5(4, 0), has_scale=True, has_offset=True),
-    8: BlockType("Q8_0", 32, 34, _q8, has_scale=True),
+    2: BlockType("Q4_0", 32, 18, _q4(2, 8), has_scale=True, signed=True, order=Order.HALVES, zero=8),
+    3: BlockType("Q4_1", 32, 20, _q4(4, 0), has_scale=True, has_offset=True, order=Order.HALVES),
+    6: BlockType("Q5_0", 32, 22, _q5(2, 16), has_scale=True, signed=True, order=Order.FIFTHS, zero=16),
+    7: BlockType("Q5_1", 32, 24, _q5(4, 0), has_scale=True, has_offset=True, order=Order.FIFTHS),
+    8: BlockType("Q8_0", 32, 34, _q8, has_scale=True, order=Order.BYTES),
     10: BlockType("Q2_K", 256, 84, _q2_k),
     11: BlockType("Q3_K", 256, 110, _q3_k),
     12: BlockType("Q4_K", 256, 144, _q4_k),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import BlockType, half_at
 from qzo.formats.layer import Device, Quantized, frozen
+from qzo.kernels import by_row
 from qzo.kernels.rebuilt import chunk_bounds, chunked_linear
 
 
@@ -56,11 +57,19 @@ class GgufTensor(Quantized):
 
     def rows(self, start: int, stop: int, dtype: torch.dtype, *trained: Tensor) -> Tensor:
         """Rows start:stop of the weight, [stop - start, K]; `trained` are scales and offsets, as far as there are."""
-        return self.kind.weights(self.blocks[start:stop], *(tensor[start:stop] for tensor in trained)).to(dtype)
+        blocks, own = self.blocks[start:stop], [tensor[start:stop] for tensor in trained]
+        rows = self.kind.by_row(blocks, *own)
+        if rows is not None and by_row.can_rebuild(rows, dtype):
+            return by_row.rebuild(rows, dtype)
+        return self.kind.weights(blocks, *own).to(dtype)
 
     def project(self, x: Tensor) -> Tensor:
         """x Wᵀ, [..., K] -> [..., N]; differentiable in x, and in scales and offsets that require a gradient."""
-        return chunked_linear(x, self.rows, self.shape, *self.trained())
+        trained = self.trained()
+        rows = self.kind.by_row(self.blocks, *trained)
+        if rows is not None and by_row.can_multiply(rows, x):
+            return by_row.multiply(rows, x)
+        return chunked_linear(x, self.rows, self.shape, *trained)
 
     def trained(self) -> list[Tensor]:
         """Scales and offsets, as far as there are any."""

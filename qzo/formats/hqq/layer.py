@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.formats.hqq.codes import HqqLayout, unpacked
 from qzo.formats.layer import SCALE_DTYPES, CodesAsQweight, Device, RebuiltLinear, frozen
+from qzo.kernels import by_row
 
 
 @dataclass(frozen=True)
@@ -121,15 +122,27 @@ class HqqLinear(CodesAsQweight, RebuiltLinear):
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`."""
-        wide, by_row = self.layout.columns, self.layout.axis == 1
+        if (rows := self._by_row(start, stop, scales)) is not None and by_row.can_rebuild(rows, dtype):
+            return by_row.rebuild(rows, dtype)
+        wide, along = self.layout.columns, self.layout.axis == 1
         first, last = start * self.in_features // wide, -(-stop * self.in_features // wide)
         numbers = unpacked(self.codes, self.layout.code_bits, first, last)
-        zeros, scale = (t[first:last].float() if by_row else t.float() for t in (self.zero_points, scales))
+        zeros, scale = (t[first:last].float() if along else t.float() for t in (self.zero_points, scales))
         numbers.sub_(zeros)
         numbers = numbers * scale if scale.requires_grad else numbers.mul_(scale)
         begin = start * self.in_features - first * wide
-        rows = numbers.view(-1)[begin : begin + (stop - start) * self.in_features]
-        return rows.view(stop - start, self.in_features).to(dtype)
+        weights = numbers.view(-1)[begin : begin + (stop - start) * self.in_features]
+        return weights.view(stop - start, self.in_features).to(dtype)
+
+    def _by_row(self, start: int, stop: int, scales: Tensor) -> by_row.Rows | None:
+        layout, planes = self.layout, self.layout.per_word
+        whole = self.out_features % planes == 0 and self.in_features % layout.group_size == 0
+        if layout.axis == 0 or layout.code_bits == 3 or not whole:
+            return None
+        codes = self.codes.view(self.out_features // planes, self.in_features)
+        scale, zeros = (t.view(self.out_features, -1)[start:stop] for t in (scales, self.zero_points))
+        shape, bits = (stop - start, self.in_features), layout.code_bits
+        return by_row.Rows(codes, by_row.Order.PLANES, shape, scale, zeros, plane_bits=bits, first=start)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.formats.layer import SCALE_DTYPES, CodesAsQweight, Device, RebuiltLinear, frozen
 from qzo.formats.torchao.codes import WORD_DTYPE, unpacked, words_shape
+from qzo.kernels import by_row
+from qzo.kernels.constants import constant
+
+TWOS_COMPLEMENT = (*range(8), *range(-8, 0))  # what four bits stand for
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,26 @@ class AoInt8Linear(_AoLinear):
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`."""
-        share = self.out_features // len(scales)  # rows that have their scales in common
-        index = torch.arange(start, stop, device=scales.device) // share
+        if by_row.can_rebuild(rows := self._by_row(start, stop, scales), dtype):
+            return by_row.rebuild(rows, dtype)
+        index = self._groups(start, stop)
         numbers = self.codes[start:stop].float().view(stop - start, scales.shape[1], -1)
         if self.zero_points is not None:
             numbers.sub_(self.zero_points.index_select(0, index).float()[..., None])
         scale = scales.index_select(0, index).float()[..., None]
         numbers = numbers * scale if scale.requires_grad else numbers.mul_(scale)
         return numbers.flatten(1).to(dtype)
+
+    def _by_row(self, start: int, stop: int, scales: Tensor) -> by_row.Rows:
+        index, zeros = self._groups(start, stop), self.zero_points
+        zeros = None if zeros is None else zeros.index_select(0, index)
+        shape = stop - start, self.in_features
+        return by_row.Rows(self.codes[start:stop], by_row.Order.BYTES, shape, scales.index_select(0, index), zeros)
+
+    def _groups(self, start: int, stop: int) -> Tensor:
+        """For each row the number of its scales."""
+        share = self.out_features // len(self.scales)  # rows that have their scales in common
+        return torch.arange(start, stop, device=self.scales.device) // share
 
 
 class AoInt4Linear(_AoLinear):
@@ -206,10 +222,20 @@ class AoInt4Linear(_AoLinear):
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`."""
+        if (rows := self._by_row(start, stop, scales)) is not None and by_row.can_rebuild(rows, dtype):
+            return by_row.rebuild(rows, dtype)
         numbers = unpacked(self.codes, self.order, start, stop).view(stop - start, len(scales), -1)
         scale, offset = (tensor[:, start:stop].t().float()[..., None] for tensor in (scales, self.offsets))
         numbers = numbers * scale if scale.requires_grad else numbers.mul_(scale)
         return numbers.add_(offset).flatten(1)[:, : self.in_features].to(dtype)
+
+    def _by_row(self, start: int, stop: int, scales: Tensor) -> by_row.Rows | None:
+        if self.order != "plain":
+            return None
+        scale, offset = (tensor[:, start:stop].t() for tensor in (scales, self.offsets))
+        shape, signed = (stop - start, self.in_features), constant(TWOS_COMPLEMENT, scales)
+        codes, order = self.codes[start:stop], by_row.Order.LOW_FIRST
+        return by_row.Rows(codes, order, shape, scale, offsets=offset, table=signed)
 
 
 def _bits_of(dtype: torch.dtype | None) -> int:

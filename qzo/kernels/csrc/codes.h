@@ -7,8 +7,9 @@
 #include <string.h>
 
 typedef struct {
-    const uint32_t *words; /* [k * n_bits / 32, n], rows words_stride apart */
+    const uint32_t *words; /* [k * n_bits / 32, n], rows words_stride apart; of AWQ [k, n / 8] */
     int64_t words_stride;
+    int64_t awq; /* whether a word holds eight columns of 4 bits, in the order of AWQ, in place of rows */
     int64_t n_bits; /* 2, 4 or 8 */
     const float *scales; /* [groups, n] */
     const int32_t *zeros; /* [groups, n], or NULL: all are `zero` */
@@ -27,10 +28,22 @@ typedef struct {
     int shift;
 } Row;
 
+/* Rows that a row of the words holds. */
+static inline int64_t rows_per_word(const Codes *codes) { return codes->awq ? 1 : 32 / codes->n_bits; }
+
+/* Columns first ... first + count of one row of AWQ's words, eight by eight. */
+static inline __attribute__((always_inline)) void unpack_awq(const Codes *codes, int64_t row, int64_t first,
+                                                             int64_t count, uint32_t *restrict to) {
+    static const uint32_t SHIFTS[8] = {0, 16, 4, 20, 8, 24, 12, 28};
+    const uint32_t *words = codes->words + row * codes->words_stride + first / 8;
+    for (int64_t i = 0; i < count / 8; i++)
+        for (int j = 0; j < 8; j++) to[8 * i + j] = words[i] >> SHIFTS[j] & 15;
+}
+
 /* The row that is number `place` of those in row `word` of the words. */
 static inline Row row_of(const Codes *codes, int64_t word, int64_t place, int64_t first) {
-    const uint32_t row = (uint32_t)(word * (32 / codes->n_bits) + place);
-    const int64_t group = codes->g_idx ? codes->g_idx[row] : row / (uint32_t)codes->group_size;
+    const uint32_t row = (uint32_t)(word * rows_per_word(codes) + place);
+    const int64_t group = codes->g_idx ? (uint32_t)codes->g_idx[row] : row / (uint32_t)codes->group_size;
     const int64_t offset = group * codes->n + first;
     return (Row){
         .words = codes->words + word * codes->words_stride + first,

@@ -153,7 +153,7 @@ def test_products_with_gradients_are_left_to_operators():
 def test_a_layer_answers_without_compiled_code(monkeypatch):
     layer, x = made(), torch.randn(3, 64).bfloat16()
     expected = layer(x)
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     assert not native.is_compiled()
     torch.testing.assert_close(layer(x), expected)
 
@@ -162,13 +162,13 @@ def test_a_library_that_cannot_be_loaded_counts_as_none(monkeypatch, tmp_path):
     (tmp_path / "_native.so").write_text("no library")
     monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [".so"])
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    assert native._library.__wrapped__() is None
+    assert native.library.__wrapped__() is None
 
 
 @compiled
 def test_a_library_of_other_sources_counts_as_none(monkeypatch):
     monkeypatch.setattr(native.ctypes, "sizeof", lambda _: 8)
-    assert native._library.__wrapped__() is None
+    assert native.library.__wrapped__() is None
 
 
 def test_what_it_does_not_do_is_left_to_operators():

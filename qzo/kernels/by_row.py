@@ -1,0 +1,137 @@
+"""Weights whose codes lie along their rows, and products with them, by compiled code: GGUF, NF4, HQQ, torchao.
+
+W[n, k] = (q[n, k] - zeros[n, j]) * scales[n, j] + offsets[n, j], j = k // g, in fp32: a difference, a product and a
+sum, each rounded, and left out where a format has none of it. Bit for bit what the formats make of PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from qzo.errors import QzoError
+from qzo.kernels.native import DTYPES, LEAST_WEIGHTS, Product, RowsStruct, library, multiplies, takes, threads_for
+
+RUN = 32  # weights that are unpacked together
+
+
+class Order(IntEnum):
+    """Where the codes of 32 neighbouring weights are in their bytes, see `unpack_run` of qzo/kernels/csrc/rows.h."""
+
+    HALVES = 0  # 16 bytes: weights 0 ... 15 in the low halves, 16 ... 31 in the high ones
+    FIFTHS = 1  # the fifth bits in 4 bytes, the others as HALVES
+    BYTES = 2  # int8
+    LOW_FIRST = 3  # 16 bytes, two neighbours in each
+    HIGH_FIRST = 4
+    PLANES = 5  # a byte for a weight and for those of the same place in other rows: the first rows in the highest bits
+
+
+RUN_BYTES = {Order.HALVES: 16, Order.FIFTHS: 20, Order.BYTES: 32, Order.LOW_FIRST: 16, Order.HIGH_FIRST: 16,
+             Order.PLANES: 32}  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """Rows of a weight [N, K].
+
+    codes: bytes [N, ...], contiguous within a row; of PLANES [N * bits / 8, K], of all rows.
+    shape: N, K. scales, zeros, offsets: [N, K / g], any floating dtype (zeros: any), strides and expansion.
+    zero: what is taken off each code. table: fp32 [16], what the codes stand for.
+    at, run_bytes: where the codes of the first run begin in a row, and bytes from a run to the next, where other bytes
+        lie between. first: number of the first row, of PLANES.
+    """
+
+    codes: Tensor
+    order: Order
+    shape: tuple[int, int]
+    scales: Tensor
+    zeros: Tensor | None = None
+    offsets: Tensor | None = None
+    zero: int = 0
+    table: Tensor | None = None
+    at: int = 0
+    run_bytes: int | None = None
+    plane_bits: int = 8
+    first: int = 0
+
+
+def can_rebuild(rows: Rows, dtype: torch.dtype) -> bool:
+    """Whether `rebuild` takes them; it computes no derivatives, backward or forward, and cannot be traced."""
+    given = (rows.codes, rows.scales, rows.zeros, rows.offsets, rows.table)
+    depth = rows.shape[1]
+    whole = depth % RUN == 0 and depth % (rows.scales.shape[1] * RUN) == 0
+    return dtype in DTYPES and whole and takes(*(tensor for tensor in given if tensor is not None))
+
+
+def rebuild(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """W [N, K], computed in fp32 and rounded to `dtype`, bf16 or fp32.
+
+    Extra memory: scales, zeros and offsets in fp32. Fake tensors give a fake one. Raises QzoError for shapes that do
+    not fit.
+    """
+    kept = _laid_out(rows)
+    weight = torch.empty(rows.shape, dtype=dtype, device=rows.codes.device)
+    if not isinstance(weight, FakeTensor):
+        threads = threads_for(weight.numel(), LEAST_WEIGHTS)
+        library().qzo_rebuild_by_row(_described(kept), weight.data_ptr(), dtype == torch.bfloat16, threads)
+    return weight
+
+
+def can_multiply(rows: Rows, x: Tensor) -> bool:
+    """Whether `multiply` takes these, on this CPU; see `can_rebuild`."""
+    return x.shape[-1] == rows.shape[1] and multiplies(x) and takes(x) and can_rebuild(rows, x.dtype)
+
+
+def multiply(rows: Rows, x: Tensor) -> Tensor:
+    """y = x Wᵀ as `qzo.kernels.native.multiply`, with codes along the rows of W."""
+    kept = _laid_out(rows)
+    product = Product(x, rows.shape[1], rows.shape[0])
+    if not isinstance(product.y, FakeTensor):
+        library().qzo_multiply_by_row(_described(kept), *product.arguments())
+    return product.y
+
+
+def _laid_out(rows: Rows) -> Rows:
+    """With tensors as compiled code reads them, which does not know where they end."""
+    count, depth = rows.shape
+    held = count if rows.order != Order.PLANES else len(rows.codes) * 8 // rows.plane_bits
+    step = _run_bytes(rows)
+    needed = rows.at + step * (depth // RUN - 1) + RUN_BYTES[rows.order]
+    codes = rows.codes.detach()
+    codes = codes if codes[0].is_contiguous() else codes.contiguous()
+    if held < rows.first + count or codes[0].numel() * codes.element_size() < needed:
+        raise QzoError(f"codes {tuple(codes.shape)} {codes.dtype} do not fit a weight {rows.shape}")
+    groups = rows.scales.shape
+    for tensor in (rows.scales, rows.zeros, rows.offsets):
+        if tensor is not None and (tensor.shape != groups or len(tensor) != count):
+            raise QzoError(f"scales, zeros or offsets {tuple(tensor.shape)} do not fit a weight {rows.shape}")
+    if rows.table is not None and tuple(rows.table.shape) != (16,):
+        raise QzoError(f"a table of {rows.table.numel()} numbers does not fit codes of 4 bits")
+    return rows._replace(
+        codes=codes,
+        scales=_plain(rows.scales),
+        zeros=None if rows.zeros is None else _plain(rows.zeros),
+        offsets=None if rows.offsets is None else _plain(rows.offsets),
+        table=None if rows.table is None else _plain(rows.table),
+    )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous()
+
+
+def _run_bytes(rows: Rows) -> int:
+    return RUN_BYTES[rows.order] if rows.run_bytes is None else rows.run_bytes
+
+
+def _described(rows: Rows) -> ctypes.Structure:
+    codes, (count, depth), groups = rows.codes, rows.shape, rows.scales.shape[1]
+    zeros, offsets, table = (None if t is None else t.data_ptr() for t in (rows.zeros, rows.offsets, rows.table))
+    places = (codes.data_ptr() + rows.at, rows.order, codes.stride(0) * codes.element_size(), _run_bytes(rows))
+    planes = (rows.plane_bits, len(codes), rows.first)
+    numbers = (rows.scales.data_ptr(), zeros, offsets, groups, 1, depth // groups)
+    return RowsStruct(*places, *planes, table, rows.zero, *numbers, depth, count)

@@ -1,0 +1,111 @@
+/* A weight [n, k] whose codes lie along its rows, 32 in a run, with numbers for groups of whole runs:
+   qzo/kernels/by_row.py. */
+#ifndef QZO_ROWS_H
+#define QZO_ROWS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define RUN 32 /* weights */
+
+enum Order { HALVES = 0, FIFTHS = 1, BYTES = 2, LOW_FIRST = 3, HIGH_FIRST = 4, PLANES = 5 };
+
+typedef struct {
+    const uint8_t *codes;
+    int64_t order, row_bytes, run_bytes; /* from a row, and from a run, to the next; of planes, of a plane's rows */
+    int64_t plane_bits, plane_rows; /* of planes: bits of a code, and rows that are in the same bits of their bytes */
+    int64_t first; /* row, which of planes tells where it is; of others 0 */
+    const float *table; /* [16], what the codes stand for, or NULL: for themselves, less `zero` */
+    int64_t zero;
+    const float *scales, *zeros, *offsets; /* number of group j of row i at i * row_step + j * group_step; or NULL */
+    int64_t row_step, group_step, group_size, k, n;
+} Rows;
+
+#ifdef __clang__
+static inline void look_up(const float *table, const int32_t *codes, float *values) {
+    for (int i = 0; i < RUN; i++) values[i] = table[codes[i]];
+}
+#else
+typedef float Numbers __attribute__((vector_size(64)));
+typedef int32_t Places __attribute__((vector_size(64)));
+
+static inline __attribute__((always_inline)) void look_up(const float *table, const int32_t *codes, float *values) {
+    Numbers all, found;
+    Places places;
+    memcpy(&all, table, sizeof all);
+    for (int i = 0; i < RUN; i += 16) {
+        memcpy(&places, codes + i, sizeof places);
+        found = __builtin_shuffle(all, places); /* one instruction with AVX512 */
+        memcpy(values + i, &found, sizeof found);
+    }
+}
+#endif
+
+/* `order` is that of rows, as a number that the compiler knows: see WITH_ORDER. */
+static inline __attribute__((always_inline)) void unpack_run(const Rows *rows, const int order, int64_t row,
+                                                             int64_t run, int32_t *restrict codes) {
+    const uint8_t *bytes = rows->codes + row * rows->row_bytes + run * rows->run_bytes;
+    switch (order) {
+    case FIFTHS: {
+        uint32_t fifth;
+        memcpy(&fifth, bytes, sizeof fifth);
+        for (int i = 0; i < 16; i++) codes[i] = (bytes[4 + i] & 15) | (int32_t)(fifth >> i & 1) << 4;
+        for (int i = 0; i < 16; i++) codes[16 + i] = bytes[4 + i] >> 4 | (int32_t)(fifth >> (16 + i) & 1) << 4;
+        break;
+    }
+    case BYTES:
+        for (int i = 0; i < RUN; i++) codes[i] = (int8_t)bytes[i];
+        break;
+    case LOW_FIRST:
+        for (int i = 0; i < 16; i++) codes[2 * i] = bytes[i] & 15, codes[2 * i + 1] = bytes[i] >> 4;
+        break;
+    case HIGH_FIRST:
+        for (int i = 0; i < 16; i++) codes[2 * i] = bytes[i] >> 4, codes[2 * i + 1] = bytes[i] & 15;
+        break;
+    case PLANES: {
+        const int64_t plane = (rows->first + row) / rows->plane_rows, bits = rows->plane_bits;
+        const int shift = (int)(8 - bits * (plane + 1)), mask = (1 << bits) - 1;
+        bytes = rows->codes + (rows->first + row) % rows->plane_rows * rows->row_bytes + run * rows->run_bytes;
+        for (int i = 0; i < RUN; i++) codes[i] = bytes[i] >> shift & mask;
+        break;
+    }
+    default:
+        for (int i = 0; i < 16; i++) codes[i] = bytes[i] & 15;
+        for (int i = 0; i < 16; i++) codes[16 + i] = bytes[i] >> 4;
+    }
+}
+
+/* 32 weights in fp32: a difference, a product and a sum, each rounded, as PyTorch's operators make them. */
+static inline __attribute__((always_inline)) void weights_of_run(const Rows *rows, const int order, int64_t row,
+                                                                 int64_t run, float *restrict weights) {
+    int32_t codes[RUN];
+    const int64_t at = row * rows->row_step + run * RUN / rows->group_size * rows->group_step;
+    const float scale = rows->scales[at];
+    unpack_run(rows, order, row, run, codes);
+    if (rows->table)
+        look_up(rows->table, codes, weights);
+    else
+        for (int i = 0; i < RUN; i++) weights[i] = (float)(codes[i] - (int32_t)rows->zero);
+    if (rows->zeros) {
+        const float zero = rows->zeros[at];
+        for (int i = 0; i < RUN; i++) weights[i] -= zero;
+    }
+    for (int i = 0; i < RUN; i++) weights[i] *= scale;
+    if (rows->offsets) {
+        const float offset = rows->offsets[at];
+        for (int i = 0; i < RUN; i++) weights[i] += offset;
+    }
+}
+
+/* A statement that calls `function(order, ...)`, with the order of rows as a constant. */
+#define WITH_ORDER(rows, function, ...) \
+    switch ((rows)->order) { \
+    case FIFTHS: function(FIFTHS, __VA_ARGS__); break; \
+    case BYTES: function(BYTES, __VA_ARGS__); break; \
+    case LOW_FIRST: function(LOW_FIRST, __VA_ARGS__); break; \
+    case HIGH_FIRST: function(HIGH_FIRST, __VA_ARGS__); break; \
+    case PLANES: function(PLANES, __VA_ARGS__); break; \
+    default: function(HALVES, __VA_ARGS__); \
+    }
+
+#endif
