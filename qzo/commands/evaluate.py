@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.commands import data
+from qzo.commands.moved import add_moved, check_moved
 from qzo.errors import QzoError, printable
 from qzo.output import check_output, write_output
 from qzo.training.settings import DTYPES
@@ -23,7 +24,7 @@ def add_command(commands: Any) -> None:
     """Add `eval` to the subcommands of a parser."""
     parser = commands.add_parser("eval", help="score a model on a task, or on data of your own")
     parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id; of a run, its best state")
-    parser.add_argument("--base", metavar="MODEL", help="of a run: where its model lies now, if that moved")
+    add_moved(parser)
     data.add_options(parser)
     parser.add_argument("--split", choices=tuple(SIZES), help="which examples (default test, else validation)")
     parser.add_argument("--samples", type=int, metavar="N", help="examples, default 1000, or 500 of validation")
@@ -53,9 +54,8 @@ def run(options: argparse.Namespace) -> None:
 
     _check(options)
     source = Path(options.model)
-    tuned = read_tuned(source, model=options.base) if is_tuned(source) else None
-    if options.base and tuned is None:
-        raise QzoError(f"--base is for a run whose model moved, and {options.model} is a model; leave it out")
+    check_moved(options.moved, source, is_tuned(source))
+    tuned = read_tuned(source, model=options.moved) if is_tuned(source) else None
     task, splits = _task(options)  # before the model: wrong data costs no time
     if options.calibrated and not task.words:
         raise QzoError(f"--calibrated needs a task with label words; {task.name} has none")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qzo.commands.moved import add_moved
 from qzo.errors import printable
 
 
@@ -16,7 +17,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("source", metavar="RUN", help="folder of qzo train, checkpoint of QZOTrainer, or a model")
     parser.add_argument("out", metavar="OUT", help="folder to write, new or empty; of a .gguf file also NAME.gguf")
     parser.add_argument("--state", choices=("best", "last"), default="best", help="of a run (default best)")
-    parser.add_argument("--model", metavar="MODEL", help="where the original lies now, if it moved since the training")
+    add_moved(parser)
     parser.set_defaults(run=run)
 
 
@@ -24,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the model, and tell how many tensors were tuned."""
     from qzo.training.export import export_model
 
-    done = export_model(Path(options.source), Path(options.out), options.state, options.model)
+    done = export_model(Path(options.source), Path(options.out), options.state, options.moved)
     if done.notice is not None:
         print(f"notice: {printable(done.notice)}", file=sys.stderr)
     print(f"{printable(options.out)}: {printable(done.text)}")

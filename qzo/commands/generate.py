@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.commands import data
+from qzo.commands.moved import add_moved, check_moved
 from qzo.errors import QzoError, printable
 from qzo.training.settings import DTYPES
 
@@ -20,7 +21,7 @@ def add_command(commands: Any) -> None:
     """Add `generate` to the subcommands of a parser."""
     parser = commands.add_parser("generate", help="let a model, or the best state of a run, go on with a text")
     parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id; of a run, its best state")
-    parser.add_argument("--base", metavar="MODEL", help="of a run: where its model lies now, if that moved")
+    add_moved(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what to go on from; default: all of stdin")
     parser.add_argument(
         "--chat",
@@ -47,9 +48,10 @@ def run(options: argparse.Namespace) -> None:
 
     sampling = Sampling(options.max_tokens, options.temperature, options.top_p, options.seed)
     source = Path(options.model)
-    tuned = read_tuned(source, model=options.base) if is_tuned(source) else None
-    if tuned is None and (options.base or options.before):
-        raise QzoError(f"--base and --before are for a run, and {options.model} is a model; leave them out")
+    check_moved(options.moved, source, is_tuned(source))
+    tuned = read_tuned(source, model=options.moved) if is_tuned(source) else None
+    if tuned is None and options.before:
+        raise QzoError(f"--before is for a run, and {options.model} is a model; leave it out")
     if options.system is not None and not options.chat:
         raise QzoError("--system is for --chat; leave it out, or chat")
     if options.before and options.chat and options.prompt is None:

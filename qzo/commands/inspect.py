@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qzo.commands.moved import add_moved, check_moved
 from qzo.errors import NotFinite, printable
 from qzo.output import check_output, write_output
 
@@ -20,6 +21,7 @@ def add_command(commands: Any) -> None:
     """Add `inspect` to the subcommands of a parser."""
     parser = commands.add_parser("inspect", help="what a checkpoint holds and whether its scales can be trained")
     parser.add_argument("model", metavar="MODEL", help="folder or .gguf file, of which no codes are read; or a run")
+    add_moved(parser)
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     parser.set_defaults(run=run)
 
@@ -31,7 +33,9 @@ def run(options: argparse.Namespace) -> None:
 
     if options.json:
         check_output(options.json)
-    tuned = read_tuned(Path(options.model)) if is_tuned(Path(options.model)) else None
+    source = Path(options.model)
+    check_moved(options.moved, source, is_tuned(source))
+    tuned = read_tuned(source, model=options.moved) if is_tuned(source) else None
     found = inspect(tuned.model if tuned else options.model)
     about = {}
     if tuned is not None:

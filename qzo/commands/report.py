@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.commands import data
+from qzo.commands.moved import add_moved
 from qzo.errors import QzoError, printable
 
 PAGE, CURVES = "report.html", "curves.png"
@@ -20,7 +21,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--examples", type=int, metavar="N", help="answer N validation rows before and after training, by both models"
     )
-    parser.add_argument("--base", metavar="MODEL", help="for --examples: where the run's model lies now, if that moved")
+    add_moved(parser)
     parser.add_argument("--device", default="cpu", help="for --examples: where to run the models (default cpu)")
     parser.add_argument("--no-peaks", action="store_true", help="do not simulate what other methods would have needed")
     parser.set_defaults(run=run)
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         raise QzoError(f"--out {out} is the name of the picture; name the page otherwise, e.g. {PAGE}")
     check_examples(options.examples, folder, story)
     device = data.device(options.device)
-    answers = examples_of(story, options.examples, options.base, device, tell) if options.examples else []
+    answers = examples_of(story, options.examples, options.moved, device, tell) if options.examples else []
     panels = panels_of(story)
     title = f"{folder.absolute().name}: {story.method}, {story.taken:,} steps"
     picture = curves_png(panels, title, story.passes_a_step, story.passes) if is_drawable() else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.models.loss import IGNORED
+from qzo.models.positions import count_positions
 from qzo.tasks.answers import MOST_LOGITS
 from qzo.tasks.encoding import Batch
 from qzo.tasks.evaluation import Watch, by_length, check_finite, evaluating
@@ -150,10 +151,27 @@ def _written_scores(model: nn.Module, encoder: SequenceEncoder, rows: Several[Ro
     tokenizer = encoder.tokenizer
     stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     wanted = [encoder.last_answer(row) for row in rows]
-    most = min(LONGEST_ANSWER, max(len(row[0].ids) - row[0].last_turn for row in rows))
+    most, room = _longest_answer(rows), count_positions(model)
+    if room is not None and len(rows) > 1 and max(row[0].last_turn for row in rows) + most > room:
+        return _written_apart(model, encoder, rows)
     texts = continued(model, encoder.prompts(rows), tokenizer, stops, most)
     pairs = list(zip(texts, wanted, strict=True))
     return {
         "exact_match": float(sum(normalized(text) == normalized(right) for text, right in pairs)),
         "f1": sum(token_f1(text, right) for text, right in pairs),
     }
+
+
+def _longest_answer(rows: Several[Row]) -> int:
+    return min(LONGEST_ANSWER, max(len(row[0].ids) - row[0].last_turn for row in rows))
+
+
+def _written_apart(model: nn.Module, encoder: SequenceEncoder, rows: Several[Row]) -> dict[str, float]:
+    """`_written_scores` of rows with short prompts, and of the others.
+
+    The longest prompt and the longest answer of several rows may need more positions than the model has; a row does not.
+    """
+    ordered = sorted(rows, key=lambda row: row[0].last_turn)
+    half = len(rows) // 2
+    one, other = (_written_scores(model, encoder, part) for part in (ordered[:half], ordered[half:]))
+    return {name: one[name] + other[name] for name in one}

@@ -99,7 +99,7 @@ def test_a_run_answers_before_and_after(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt", "x", "--before"], "--base and --before are for a run"),
+        (["--prompt", "x", "--before"], "--before is for a run"),
         (["--prompt", "x", "--system", "y"], "--system is for --chat"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", " barn" * 600], "and the model 512 positions; shorten it"),

@@ -122,6 +122,10 @@ def test_a_model_that_moved_is_named_and_its_content_decides(run, source, traine
     monkeypatch.chdir(tmp_path)
     for state in ("best", "last"):
         assert "tuned tensors" in says(capsys, 0, "export", run, state, "--state", state, "--model", "moved")
+    for command in (["inspect", run], ["generate", run, "--prompt", "w5"]):
+        assert "is not there any more" in says(capsys, 2, *command)
+        says(capsys, 0, *command, "--model", "moved")
+        assert "moved is none; leave it out" in says(capsys, 2, command[0], "moved", *command[2:], "--model", "moved")
     export(trained[1], tmp_path / "first")
     assert (tmp_path / "best/model.safetensors").read_bytes() == (tmp_path / "first/model.safetensors").read_bytes()
     assert export(run, "again", model="moved") == len(read_tensors(run / "best.safetensors")[0])

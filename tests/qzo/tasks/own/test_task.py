@@ -11,6 +11,7 @@ from task_files import make_model, make_tokenizer
 from qzo import QzoError, tasks
 from qzo.models.loss import IGNORED
 from qzo.tasks.own.classes import asked_by, label_of, labels_of
+from qzo.tasks.own.encoding import Tokens
 from qzo.tasks.own.kinds import parse_columns
 from qzo.tasks.own.scoring import sequence_loss, token_losses
 from qzo.tasks.own.sequence import preference_row
@@ -237,6 +238,17 @@ def test_written_answers_are_compared_with_those_of_the_rows(tmp_path, tokenizer
     result = objective.evaluate(model, rows[:2], 2, last=True)
     assert result["exact_match"] == 0 and 0 < result["f1"] < 1
     assert "exact_match" not in objective.evaluate(model, rows[:2], 2)
+
+
+def test_prompts_and_answers_that_do_not_go_into_the_positions_together_are_written_apart(
+    tmp_path, tokenizer, model, monkeypatch
+):
+    objective, _ = prepared(tmp_path, "completion", tokenizer)
+    rows = [(Tokens(tuple(range(5, 25)), tuple(column >= begins for column in range(20))),) for begins in (17, 3, 9)]
+    scores = [objective.evaluate(model, [row], 1, last=True) for row in rows]
+    monkeypatch.setattr(model.config, "max_position_embeddings", 20)
+    together = objective.evaluate(model, rows, 3, last=True)
+    assert together["f1"] == pytest.approx(sum(score["f1"] for score in scores) / 3)
 
 
 def test_columns_are_named_by_field():
