@@ -10,7 +10,7 @@ import torch
 from qzo.errors import QzoError
 from qzo.files.folder import one_line
 from qzo.files.names import TEXT_PARTS
-from qzo.models.causal import check_causal, check_whole
+from qzo.models.causal import check_causal, check_decoder, check_whole
 from qzo.quiet import quiet_libraries
 
 CAUSAL = "AutoModelForCausalLM"
@@ -42,6 +42,8 @@ def build(folder: Path, dtype: torch.dtype, part: bool) -> tuple[Any, bool]:
             if is_part:
                 model = _text_part(config, text, folder, dtype)
             else:
+                if is_causal:
+                    check_decoder(folder, config)
                 model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
     except QzoError as error:
         raise QzoError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from error
@@ -86,6 +88,7 @@ def _text_part(config: Any, text: Any, folder: Path, dtype: torch.dtype) -> Any:
     if type(text) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM.from_config(text, dtype=dtype, trust_remote_code=False)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
+        check_decoder(folder, config)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
     base = getattr(model, model.base_model_prefix, model)

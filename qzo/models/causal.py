@@ -48,6 +48,17 @@ def check_whole(place: Path, config: Any) -> None:
         )
 
 
+def check_decoder(place: Path, config: Any) -> None:
+    """Raise QzoError for a model of which transformers makes no causal language model: DistilBERT, CLIP, ViT."""
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise QzoError(
+            f'{place}: model_type "{_kind(config)}" has no causal language model in transformers, only an encoder or a '
+            f"model of something else; {REMEDY}"
+        )
+
+
 def _kind(config: Any) -> str:
     return str(getattr(config, "model_type", type(config).__name__))
 

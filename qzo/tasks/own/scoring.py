@@ -169,7 +169,7 @@ def _longest_answer(rows: Several[Row]) -> int:
 def _written_apart(model: nn.Module, encoder: SequenceEncoder, rows: Several[Row]) -> dict[str, float]:
     """`_written_scores` of rows with short prompts, and of the others.
 
-    The longest prompt and the longest answer of several rows may need more positions than the model has; a row does not.
+    The longest prompt and the longest answer of several may need more positions than the model has; one row does not.
     """
     ordered = sorted(rows, key=lambda row: row[0].last_turn)
     half = len(rows) // 2

@@ -21,6 +21,7 @@ from qzo.checkpoints.inspect import inspect
 from qzo.checkpoints.save import save
 from qzo.commands.main import main
 from qzo.errors import QzoError
+from qzo.models.build import build
 from qzo.models.causal import check_causal, check_whole
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -114,3 +115,10 @@ def test_a_quantized_encoder_is_refused_too(tmp_path):
     with pytest.raises(QzoError, match="is_decoder is false"):
         qzo.load(tmp_path / "model")
     assert "is_decoder is false" in str(inspect(tmp_path / "model").reason)
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "deberta-v2", "clip", "vit"])
+def test_a_kind_without_a_language_model_is_named(kind, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(QzoError, match=rf'model_type "{kind}" has no causal language model .*; give a decoder'):
+        build(tmp_path, torch.float32, part=True)
