@@ -27,20 +27,20 @@ def run(options: argparse.Namespace) -> None:
     from qzo.checkpoints.load import load
     from qzo.checkpoints.save import save
     from qzo.durable import check_target
-    from qzo.journal.header import check_device, check_header
+    from qzo.journal.header import check_header, device_of
     from qzo.journal.lines import read
     from qzo.journal.replay import replay
 
     journal = Path(options.journal)
     header = read(journal).header
     check_header(journal, header)
-    check_device(journal, header)
+    device = device_of(journal, header)
     if options.out and header["optimizer"] != "QZO":
         raise QzoError(f"{journal} is of {header['optimizer']}; only a quantized model can be written, leave OUT away")
     if options.out:
         check_target(Path(options.out))
     packed = header["optimizer"] == "QZO"  # a .gguf file's blocks, where its scales were tuned
-    model = load(options.model, getattr(torch, header["dtype"]), header["device"], dequantize=not packed)
+    model = load(options.model, getattr(torch, header["dtype"]), device, dequantize=not packed)
     optimizer, notices = replay(model, journal, snapshot=not options.no_snapshot)
     for notice in notices:
         print(f"notice: {printable(notice)}", file=sys.stderr)

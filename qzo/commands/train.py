@@ -8,7 +8,7 @@ from typing import Any
 
 from qzo.commands import data
 from qzo.errors import printable, required
-from qzo.optim.estimator import SIDES
+from qzo.optim.estimator import NOISE, SIDES
 from qzo.training.presets import PRESETS, usual_preset
 from qzo.training.settings import AUTO, DTYPES, METHODS, SCHEDULERS, UPDATES, TrainSettings
 
@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "directions": (int, "random directions a step"),
         "estimator": (SIDES, "losses on both sides of each direction, on one and a common one, or on one among others"),
         "normalize": (bool, "divide d by the spread of the losses over the directions"),
+        "noise": (tuple(NOISE), "where random directions come from; philox: the same on every device"),
         "centering": (float, "share of the label words' mean over the batch that is left out of the loss"),
         "layers": (str, "train these decoder layers only, FIRST-LAST, e.g. 14-24; auto: as the kind of data suits"),
     },

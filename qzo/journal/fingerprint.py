@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo.live.scales import quantized_layers
+from qzo.optim.estimator import Estimator
 from qzo.optim.noise import full_noise
 from qzo.optim.spsa import SpsaOptimizer
 
@@ -41,7 +42,9 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return total.hexdigest()
 
 
-def noise_fingerprint(device: torch.device, distribution: str) -> str:
-    """SHA-256 of z for one fixed key: other on another kind of device, and where PyTorch's generator changed."""
-    z = full_noise(torch.Size([5000]), 0, 0, 0, device, 0, distribution)
+def noise_fingerprint(device: torch.device, estimator: Estimator) -> str:
+    """SHA-256 of z for one fixed key: of a generator other on another kind of device, and where PyTorch's changed; of
+    Philox everywhere the same.
+    """
+    z = full_noise(torch.Size([5000]), 0, 0, 0, device, 0, estimator.distribution, estimator.noise)
     return digest([("z", z)])

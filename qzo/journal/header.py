@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def describe(model: nn.Module, optimizer: SpsaOptimizer) -> dict[str, Any]:
     return {
         "qzo_journal": VERSION,
         "model": model_hash(model, optimizer),
-        "noise": noise_fingerprint(device, optimizer.estimator.distribution),
+        "noise": noise_fingerprint(device, optimizer.estimator),
         **{name: value for name, value in zip(("source", "base"), _files(model), strict=True) if value},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -59,7 +58,7 @@ def describe(model: nn.Module, optimizer: SpsaOptimizer) -> dict[str, Any]:
         "dtype": str(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))[6:],
         "optimizer": kind,
         "seed": optimizer.seed,
-        "estimator": asdict(optimizer.estimator),
+        "estimator": optimizer.estimator.options(),
         "offsets": [name for _, name, _, t in optimizer._tensors() if t in getattr(optimizer, "_offsets", {})],
         "groups": groups,
     }
@@ -111,14 +110,26 @@ def _files(model: nn.Module) -> tuple[str | None, str | None]:
     return (identity.get(MODEL), identity[BASE]) if BASE in identity else (None, None)
 
 
-def check_device(path: Path, header: dict[str, Any]) -> None:
-    """Raise QzoError where a journal was made on a kind of device that is not here: its z cannot be drawn again."""
-    device = header["device"]
-    if device != "cpu" and not getattr(torch, device).is_available():
-        raise QzoError(
-            f"{path} was made on {device}, which this machine does not have, and z is drawn otherwise elsewhere; "
-            f"replay it on a machine with {device}"
-        )
+def device_of(path: Path, header: dict[str, Any]) -> str:
+    """The kind of device to replay a journal on: that it was made on, or the CPU where any does.
+
+    Raises QzoError where it is not here, and z cannot be drawn again, or Adam not be repeated, anywhere else.
+    """
+    device = str(header["device"])
+    if device == "cpu" or getattr(torch, device).is_available():
+        return device
+    is_drawn = header["estimator"].get("noise") == "philox"
+    if is_drawn and not _has_adam(header):
+        return "cpu"
+    reason = "Adam's roots and quotients are rounded" if is_drawn else "z is drawn"
+    raise QzoError(
+        f"{path} was made on {device}, which this machine does not have, and {reason} otherwise elsewhere; replay it "
+        f"on a machine with {device}"
+    )
+
+
+def _has_adam(header: dict[str, Any]) -> bool:
+    return any(group.get("betas") for group in header["groups"])
 
 
 def check_same(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
@@ -136,6 +147,11 @@ def check_same(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
             f"{path} was begun on {saved.get('source')} with the content {str(saved['base'])[:12]}, and "
             f"{own.get('source')} has {own['base'][:12]}: the codes are the same, other tensors are not; give "
             "the model it was begun on"
+        )
+    if saved["device"] != own["device"] and _has_adam(saved):
+        raise QzoError(
+            f"{path} was made on {saved['device']} and this is {own['device']}, where Adam's roots and quotients are "
+            f"rounded otherwise; give a model on {saved['device']}"
         )
     for key in ("optimizer", "seed", "estimator"):
         if saved[key] != own[key]:

@@ -46,7 +46,8 @@ def replay(model: nn.Module, path: str | os.PathLike[str], snapshot: bool = True
     notices (a torn last line that was dropped, a snapshot that was not used).
 
     Args:
-        model: as loaded, of the dtype and on the kind of device that the journal was made with.
+        model: as loaded, of the dtype that the journal was made with and, unless its noise is Philox's, on that kind of
+            device.
         path: the journal; it is not changed.
         snapshot: False replays every step even where a snapshot would save some.
 

@@ -1,10 +1,11 @@
-"""Weights from packed codes, and products with them, on a CPU by compiled code (qzo/kernels/csrc).
+"""Weights from packed codes, products with them, and z, on a CPU by compiled code (qzo/kernels/csrc).
 
 Here of codes that lie along the columns of a weight [N, K], as GPTQ has them; along its rows: by_row.py.
 
 Installing the package compiles it where there is a compiler. PyTorch's operators do the same work elsewhere: they come
-to the same weights, bit for bit, in five passes over them, where compiled code needs one; and a product by compiled
-code rebuilds a layer in parts that stay within the cache, so that it costs no more than one with a dense weight.
+to the same weights and the same z, bit for bit, in five passes over weights, where compiled code needs one; and a
+product by compiled code rebuilds a layer in parts that stay within the cache, so that it costs no more than one with a
+dense weight.
 """
 
 from __future__ import annotations
@@ -235,6 +236,7 @@ def library() -> Any:
         return None
     try:
         loaded = ctypes.CDLL(str(path))
+        _ = loaded.qzo_draw
         if (loaded.qzo_codes_bytes(), loaded.qzo_rows_bytes()) != (ctypes.sizeof(_Codes), ctypes.sizeof(RowsStruct)):
             return None
     except (OSError, AttributeError):
@@ -247,6 +249,9 @@ def library() -> Any:
     loaded.qzo_multiply.argtypes = [codes, *product]
     loaded.qzo_multiply_by_row.argtypes = [rows, *product]
     loaded.qzo_panel_columns.restype = size
+    word = ctypes.c_uint32
+    loaded.qzo_draw.argtypes = [pointer, size, size, ctypes.c_uint64, word, word, word, number, number]
+    loaded.qzo_draw.restype = None
     return loaded
 
 

@@ -21,7 +21,8 @@ may have 2**35 elements.
 of 19.6 % and each end 1 in 65,536; kurtosis 3 - 2/16 = 2.875 (normal: 3, Rademacher: 1), no tail beyond 4 (of a normal
 number 1 in 16,000 is there). Sixteen bits, so that half the standard deviation is 1: z is exact in bf16 and fp16 too.
 
-Here it is by PyTorch's operators, in int64 with masks, on any device.
+Here it is by PyTorch's operators, in int64 with masks, on any device; on a CPU compiled code does the same, a tenth of
+a nanosecond an element for "rademacher" and 0.7 for "binomial", where operators need 10 and 20.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from qzo.errors import QzoError
+from qzo.kernels import native
 
 BITS = {"rademacher": 1, "binomial": 16}  # of the stream that make an element
 LANES = 16
@@ -40,8 +43,9 @@ BLOCK_BITS = 128
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key grows by, a round
 ROUNDS = 10
-WORD = 2**32 - 1
+WORD, SEED = 2**32 - 1, 2**64 - 1
 PIECE = 2**18  # elements at a time: 2.5 MiB of words for "binomial", 1 MiB of z where a range ends within a tile
+LEAST_DRAWN = 2**16  # elements, from which on it is worth to wake the other threads
 
 
 class Stream(NamedTuple):
@@ -67,6 +71,23 @@ class Stream(NamedTuple):
 def tile_elements(distribution: str) -> int:
     """Elements that 16 blocks make."""
     return LANES * BLOCK_BITS // BITS[distribution]
+
+
+def draw(out: Tensor, start: int, stream: Stream, distribution: str) -> None:
+    """As `draw_by_operators`, by whatever is quickest here; which it is makes no difference to z."""
+    if not can_draw(out):
+        draw_by_operators(out, start, stream, distribution)
+        return
+    check_end(start + len(out), distribution)
+    counter, threads = stream.counter(), native.threads_for(len(out), LEAST_DRAWN)
+    if not isinstance(out, FakeTensor):
+        seed, bits = stream.seed & SEED, BITS[distribution]
+        native.library().qzo_draw(out.data_ptr(), start, len(out), seed, *counter, bits, threads)
+
+
+def can_draw(out: Tensor) -> bool:
+    """Whether compiled code writes z to `out`."""
+    return native.takes(out) and out.dtype == torch.float32 and out.dim() == 1 and out.is_contiguous()
 
 
 def draw_by_operators(out: Tensor, start: int, stream: Stream, distribution: str) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from qzo.errors import QzoError
 
-DISTRIBUTIONS = ("gaussian", "rademacher")  # of z
+# Where z comes from, and what it may be, by default the first: PyTorch's generator, which every kind of device has of
+# its own, or Philox, the same on all of them, see qzo.optim.noise.
+NOISE = {"generator": ("gaussian", "rademacher"), "philox": ("binomial", "rademacher")}
 SIDES = ("two-sided", "one-sided", "population")
 Losses = tuple[float, float]  # of one direction: at θ + eps z, and at θ - eps z, at θ, or the mean of the others'
 
@@ -40,12 +43,16 @@ class Estimator:
     distribution: str = "gaussian"
     sides: str = "two-sided"
     normalize: bool = False
+    noise: str = "generator"
 
     def __post_init__(self) -> None:
         if not isinstance(self.directions, int) or self.directions < 1:
             raise QzoError(f"directions={self.directions!r} is not a positive whole number")
-        if self.distribution not in DISTRIBUTIONS:
-            raise QzoError(f'distribution="{self.distribution}" is not known; choose "gaussian" or "rademacher"')
+        usual, other = usual_of(self.noise), NOISE[self.noise][1]
+        if self.distribution not in (usual, other):
+            raise QzoError(
+                f'distribution="{self.distribution}" is not one of noise="{self.noise}"; choose "{usual}" or "{other}"'
+            )
         if self.sides not in SIDES:
             raise QzoError(f'estimator="{self.sides}" is not known; choose "two-sided" or "one-sided"')
         if self.sides == "population" and self.directions < 2:
@@ -54,6 +61,10 @@ class Estimator:
             raise QzoError(
                 'normalize=True needs estimator="one-sided" or "population" and directions >= 2, for a spread of losses'
             )
+
+    def options(self) -> dict[str, Any]:
+        """All of it, for JSON; noise="generator" goes without saying, as before there was another."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("noise", "generator")}
 
     def measure(self, loss_at: Callable[[int, int], float]) -> list[Losses]:
         """Losses of each direction; `loss_at(direction, sign)` evaluates at θ + sign * eps * z, θ itself for 0."""
@@ -85,6 +96,13 @@ class Estimator:
         if self.sides == "population":
             return sum(plus for plus, _ in losses) / len(losses)
         return sum(plus + minus for plus, minus in losses) / (2 * len(losses))
+
+
+def usual_of(noise: str) -> str:
+    """The distribution that z of this noise has by default. Raises QzoError for a noise that is not known."""
+    if noise not in NOISE:
+        raise QzoError(f'noise="{noise}" is not known; choose "generator" or "philox"')
+    return NOISE[noise][0]
 
 
 def _mean_of_others(losses: list[float], number: int) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.optim.estimator import Estimator
+from qzo.optim.estimator import Estimator, usual_of
 from qzo.optim.guards.reach import LARGEST_Z, largest_of
 from qzo.optim.noise import chunk_elements
 from qzo.optim.spsa import Applied, Parameters, SpsaOptimizer, flat
@@ -41,7 +41,7 @@ class MeZO(SpsaOptimizer):
         named_parameters: `model.named_parameters()`, or tensors, name -> tensor, parameter groups. All are trained,
             whatever their `requires_grad`; a tensor named twice is trained once.
         lr, eps, clip_threshold, seed: as in QZO; clipping is off by default.
-        directions, distribution, estimator, normalize, max_skipped: as in QZO.
+        directions, distribution, estimator, normalize, noise, max_skipped: as in QZO.
         exact: False leaves the undo list out: the classic arithmetic, whose rounding errors stay in the weights (3.7e-5
             rms after ten steps in bf16, as above). It reads no data, so it is the one that runs on `meta`.
 
@@ -59,15 +59,16 @@ class MeZO(SpsaOptimizer):
         exact: bool = True,
         *,
         directions: int = 1,
-        distribution: str = "gaussian",
+        distribution: str | None = None,
         estimator: str = "two-sided",
         normalize: bool = False,
+        noise: str = "generator",
         max_skipped: int | None = 10,
     ) -> None:
         self.exact = exact
         self._moved: dict[tuple[int, int], Moved] = {}  # by tensor index and first element; empty between steps
         self._along = 0  # the direction that the moved chunks stand on
-        measured = Estimator(directions, distribution, estimator, normalize)
+        measured = Estimator(directions, distribution or usual_of(noise), estimator, normalize, noise)
         super().__init__(named_parameters, seed, measured, max_skipped, lr=lr, eps=eps, clip_threshold=clip_threshold)
 
     def truth(self) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ class MeZO(SpsaOptimizer):
         for index, _, number, tensor in self._tensors():
             group = self.param_groups[number]
             weights = flat(tensor)
-            size = min(tensor.numel(), chunk_elements(tensor.numel()))
+            size = min(tensor.numel(), chunk_elements(tensor.numel(), self.estimator.noise))
             work = torch.empty(size, dtype=torch.float32, device=tensor.device)
             distances = [-group["lr"] * d / len(applied[number]) for d in applied[number]] if applied else []
             several = len(distances) > 1

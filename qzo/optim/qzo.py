@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.optim import offsets, rules
-from qzo.optim.estimator import Estimator
+from qzo.optim.estimator import Estimator, usual_of
 from qzo.optim.groups import Group, check_sign, has_negative
 from qzo.optim.guards.eps import check_eps, typical
 from qzo.optim.guards.idle import Idle
@@ -51,6 +51,9 @@ class QZO(SpsaOptimizer):
         momentum, betas, adam_eps: momentum, or Adam, on the masters, see `qzo.optim.rules`; None, no Adam. 4 or 8 bytes
             a scale.
         directions, distribution, estimator, normalize: how d is measured, see `qzo.optim.estimator.Estimator`.
+        noise: where z comes from. "generator": PyTorch's, "gaussian" by default or "rademacher", other numbers on a CPU
+            than on CUDA. "philox": "binomial" by default or "rademacher", the same to the bit on every device, for a
+            fifth of the time on a CPU; a journal then replays anywhere, see `qzo.kernels.philox`.
         max_skipped: losses in a row that are not finite before training stops with an error; None, never.
 
     `last` tells what the last step saw, `direction()` its z. Extra memory in a step: one chunk of z, a second one with
@@ -79,9 +82,10 @@ class QZO(SpsaOptimizer):
         betas: tuple[float, float] | None = None,
         adam_eps: float = 1e-8,
         directions: int = 1,
-        distribution: str = "gaussian",
+        distribution: str | None = None,
         estimator: str = "two-sided",
         normalize: bool = False,
+        noise: str = "generator",
         max_skipped: int | None = 10,
     ) -> None:
         self._offsets: dict[Tensor, Tensor] = {}  # scale -> the live offset that follows it
@@ -90,7 +94,7 @@ class QZO(SpsaOptimizer):
         super().__init__(
             scales,
             seed,
-            Estimator(directions, distribution, estimator, normalize),
+            Estimator(directions, distribution or usual_of(noise), estimator, normalize, noise),
             max_skipped,
             lr=lr,
             eps=eps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -226,9 +226,9 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
             raise QzoError("no step was taken yet; call step(closure) first")
         if not 0 <= number < self.estimator.directions:
             raise QzoError(f"direction {number} of {self.estimator.directions}; they count from 0")
-        key, distribution = (self.seed, self.steps - 1), self.estimator.distribution
+        key, of = (self.seed, self.steps - 1), self.estimator
         return {
-            name: full_noise(tensor.shape, *key, index, tensor.device, number, distribution)
+            name: full_noise(tensor.shape, *key, index, tensor.device, number, of.distribution, of.noise)
             for index, name, _, tensor in self._tensors()
         }
 
@@ -278,20 +278,20 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
 
     def _noise(self, index: int, tensor: Tensor, direction: int) -> Iterator[tuple[Tensor, slice]]:
         """z of the current step and the elements of the flat tensor that it belongs to."""
-        key, distribution = (self.seed, self.steps, index), self.estimator.distribution
-        for start, z in noise_chunks(tensor.numel(), *key, tensor.device, direction, distribution, self.least_noise):
+        key, of = (self.seed, self.steps, index), (self.estimator.distribution, self.least_noise, self.estimator.noise)
+        for start, z in noise_chunks(tensor.numel(), *key, tensor.device, direction, *of):
             yield z, slice(start, start + len(z))
 
     def _mixed(self, index: int, tensor: Tensor, factors: list[float]) -> Iterator[tuple[Tensor, slice]]:
         """Σ_j factors[j] z_j of the current step and the elements that it belongs to."""
-        key, distribution = (self.seed, self.steps, index), self.estimator.distribution
-        for start, mixed in mixed_chunks(tensor.numel(), *key, tensor.device, factors, distribution, self.least_noise):
+        key, of = (self.seed, self.steps, index), (self.estimator.distribution, self.least_noise, self.estimator.noise)
+        for start, mixed in mixed_chunks(tensor.numel(), *key, tensor.device, factors, *of):
             yield mixed, slice(start, start + len(mixed))
 
     def state_dict(self) -> dict[str, Any]:
         """PyTorch's state dict with what makes z and the counters added: a resumed run goes on bit for bit."""
         counters = {name: getattr(self, name) for name in COUNTERS}
-        return {**super().state_dict(), "seed": self.seed, **counters, "estimator": asdict(self.estimator)}
+        return {**super().state_dict(), "seed": self.seed, **counters, "estimator": self.estimator.options()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over options, seed, counters and state. Raises QzoError for another optimizer's or model's dict."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from qzo.errors import QzoError
-from qzo.optim.estimator import SIDES, Estimator
+from qzo.optim.estimator import NOISE, SIDES, Estimator, usual_of
 
 # lr and C of a method where none is given: of the paper, of MeZO's, and what is usual for AdamW
 DEFAULTS: dict[str, tuple[float, float]] = {
@@ -53,6 +53,8 @@ class TrainSettings:
             "population" takes each against the mean of the others, so that n directions cost n.
         normalize: zeroth order only: divide d by the spread of the losses over the directions of a step, whatever size
             they have; a step then moves each number by about lr / (eps sqrt(directions)).
+        noise: zeroth order only: "generator", z of PyTorch's own; "philox", the same z on every device, so that a run's
+            journal replays on any, see `qzo.QZO`.
         centering: share of the label words' mean over the batch that the loss leaves out, see `qzo.tasks.loss`.
         update: qzo only: "sgd" as in the paper, "momentum" 0.9, or "adam" with betas 0.9 and 0.999.
         scheduler: of the learning rate over `steps`: "constant", "linear" down to 0, or half a "cosine" down to 0.
@@ -81,6 +83,7 @@ class TrainSettings:
     directions: int = 1
     estimator: str = "two-sided"
     normalize: bool = False
+    noise: str = "generator"
     centering: float = 0.0
     update: str = "sgd"
     scheduler: str = "constant"
@@ -100,6 +103,7 @@ class TrainSettings:
             "scheduler": SCHEDULERS,
             "dtype": (None, *DTYPES),
             "estimator": SIDES,
+            "noise": tuple(NOISE),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -144,7 +148,7 @@ class TrainSettings:
     def _check_method(self) -> None:
         """Options that a method would silently ignore."""
         unused: dict[str, tuple[str, ...]] = {"update": ("qzo",), "relative": ("qzo",)}
-        unused |= dict.fromkeys(("eps", "directions", "estimator", "normalize", "layers"), ZEROTH_ORDER)
+        unused |= dict.fromkeys(("eps", "directions", "estimator", "normalize", "noise", "layers"), ZEROTH_ORDER)
         for name, methods in unused.items():
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default and self.method not in methods:
@@ -162,7 +166,7 @@ class TrainSettings:
 
     def _check_estimator(self) -> None:
         """Ways to measure d that do not fit together."""
-        Estimator(self.directions, sides=self.estimator, normalize=self.normalize)
+        Estimator(self.directions, usual_of(self.noise), self.estimator, self.normalize, self.noise)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step `step`, which counts from 0: a function of the step, so a resume needs no state."""
@@ -188,7 +192,7 @@ class TrainSettings:
         clip = None if clip is None or (isinstance(clip, float) and math.isinf(clip)) else clip
         common = {"lr": self.lr, "eps": self.eps, "clip_threshold": clip, "seed": self.seed}
         own = {"relative": self.relative, **UPDATES[self.update]} if self.method == "qzo" else {}
-        measured = {"directions": self.directions, "estimator": self.estimator, "normalize": self.normalize}
+        measured = {name: getattr(self, name) for name in ("directions", "estimator", "normalize", "noise")}
         return {**common, **measured, **own}
 
     def to_json(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from qzo.checkpoints.identity import check_base
 from qzo.checkpoints.load import load
 from qzo.durable import read_tensors
 from qzo.errors import QzoError
-from qzo.journal.header import check_device, check_header, check_same, describe, rebuild
+from qzo.journal.header import check_header, check_same, describe, device_of, rebuild
 from qzo.journal.lines import read
 from qzo.journal.replay import replay
 from qzo.live.adapters import put_adapters
@@ -129,8 +129,8 @@ def put_best(model: nn.Module, folder: Path) -> None:
 def _replayed(source: Path, place: str, settings: dict[str, Any]) -> Tuned:
     header = read(source / JOURNAL).header
     check_header(source / JOURNAL, header)
-    check_device(source / JOURNAL, header)
-    optimizer, _ = replay(untuned(place, settings, device=header["device"]), source / JOURNAL)
+    device = device_of(source / JOURNAL, header)
+    optimizer, _ = replay(untuned(place, settings, device=device), source / JOURNAL)
     return Tuned(source, place, live_tensors(optimizer), optimizer.steps, settings)
 
 

@@ -1,12 +1,8 @@
 /* Rows of a weight from its codes, in one pass over them. */
 #include "codes.h"
+#include "cpus.h"
 #include "rows.h"
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define FOR_EACH_CPU __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
 #define TILE 256 /* columns of AWQ that are unpacked at a time */
 
 FOR_EACH_CPU static void bf16_row(const Row *row, uint16_t *restrict out, int64_t n) {

@@ -241,10 +241,12 @@ def test_layers_that_are_not_named_stay_as_they_were(task, models, tmp_path, met
 
 
 @pytest.mark.parametrize("method", ["qzo", "mezo"])
-def test_the_dtype_asked_for_is_that_of_run_and_replay(task, models, tmp_path, capsys, method):
-    command = ["train", models[METHODS[method]], *SMALL, "--method", method, "--lr", "1e-3", "--dtype", "float32"]
+def test_dtype_and_noise_asked_for_are_those_of_run_and_replay(task, models, tmp_path, capsys, method):
+    command = ["train", models[METHODS[method]], *SMALL, "--method", method, "--lr", "1e-3", "--noise", "philox"]
+    command += ["--dtype", "float32"]
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
-    assert journal_lines.read(tmp_path / "run/run.journal").header["dtype"] == "float32"
+    header = journal_lines.read(tmp_path / "run/run.journal").header
+    assert header["dtype"] == "float32" and header["estimator"]["noise"] == "philox"
     assert main([*command, "--out", str(tmp_path / "run"), "--resume"]) == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "tuned"), "--state", "last"]) == 0
     assert main([*command[:-1], "bfloat16", "--out", str(tmp_path / "run"), "--resume"]) == 2
@@ -274,7 +276,7 @@ def test_a_run_of_a_version_without_a_setting_goes_on_with_its_default(task, mod
     out = ["--out", str(tmp_path / "run")]
     assert main(["train", models["quantized"], *SMALL, *out]) == 0
     about = json.loads((tmp_path / "run/run.json").read_text())
-    del about["settings"]["centering"], about["settings"]["estimator"]
+    del about["settings"]["centering"], about["settings"]["estimator"], about["settings"]["noise"]
     (tmp_path / "run/run.json").write_text(json.dumps(about))
     assert main(["train", models["quantized"], *SMALL, *out, "--resume", "--steps", "7"]) == 0
     assert main(["train", models["quantized"], *SMALL, *out, "--resume", "--centering", "0.5"]) == 2
@@ -321,6 +323,7 @@ def test_a_run_that_fails_before_its_first_validation_leaves_its_place_free(task
         ("plain", ["--method", "ft", "--layers", "0-1"], 'layers=0-1 is for qzo and mezo, not for "ft"'),
         ("quantized", ["--centering", "1"], "centering=1.0 is not in [0, 1); choose e.g. 0.7, or 0 for none"),
         ("plain", ["--method", "ft", "--estimator", "one-sided"], "estimator=one-sided is for qzo and mezo, not for"),
+        ("plain", ["--method", "ft", "--noise", "philox"], 'noise=philox is for qzo and mezo, not for "ft"'),
         ("quantized", ["--patience", "0"], "patience=0 is not a positive whole number"),
         ("plain", ["--method", "mezo", "--relative"], 'relative=True is for qzo, not for "mezo"'),
         ("plain", ["--method", "ft", "--eps", "1e-2"], 'eps=0.01 is for qzo and mezo, not for "ft"'),

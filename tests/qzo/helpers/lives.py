@@ -24,6 +24,7 @@ MOST = 9  # steps of a life that is to be killed, after which it waits for that:
 OPTIONS = {
     "plain": {},
     "momentum": {"momentum": 0.9},
+    "philox": {"noise": "philox", "directions": 2},
     "adam": {"betas": (0.9, 0.99), "lr": 1e-4, "directions": 2, "relative": True},
 }
 

@@ -15,12 +15,13 @@ from qzo import QZO, Journal, QzoError, load, replay, scales
 from qzo.commands.main import main
 from qzo.durable import read_tensors, write_tensors
 from qzo.journal import lines
+from qzo.journal.header import device_of
 from qzo.journal.snapshot import snapshot_path
 
 
-def begun(path, steps=3, **options):
+def begun(path, steps=3, qzo_options=None, **options):
     model = Tiny(torch.float16)
-    optimizer = QZO(scales(model), lr=1e-4)
+    optimizer = QZO(scales(model), lr=1e-4, **(qzo_options or {}))
     with Journal(path, model, optimizer, **options) as journal:
         for step in range(steps):
             optimizer.step(lambda: float("nan") if step == 1 else model.loss(step))  # noqa: B023
@@ -79,6 +80,36 @@ def test_a_journal_of_a_machine_with_a_gpu_says_so_without_one(tmp_path, capsys,
     assert main(["replay", str(tmp_path / "model"), str(tmp_path / "j")]) == 2
     line = capsys.readouterr().err
     assert "was made on cuda, which this machine does not have" in line and line.count("\n") == 1
+
+
+def test_a_journal_of_a_gpu_replays_on_a_cpu_where_its_noise_is_that_of_every_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tuned = begun(tmp_path / "j", qzo_options={"noise": "philox", "momentum": 0.5, "directions": 2}).truth()
+    header = lines.read(tmp_path / "j").header
+    assert header["estimator"]["noise"] == "philox" and header["estimator"]["distribution"] == "binomial"
+    with_header(tmp_path / "j", lambda header: header.update(device="cuda"))
+    header = lines.read(tmp_path / "j").header
+    assert device_of(tmp_path / "j", header) == "cpu"
+    again, _ = replay(Tiny(torch.float16), tmp_path / "j")
+    assert again.estimator.noise == "philox"
+    assert all(torch.equal(value, tuned[name]) for name, value in again.truth().items())
+
+
+def test_adam_and_the_generator_are_not_repeated_on_another_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, options in (("adam", {"noise": "philox", "betas": (0.9, 0.99)}), ("generator", {})):
+        begun(tmp_path / name, qzo_options=options)
+        with_header(tmp_path / name, lambda header: header.update(device="cuda"))
+        with pytest.raises(QzoError, match="was made on cuda, which this machine does not have"):
+            device_of(tmp_path / name, lines.read(tmp_path / name).header)
+    with pytest.raises(QzoError, match="made on cuda and this is cpu, where Adam's roots"):
+        replay(Tiny(torch.float16), tmp_path / "adam")
+
+
+def test_a_journal_of_the_generator_says_nothing_that_earlier_versions_do_not_know(tmp_path):
+    begun(tmp_path / "j", 1)
+    known = {"directions", "distribution", "sides", "normalize"}
+    assert lines.read(tmp_path / "j").header["estimator"].keys() == known
 
 
 def test_threads_and_carrier_are_recorded_and_told_where_they_differ(tmp_path):

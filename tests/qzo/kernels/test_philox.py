@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from reference import philox_block, z_of
 
 from qzo.errors import QzoError
-from qzo.kernels import philox
-from qzo.kernels.philox import BITS, Stream, draw_by_operators, philox4x32, tile_elements
+from qzo.kernels import native, philox
+from qzo.kernels.philox import BITS, Stream, draw, draw_by_operators, philox4x32, tile_elements
+
+compiled = pytest.mark.skipif(not native.is_compiled(), reason="the package was installed without a compiler")
 
 ALL = 2**32 - 1
 # philox4x32 10 of kat_vectors in Random123 (github.com/DEShawResearch/random123): counter, key, and the four words.
@@ -27,31 +30,13 @@ def drawn(numel, start=0, distribution="binomial", stream=STREAM, dtype=torch.fl
     return z
 
 
-def block(counter, key):
-    """As Salmon et al. write it, with Python's integers."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        first, second = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & ALL, (first >> 32) ^ c3 ^ k1, first & ALL
-        k0, k1 = (k0 + 0x9E3779B9) & ALL, (k1 + 0xBB67AE85) & ALL
-    return c0, c1, c2, c3
-
-
 def by_definition(element, distribution, stream):
-    bits = {"rademacher": 1, "binomial": 16}[distribution]
-    share = 128 // bits
-    seed = stream.seed % 2**64
-    counter = (16 * (element // (16 * share)) + element % 16, stream.tensor, stream.direction, stream.step)
-    words = block(counter, (seed % 2**32, seed // 2**32))
-    part = element // 16 % share * bits
-    count = (words[part // 32] >> part % 32 & 2**bits - 1).bit_count()
-    return {"rademacher": 2 * count - 1, "binomial": (count - 8) / 2}[distribution]
+    return z_of(element, distribution, *stream)
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), PUBLISHED)
 def test_published_words_come_out(counter, key, words):
-    assert block(counter, key) == words
+    assert philox_block(counter, key) == words
     found = philox4x32(torch.tensor(counter)[:, None].repeat(1, 3), key)
     assert found.tolist() == [[word] * 3 for word in words]
 
@@ -77,6 +62,34 @@ def test_any_range_of_z_is_that_part_of_all_of_it(distribution, start, numel, mo
     whole = drawn(5001, 0, distribution)
     monkeypatch.setattr(philox, "PIECE", tile_elements(distribution))  # one tile at a time
     assert torch.equal(drawn(numel, start, distribution), whole[start : start + numel])
+
+
+@compiled
+@pytest.mark.parametrize("distribution", BITS)
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_compiled_code_draws_the_same_whatever_range_and_threads(distribution, threads, monkeypatch):
+    monkeypatch.setattr(philox, "LEAST_DRAWN", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    whole = drawn(70_000, 0, distribution)
+    for start, numel in [(0, 0), (0, 70_000), (5, 1), (17, 100), (127, 2), (128, 2048), (2047, 2050), (30_001, 39_000)]:
+        z = torch.full((numel + 2,), torch.nan)
+        assert philox.can_draw(z[1:-1])
+        draw(z[1:-1], start, STREAM, distribution)
+        assert torch.equal(z[1:-1], whole[start : start + numel]) and z[[0, -1]].isnan().all()
+    for stream, start in ((Stream(2**64 - 1, ALL, ALL, ALL), 9), (STREAM, 2**35 - 3000)):
+        z = torch.empty(3000)
+        draw(z, start, stream, distribution)
+        assert torch.equal(z, drawn(3000, start, distribution, stream))
+
+
+@compiled
+def test_what_compiled_code_does_not_write_operators_do():
+    for out in (torch.empty(9, dtype=torch.bfloat16), torch.empty(18)[::2], torch.empty(9, device="meta")):
+        assert not philox.can_draw(out)
+        draw(out, 3, STREAM, "binomial")
+        assert out.is_meta or torch.equal(out.float(), drawn(9, 3))
+    with native.by_operators():
+        assert not philox.can_draw(torch.empty(9))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

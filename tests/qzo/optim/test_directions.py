@@ -218,6 +218,9 @@ def test_one_bad_loss_among_several_directions_or_batches_skips_the_step():
         ({"directions": 0}, "directions=0"),
         ({"directions": 1.5}, "directions=1.5"),
         ({"distribution": "uniform"}, 'choose "gaussian" or "rademacher"'),
+        ({"distribution": "binomial"}, 'not one of noise="generator"; choose "gaussian" or "rademacher"'),
+        ({"noise": "philox", "distribution": "gaussian"}, 'noise="philox"; choose "binomial" or "rademacher"'),
+        ({"noise": "white"}, 'noise="white" is not known; choose "generator" or "philox"'),
         ({"estimator": "central"}, 'choose "two-sided" or "one-sided"'),
         ({"normalize": True, "directions": 4}, 'needs estimator="one-sided"'),
         ({"normalize": True, "estimator": "one-sided"}, "directions >= 2"),
@@ -230,9 +233,11 @@ def test_estimators_that_make_no_sense_are_refused(make, options, message):
         make(some_scales(), **options)
 
 
-def test_the_way_of_measuring_is_saved_and_resumed():
+@pytest.mark.parametrize("noise", ["generator", "philox"])
+def test_the_way_of_measuring_is_saved_and_resumed(noise):
     live = some_scales()
-    optimizer = QZO(live, lr=1e-4, directions=2, estimator="one-sided", distribution="rademacher", normalize=True)
+    options = {"estimator": "one-sided", "distribution": "rademacher", "noise": noise, "normalize": True}
+    optimizer = QZO(live, lr=1e-4, directions=2, **options)
     optimizer.step(quadratic(live))
     twin = clones(live)
     other = QZO(twin)

@@ -1,12 +1,16 @@
 """z from (seed, step, index) alone."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 
+from qzo.kernels.philox import Stream, draw_by_operators
+from qzo.optim.estimator import NOISE
 from qzo.optim.noise import chunk_elements, full_noise, mix_seed, mixed_chunks, noise_chunks
 
+KINDS = [(noise, distribution) for noise, known in NOISE.items() for distribution in known]
 SIZES = [1, 7, 2**14, 2**14 + 1, 100_003, 2**18 + 5]
 
 
@@ -23,19 +27,31 @@ def test_chunks_cover_the_tensor_in_one_buffer(numel):
 
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("least", [1, 1000, 2**14, 2**20])
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_z_does_not_depend_on_how_much_of_it_exists_at_a_time(numel, least, distribution):
-    expected = full_noise(torch.Size([numel]), 1, 2, 3, "cpu", 1, distribution)
-    drawn = [z.clone() for _, z in noise_chunks(numel, 1, 2, 3, "cpu", 1, distribution, least)]
-    assert all(least <= len(z) < least + chunk_elements(numel) or len(z) == chunk_elements(numel) for z in drawn[:-1])
+@pytest.mark.parametrize(("noise", "distribution"), KINDS)
+def test_z_does_not_depend_on_how_much_of_it_exists_at_a_time(numel, least, noise, distribution):
+    expected = full_noise(torch.Size([numel]), 1, 2, 3, "cpu", 1, distribution, noise)
+    drawn = [z.clone() for _, z in noise_chunks(numel, 1, 2, 3, "cpu", 1, distribution, least, noise)]
+    chunk = chunk_elements(numel, noise)
+    assert all(least <= len(z) < least + chunk or len(z) == chunk for z in drawn[:-1])
     assert torch.equal(torch.cat(drawn), expected)
     factors, key = [0.5, -2.0], (numel, 1, 2, 3, "cpu")
-    mixed = [torch.cat([z.clone() for _, z in mixed_chunks(*key, factors, distribution, n)]) for n in (0, least)]
+    mixed = [torch.cat([z.clone() for _, z in mixed_chunks(*key, factors, distribution, n, noise)]) for n in (0, least)]
     assert torch.equal(*mixed)
+
+
+@pytest.mark.parametrize("distribution", ["binomial", "rademacher"])
+def test_z_of_philox_does_not_depend_on_the_size_of_chunks(distribution, monkeypatch):
+    key = (100_003, 1, 2, 3, "cpu", 1, distribution, 0, "philox")
+    expected = torch.empty(100_003)
+    draw_by_operators(expected, 0, Stream(1, 2, 3, 1), distribution)
+    for size in (1000, 4096, 2**20):
+        monkeypatch.setattr(sys.modules["qzo.optim.noise"], "chunk_elements", lambda numel, noise: size)  # noqa: B023
+        assert torch.equal(torch.cat([z.clone() for _, z in noise_chunks(*key)]), expected)
 
 
 def test_chunk_size_is_a_quarter_within_bounds():
     assert [chunk_elements(n) for n in (10, 2**10, 2**17, 2**24, 2**30)] == [2**8, 2**8, 2**15, 2**22, 2**22]
+    assert [chunk_elements(n, "philox") for n in (10, 2**18, 2**19 + 9, 2**24)] == [2**16, 2**16, 2**17, 2**18]
 
 
 def test_same_key_same_noise_and_other_keys_other_noise():
@@ -56,8 +72,8 @@ def test_noise_is_standard_normal():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_global_rng_stays_where_it_is(device):
     state = torch.get_rng_state()
-    for _ in noise_chunks(100, 0, 0, 0, device):
-        pass
+    for noise, distribution in KINDS:
+        assert len(list(noise_chunks(100, 0, 0, 0, device, 0, distribution, 0, noise))) == 1
     assert torch.equal(torch.get_rng_state(), state)
 
 

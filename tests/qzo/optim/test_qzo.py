@@ -1,5 +1,6 @@
 """QZO against its slow twin; what a step must leave alone; saving and going on."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -10,6 +11,7 @@ from reference import ReferenceSpsa
 
 from qzo import QZO, quantize, scales
 from qzo.errors import QzoError
+from qzo.kernels import native
 from qzo.models.loss import label_loss
 
 
@@ -50,6 +52,21 @@ def test_ten_steps_equal_the_slow_reference_bit_for_bit(dtype, clip_threshold):
         assert_same(live, twin)
         masters = {name: optimizer.state[tensor]["master"] for name, tensor in live.items()}
         assert_same(masters, reference.theta)
+
+
+@pytest.mark.parametrize("distribution", ["binomial", "rademacher"])
+@pytest.mark.parametrize("by_operators", [False, True])
+def test_steps_along_z_of_philox_equal_the_slow_reference_bit_for_bit(distribution, by_operators):
+    live = {name: (torch.rand(shape) * 0.02).half() for name, shape in {"a": (67, 43), "b": (7,)}.items()}
+    twin = copies(live)
+    optimizer = QZO(live, lr=1e-4, seed=-5, noise="philox", distribution=distribution)
+    reference = ReferenceSpsa(twin, 1e-4, 1e-3, 100.0, -5, masters=True, distribution=distribution)
+    with native.by_operators() if by_operators else contextlib.nullcontext():
+        for _ in range(3):
+            optimizer.step(quadratic(live))
+            assert optimizer.last.directional_derivative == reference.step(quadratic(twin))
+            assert_same(live, twin)
+        assert_same(optimizer.direction(), reference.z)
 
 
 def test_step_returns_the_mean_of_both_losses_read_once_each():
