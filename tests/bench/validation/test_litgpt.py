@@ -30,6 +30,7 @@ STABLELM = Shape(16, 4096, 32, 32, 128, 16384, 50688, gated=False, rms=False, pa
 
 @pytest.fixture(scope="module")
 def allocated():
+    pytest.importorskip("bitsandbytes")
     rows = {
         "qlora": ROW, "tables": {name: value for name, value in ROW.items() if name != "config"}, "adapter": PROMPTED,
         "adapter-v2": PROMPTED | {"method": "adapter-v2"},

@@ -93,6 +93,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def allocated():
+    pytest.importorskip("bitsandbytes")
     results = {name: compare_row(row) for name, row in ROWS.items()}
     assert all(result["status"] == "ok" and result["error_percent"] for result in results.values()), results
     return {name: result["predicted"]["allocated"] for name, result in results.items()}
