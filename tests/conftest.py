@@ -13,3 +13,7 @@ def pytest_collection_finish():
     """What imports have left stays for ever: no collection of garbage need go through its millions of objects."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or the bindings of Triton say at the end what was never freed

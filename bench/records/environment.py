@@ -10,10 +10,19 @@ from typing import Any
 
 import torch
 
+from qzo.kernels import fused
+
+
+def environment() -> dict[str, Any]:
+    """The record's `environment`; gpu and driver are null without a GPU, commit and dirty outside a checkout.
+
+    `kernels` is there where layers on a GPU are computed by those of qzo in Triton, and not by PyTorch's operators.
+    """
+    return {**_environment(), **({"kernels": "triton"} if fused.is_asked() else {})}
+
 
 @cache
-def environment() -> dict[str, Any]:
-    """The record's `environment`; gpu and driver are null without a GPU, commit and dirty outside a checkout."""
+def _environment() -> dict[str, Any]:
     from bench.cases.pretrained import transformers
 
     return {

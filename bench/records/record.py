@@ -102,9 +102,10 @@ SCHEMA = {
     "losses": Maybe([Maybe(LOSS)]),  # of each step, where it was really run; null for NaN and infinity
     "components": Maybe(SIZES),  # what the model is made of: codes, scales, embeddings, norms, ...
     "notes": [TEXT],  # what a reader of the numbers must know
-    "environment": dict.fromkeys(
-        ("torch", "transformers", "python", "platform", "gpu", "driver", "commit", "dirty"), ANYTHING
-    ),
+    "environment": {
+        **dict.fromkeys(("torch", "transformers", "python", "platform", "gpu", "driver", "commit", "dirty"), ANYTHING),
+        "kernels": Optional(Maybe(_one_of("triton"))),  # of packed layers on a GPU; else PyTorch's operators
+    },
 }
 
 

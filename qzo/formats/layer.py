@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from qzo.kernels import by_row
+from qzo.kernels import by_row, fused
+from qzo.kernels.packed import Packed
 from qzo.kernels.rebuilt import chunk_bounds, chunked_linear
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -111,7 +112,14 @@ class RebuiltLinear(Quantized, ABC):
         rows = self._by_row(0, self.out_features, self.scales)
         if rows is not None and by_row.can_multiply(rows, x):
             return by_row.multiply(rows, x)
-        return chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
+        y = fused.product(x, self.packed, self.scales)
+        if y is None:
+            y = chunked_linear(x, self._rows, (self.out_features, self.in_features), self.scales)
+        return y
+
+    def packed(self) -> Packed | None:
+        """The layer as kernels for a GPU see it; None where there are none for its format."""
+        return None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight [N, K], for export and tests; forward never calls it."""

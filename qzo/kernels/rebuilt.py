@@ -21,7 +21,8 @@ def kept_weights() -> Iterator[None]:
     """Within, a chunk that was rebuilt is kept, and used by every product that needs it again.
 
     For several passes through weights that nobody changes meanwhile, as when a model writes: each of its tokens would
-    rebuild all of them. Products are PyTorch's, to the bit the same as without what is kept. Extra memory: the dense weights of all layers that rebuild theirs. Not for several threads.
+    rebuild all of them. Products are PyTorch's, to the bit the same as without what is kept. Extra memory: the dense
+    weights of all layers that rebuild theirs. Not for several threads.
     """
     global _kept
     before, _kept = _kept, {}

@@ -17,6 +17,7 @@ from qzo.formats.layer import Device, RebuiltLinear, frozen, scale_dtype
 from qzo.kernels import native
 from qzo.kernels.constants import constant
 from qzo.kernels.operators import columns
+from qzo.kernels.packed import INTERLEAVED, Packed
 from qzo.kernels.rtn import round_to_nearest
 from qzo.kernels.sizes import check_layout
 
@@ -93,6 +94,11 @@ class AwqLinear(RebuiltLinear):
         """What the columns of Wᵀ in words first:last are made of."""
         zeros, scale = unpack(self.qzeros[:, first:last]), scales[:, first * PER_WORD : last * PER_WORD]
         return native.Codes(self.qweight[:, first:last], self.n_bits, scale, zeros, None, awq=True)
+
+    def packed(self) -> Packed:
+        """As the base class."""
+        shape = self.out_features, self.in_features
+        return Packed(INTERLEAVED, self.qweight, self.n_bits, shape, self.group_size, self.scales, self.qzeros)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.formats.layer import Device, RebuiltLinear, frozen
 from qzo.kernels import by_row
+from qzo.kernels.packed import PAIRS, Packed
 
 QUANT_TYPES = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that the library knows
@@ -116,6 +117,11 @@ class BnbLinear4bit(RebuiltLinear):
             self.register_buffer(name, tensor)
         self.bias = frozen(bias)
         return self
+
+    def packed(self) -> Packed:
+        """As the base class."""
+        shape, table = (self.out_features, self.in_features), self.quant_map.float()
+        return Packed(PAIRS, self.qweight, self.n_bits, shape, self.block_size, self.scales, table=table)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], by whole blocks; what lies before and after is left out at the end.

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.formats.gguf.codes import BlockType, half_at
 from qzo.formats.layer import Device, Quantized, frozen
-from qzo.kernels import by_row
+from qzo.kernels import by_row, fused
+from qzo.kernels.packed import BLOCKS, Packed
 from qzo.kernels.rebuilt import chunk_bounds, chunked_linear
+
+PACKED = {"Q4_0": (4, 8), "Q4_1": (4, 0), "Q8_0": (8, 0)}  # bits of a code, and what is taken off it, of kernels' types
 
 
 class GgufTensor(Quantized):
@@ -69,7 +72,16 @@ class GgufTensor(Quantized):
         rows = self.kind.by_row(self.blocks, *trained)
         if rows is not None and by_row.can_multiply(rows, x):
             return by_row.multiply(rows, x)
-        return chunked_linear(x, self.rows, self.shape, *trained)
+        y = fused.product(x, self.packed, *trained)
+        return chunked_linear(x, self.rows, self.shape, *trained) if y is None else y
+
+    def packed(self) -> Packed | None:
+        """The layer as kernels for a GPU see it; None where there are none for its type."""
+        scales = self.scales
+        if self.kind.name not in PACKED or scales is None:
+            return None
+        n_bits, zero = PACKED[self.kind.name]
+        return Packed(BLOCKS, self.blocks, n_bits, self.shape, self.kind.n_weights, scales, zero, offsets=self.offsets)
 
     def trained(self) -> list[Tensor]:
         """Scales and offsets, as far as there are any."""

@@ -11,6 +11,7 @@ from qzo.formats.gptq.codes import pack, pack_zeros, unpack, unpack_zeros
 from qzo.formats.layer import Device, RebuiltLinear, frozen, scale_dtype
 from qzo.kernels import native
 from qzo.kernels.operators import columns
+from qzo.kernels.packed import WORDS, Packed
 from qzo.kernels.rtn import round_to_nearest
 from qzo.kernels.sizes import block_of, check_layout
 
@@ -130,6 +131,12 @@ class QuantLinear(RebuiltLinear):
         if x.shape[-1] == self.in_features and native.can_multiply(self.qweight, self.n_bits, self.scales, x):
             return native.multiply(self._codes(0, self.out_features, self.scales), x)
         return super()._product(x)
+
+    def packed(self) -> Packed:
+        """As the base class."""
+        zeros = self.qzeros if self.zero is None else self.zero
+        shape, order = (self.out_features, self.in_features), self.g_idx if self.act_order else None
+        return Packed(WORDS, self.qweight, self.n_bits, shape, self.group_size, self.scales, zeros, order)
 
     def _codes(self, start: int, stop: int, scales: Tensor) -> native.Codes:
         """What rows start:stop of W are made of."""
