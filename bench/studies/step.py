@@ -26,6 +26,7 @@ from bench.cases import text, weights
 from bench.cases.case import BenchCase
 from bench.cases.group_sizes import default_group_size
 from bench.cases.models import resolve
+from bench.cases.quantizations import FORMATS, quantize_as
 from bench.commands.parser import Parser
 from bench.ledger.events import highest_rise
 from bench.methods.as_released import OutOfPlace, full_loss
@@ -35,11 +36,13 @@ from bench.worlds import cpu
 from qzo.errors import QzoError
 from qzo.kernels import native
 from qzo.kernels.instructions import has_bf16, has_tiles
+from qzo.live.scales import has_signed_scales
 
 MODEL, BATCH_SIZE, SEQ_LEN = "smollm2-135m", 16, 40
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORWARDS, BODIES = "two forward passes", "two forward passes without the head"
 QZO, OPERATORS, PANELS, MEZO, RELEASED = "qzo", "qzo by operators", "qzo by panels", "mezo", "mezo-reference"
+LONG_TO_MAKE = ("aqlm-2x8",)  # codes of minutes, for a step whose time is that of aqlm-1x16
 ORDER = [(True, False), (True, True), (False, False)]  # kinds of CPU, as they stand in FILE
 log = logging.getLogger(__name__)
 Action = Callable[[], object]
@@ -63,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "bf16_instructions": has_bf16(), "tiles": has_tiles(), "compiled": native.is_compiled(),
             "compiled_products": native.multiplies_here(), "environment": environment(),
             "seconds": {name: seconds(dtype, options.turns) for name, dtype in DTYPES.items()}, "memory": memory(),
+            "formats": formats(options.turns),
         }  # fmt: skip
         records = sorted([*kept, record], key=lambda one: ORDER.index(kind(one)))
         options.out.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
@@ -95,15 +99,41 @@ def seconds(dtype: torch.dtype, turns: int) -> dict[str, list[float]]:
     """Action -> seconds of each turn, models in `dtype`: 16 sequences of 40 tokens, each with one label at its end."""
     source = resolve(MODEL)
     batch = text.batch(source, BATCH_SIZE, SEQ_LEN, seed=0, step=0)
+    return _timed(f"{dtype}", {**_forwards(source, dtype, batch), **_steps(source, dtype, batch)}, turns)
+
+
+def formats(turns: int) -> dict[str, list[float]]:
+    """Quantization format -> seconds of a QZO step in bf16 in each turn; none where a library is missing."""
+    source = resolve(MODEL)
+    batch = text.batch(source, BATCH_SIZE, SEQ_LEN, seed=0, step=0)
+    actions: dict[str, Action] = {}
+    for name in FORMATS:
+        model = weights.load(source, torch.bfloat16).eval()
+        try:
+            if name not in LONG_TO_MAKE:
+                quantize_as(model, name)
+                actions[name] = _step_of(model, batch)
+        except (ImportError, QzoError) as error:
+            log.info("%s is left out: %s", name, error)
+    return _timed("formats", actions, turns)
+
+
+def _step_of(model: nn.Module, batch: text.Batch) -> Action:
+    signed = has_signed_scales(model)
+    optimizer = qzo.QZO(qzo.trainable(model), lr=1e-7, eps=1e-3, relative=True, nonnegative=not signed)
+    return lambda: optimizer.step(lambda: qzo.label_loss(model, batch.input_ids, batch.labels, keep=1))
+
+
+def _timed(what: str, actions: dict[str, Action], turns: int) -> dict[str, list[float]]:
+    """Action -> seconds of each turn, after one that is not counted."""
     taken: dict[str, list[float]] = {}
-    actions = {**_forwards(source, dtype, batch), **_steps(source, dtype, batch)}
     for turn in range(turns + 1):
         for name, action in actions.items():
             start = time.perf_counter()
             action()
             if turn:
                 taken.setdefault(name, []).append(round(time.perf_counter() - start, 4))
-        log.info("%s, turn %d of %d", dtype, turn, turns)
+        log.info("%s, turn %d of %d", what, turn, turns)
     return taken
 
 

@@ -17,6 +17,7 @@ QZO, OPERATORS, PANELS, RELEASED = "qzo", "qzo by operators", "qzo by panels", "
 # of a QZO step to each of these in bf16, at most; and of its peak memory to what it cannot do without
 LIMITED, LIMITS = "bfloat16", {FORWARDS: 0.95, RELEASED: 0.25}
 MEMORY_LIMIT = 1.10
+SAME, FORMAT_LIMIT = "gptq", 1.10  # what a step takes in each format, to one in GPTQ's, at most
 MEANING = {
     FORWARDS: "two full-logits forward passes of the unquantized model",
     BODIES: "the same without the head",
@@ -57,6 +58,7 @@ def _of(record: Record) -> list[str]:
         *([] if has else [f"- {SLOW}"]),
     ]
     tables = [_times(dtype, taken) for dtype, taken in record["seconds"].items()] + [_memory(record["memory"])]
+    tables += [_formats(record["formats"])] if record.get("formats") else []
     heading = f"## A CPU {'with' if has else 'without'} instructions for bf16 products{', and tiles (AMX)' * tiles}"
     return [heading, "\n".join(setting), *(f"#{table.to_markdown()}" for table in tables)]
 
@@ -102,6 +104,18 @@ def _memory(memory: Mapping[str, int]) -> Table:
     rows = [[meaning, f"{memory[name]:,}"] for name, meaning in names.items()]
     note = f"the peak is {memory_ratio(memory):.3f} times the sum of the other three (asked: at most {MEMORY_LIMIT})"
     return Table("Memory in bfloat16", ["what", "bytes"], rows, [note])
+
+
+def _formats(taken: Seconds) -> Table:
+    """Steps of each format beside one of GPTQ's, the median over the turns of the ratio within a turn."""
+    to = {
+        name: statistics.median(a / b for a, b in zip(found, taken[SAME], strict=True)) for name, found in taken.items()
+    }
+    rows = [[name, f"{statistics.median(taken[name]):.3f}", f"{to[name]:.2f}"] for name in taken]
+    above = [name for name in taken if to[name] > FORMAT_LIMIT]
+    judged = f"not by {', '.join(above)}" if above else "reached by all"
+    note = f"asked: at most {FORMAT_LIMIT} of {SAME}'s time; {judged}"
+    return Table("A QZO step in bfloat16 in each format", ["format", "seconds", f"to {SAME}"], rows, [note])
 
 
 def main() -> int:

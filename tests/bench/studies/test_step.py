@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.cases.models import resolve
 from bench.studies import step as step_seconds
+from qzo.errors import QzoError
 from qzo.kernels import native
 
 
@@ -19,6 +20,8 @@ def tiny(tmp_path, monkeypatch):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(step_seconds, "MODEL", str(tmp_path / "tiny"))
+    few = {name: step_seconds.FORMATS[name] for name in ("gptq", "gguf-q4_1", "aqlm-2x8")}
+    monkeypatch.setattr(step_seconds, "FORMATS", few)
     return tmp_path
 
 
@@ -32,6 +35,7 @@ def test_every_action_is_timed_in_every_turn(tiny):
         ways |= {"qzo by panels"} if native.is_compiled() and step_seconds.has_tiles() else set()
         assert taken.keys() == {*forwards, *ways, "mezo", "mezo-reference"}
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in taken.values())
+    assert record["formats"].keys() == {"gptq", "gguf-q4_1"} and all(map(all, record["formats"].values()))
     memory = record["memory"]
     assert memory["layer"] == 2 * 64 * 128 and memory["peak"] > memory["floor"] > 0 < memory["activations"]
 
@@ -39,6 +43,7 @@ def test_every_action_is_timed_in_every_turn(tiny):
 def test_a_record_takes_the_place_of_that_of_its_kind_of_cpu(tiny, monkeypatch):
     command = ["--out", str(tiny / "step.json"), "--turns", "1"]
     monkeypatch.setattr(step_seconds, "seconds", lambda dtype, turns: {})
+    monkeypatch.setattr(step_seconds, "formats", lambda turns: {})
     monkeypatch.setattr(step_seconds, "memory", dict)
     none, bf16, tiles = (False, False), (True, False), (True, True)
     for kind, kinds in (
@@ -59,6 +64,14 @@ def test_a_cpu_with_tiles_is_timed_with_compiled_products_too(tiny, monkeypatch)
     monkeypatch.setattr(native, "products_on_tiles", lambda: asked.append(1) or nullcontext())
     step_seconds._steps(source, torch.bfloat16, batch)["qzo by panels"]()
     assert asked == [1]
+
+
+def test_a_format_whose_library_is_missing_is_left_out(tiny, monkeypatch):
+    def quantize(model, name):
+        raise QzoError("pip install it")
+
+    monkeypatch.setattr(step_seconds, "quantize_as", quantize)
+    assert step_seconds.formats(1) == {}
 
 
 def test_no_turns_is_an_error(tiny, capsys):

@@ -38,6 +38,12 @@ def test_a_cpu_with_tiles_has_a_section_that_tells_who_multiplied():
     assert "within the cache (AVX512-BF16)" in text and "0.50" in text
 
 
+def test_formats_stand_beside_gptq():
+    formats = {"gptq": [1.0, 2.0, 4.0], "awq": [1.1, 2.0, 3.0], "hqq-3": [2.0, 4.0, 8.0]}
+    text = step.render([record() | {"formats": formats}])
+    assert "| awq      |     2.000 |      1.00 |" in text and "at most 1.1 of gptq's time; not by hqq-3" in text
+
+
 def test_the_committed_report_is_that_of_the_committed_record():
     committed = json.loads((step.HERE / "step.json").read_text())
     assert (step.HERE / "step.md").read_text() == step.render(committed)
