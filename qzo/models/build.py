@@ -55,15 +55,19 @@ def build(folder: Path, dtype: torch.dtype, part: bool) -> tuple[Any, bool]:
 
 
 def config_of(folder: Path) -> Any:
-    """The model's config as transformers reads it, without what would have it fetch code or read other files.
+    """The model's config as transformers reads it, without what would have it fetch code, read other files, or change
+    its own weights.
 
-    `attn_implementation: owner/name` is code on the hub, `transformers_weights` another file of the folder.
+    `attn_implementation: owner/name` is code on the hub, `transformers_weights` another file of the folder; RWKV halves
+    weights in place every `rescale_every` layers when it is first used, and those of a file written then once more.
     """
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "transformers_weights"):
         del config.transformers_weights
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0
     config._attn_implementation = None  # of all its parts, as the next
     config._experts_implementation = None
     return config

@@ -20,8 +20,9 @@ from qzo.models.walk import LinearShape, Site, candidates, computes_as_linear, i
 
 Patterns = str | Iterable[str] | None
 EXPRESSION = "re:"
-# Mamba multiplies with the weight itself; indexers of sparse attention and HunYuan's router ask for its dtype
-READ_DIRECTLY = ("dt_proj", "weights_proj", "wg")
+# Mamba multiplies with the weight itself; indexers of sparse attention and HunYuan's router ask for its dtype; RWKV
+# halves it every few layers
+READ_DIRECTLY = ("dt_proj", "weights_proj", "wg", "attention.output", "feed_forward.value")
 Check = Callable[
     [LinearShape, str], object
 ]  # shape and name of a layer, "" for none; raises QzoError for what a layout cannot hold
@@ -141,8 +142,8 @@ def _reason(site: Site, check: Check) -> str | None:
     module = site.module
     if not (looks_like_experts(module) or is_conv1d(module) or computes_as_linear(module)):
         return f"cannot quantize a {type(module).__name__}, which does not compute as nn.Linear"
-    if site.paths[0].rpartition(".")[2] in READ_DIRECTLY:
-        return "its weight is read by the module around it"
+    if f".{site.paths[0]}".endswith(tuple(f".{name}" for name in READ_DIRECTLY)):
+        return "its weight is read by a module around it"
     for _, shape in site.shapes():
         try:
             check(shape, "")

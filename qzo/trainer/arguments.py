@@ -6,6 +6,8 @@ import dataclasses
 import warnings
 from typing import Any
 
+import torch
+
 from qzo.errors import QzoError
 
 
@@ -101,6 +103,16 @@ def check_arguments(arguments: Any) -> None:
         if not (name.startswith("gradient_checkpointing") and name.replace("gradient", "activation") in asked):
             message = f"{name}={_shown(getattr(arguments, name))}: {WARNED[name]}"
             warnings.warn(message, stacklevel=2)
+
+
+def check_autocast(arguments: Any, model: Any) -> None:
+    """Raise QzoError for autocast that no layer can follow: to bfloat16 of a float16 model, on a CPU."""
+    halves = any(tensor.dtype == torch.float16 for tensor in model.parameters())
+    if arguments.bf16 and halves and arguments.device.type == "cpu":
+        raise QzoError(
+            "bf16=True: autocast on a CPU does not take the float16 tensors of this model; leave it out, or load the "
+            "model with dtype=torch.bfloat16"
+        )
 
 
 def check_optimizer(given: dict[str, Any], qzo_options: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from qzo.live.trainable import scale_group
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
 from qzo.quiet import quiet_libraries
-from qzo.trainer.arguments import SHARDED, check_arguments, check_optimizer, check_reference
+from qzo.trainer.arguments import SHARDED, check_arguments, check_autocast, check_optimizer, check_reference
 from qzo.trainer.collate import padding
 from qzo.trainer.given import Formatting
 from qzo.trainer.resumable import ResumableTrainer
@@ -110,6 +110,7 @@ class QZOTrainer(RowsTrainer):
         super().__init__(*bound.args[1:], **bound.kwargs)
         if self.args.world_size > 1:
             raise QzoError(f"world_size={self.args.world_size}: {SHARDED}")
+        check_autocast(self.args, self.model)
         collate: Any = self.data_collator
         if given.get("data_collator") is None and collate.__module__ == DEFAULT_COLLATORS:
             tokenizer: Any = self.processing_class

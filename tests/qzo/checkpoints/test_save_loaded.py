@@ -10,6 +10,7 @@ import torch
 from bnb_files import write_bnb
 from gptq_files import write_gptq
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, RwkvConfig
 
 import qzo
 from qzo.commands.main import main
@@ -182,3 +183,13 @@ def test_a_hub_revision_is_asked_for_everywhere(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     model = qzo.load("some/model", revision="v2")
     assert asked == [("some/model", "v2")] and model.generation_config.eos_token_id == [2, 7]
+
+
+def test_a_model_that_halves_its_own_weights_is_saved_as_it_was_read(tmp_path, input_ids):
+    config = RwkvConfig(vocab_size=96, hidden_size=64, attention_hidden_size=64, num_hidden_layers=3, rescale_every=1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "plain")
+    model = qzo.quantize(qzo.load(tmp_path / "plain", torch.float32), 4, 32)
+    logits = model(input_ids).logits
+    qzo.save(model, tmp_path / "saved")
+    assert torch.equal(qzo.load(tmp_path / "saved", torch.float32)(input_ids).logits, logits)
+    assert len(qzo.scales(model)) == 3 * 5  # without the two that RWKV reads by itself

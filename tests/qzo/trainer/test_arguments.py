@@ -120,3 +120,12 @@ def test_the_trainer_asks_before_it_does_anything(make_model, tmp_path):
     with pytest.raises(QzoError, match="optimizer_cls_and_kwargs is for gradients"):
         QZOTrainer(model, plain(), optimizer_cls_and_kwargs=(torch.optim.SGD, {}))
     assert not (tmp_path / "out").exists()
+
+
+def test_autocast_that_a_float16_model_cannot_follow_is_refused_before_it_begins(make_model):
+    arguments = TrainingArguments("out", report_to=[], use_cpu=True, bf16=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(QzoError, match=r"bf16=True: autocast on a CPU .* float16 .*; leave it out, or load"):
+            QZOTrainer(quantize(make_model(dtype=torch.float16), 4, 32), arguments)
+        QZOTrainer(quantize(make_model(dtype=torch.bfloat16), 4, 32), arguments)
