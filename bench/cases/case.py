@@ -11,6 +11,7 @@ from bench.cases.methods import BY_NAME
 from bench.cases.quantizations import FORMATS, check_group_size
 from bench.cases.recipes.recipe import Recipe, parse
 from qzo.errors import QzoError
+from qzo.optim.estimator import NOISE
 
 DEVICES = ("auto", "cuda", "cpu", "sim")
 ATTENTIONS = ("flash", "efficient", "cudnn", "math", "eager")
@@ -49,6 +50,7 @@ class BenchCase:
         weights: folder that holds the model's weights unpacked once for all cells; None reads them where they are.
         still_offsets: leave the offsets of such a format where they are, as measurements did that were made before they
             followed their scales.
+        noise: where qzo and mezo take z from, see `qzo.QZO`.
     """
 
     model: str
@@ -66,10 +68,12 @@ class BenchCase:
     quantization: str | None = None
     recipe: Recipe | None = None
     still_offsets: bool = False
+    noise: str = "generator"
 
     def __post_init__(self) -> None:
         choose("method", self.method, BY_NAME)
         choose("device", self.device, DEVICES)
+        choose("noise", self.noise, NOISE)
         if self.attention is not None:
             choose("attention", self.attention, ATTENTIONS)
         if self.quantization is not None:

@@ -55,6 +55,7 @@ PARTS = (
     Part("facts", 40, _writing("bench.gpu.facts", "facts.json")),
     Part("memory", 240, _writing("bench.gpu.cells", "")),
     Part("seconds", 190, _writing("bench.gpu.seconds", "seconds.json")),
+    Part("journal", 30, _writing("bench.gpu.journal", "journal.json")),
     Part("tests", 90, _tests),
     Part("events", 60, _writing("bench.gpu.events", "events.json")),
     Part("recipes", 240, _writing("bench.gpu.recipes", "recipes.jsonl"), by_default=False),

@@ -30,7 +30,7 @@ def mezo(case: BenchCase, world: World) -> Prepared:
     """SPSA on all bf16 weights, in place, without the undo list that qzo.MeZO offers for an exact restore."""
     model = world.place(world.model(torch.bfloat16)).eval()
     model.requires_grad_(False)
-    optimizer = qzo.MeZO(model.named_parameters(), lr=1e-6, eps=1e-3, seed=case.seed, exact=False)
+    optimizer = qzo.MeZO(model.named_parameters(), lr=1e-6, eps=1e-3, seed=case.seed, exact=False, noise=case.noise)
     return _prepared(model, optimizer, "mezo")
 
 
@@ -76,7 +76,9 @@ def _quantized_as(case: BenchCase, world: World, model: PreTrainedModel, name: s
     placed = world.place(model).eval()
     group: dict[str, Any] = {"params": qzo.scales(placed, vocabulary=True)}
     group |= {"offsets": {}} if case.still_offsets else {}
-    optimizer = qzo.QZO([group], lr=1e-7, eps=EPS, seed=case.seed, relative=True, nonnegative=not signed)
+    optimizer = qzo.QZO(
+        [group], lr=1e-7, eps=EPS, seed=case.seed, relative=True, nonnegative=not signed, noise=case.noise
+    )
     prepared = _prepared(placed, optimizer, "qzo")
     follow = not case.still_offsets and bool(offsets(placed))
     prepared.quantization = about | ({"offsets": FOLLOW} if follow else {})
@@ -95,7 +97,7 @@ def _trained_scales(model: nn.Module, case: BenchCase) -> Prepared:
         for small, eps in ((False, EPS), (True, EPS * 15 / 255))
     ]
     groups = [group for group in groups if group["params"]]
-    return _prepared(model, qzo.QZO(groups, lr=1e-7, seed=case.seed), "qzo")
+    return _prepared(model, qzo.QZO(groups, lr=1e-7, seed=case.seed, noise=case.noise), "qzo")
 
 
 def _prepared(model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> Prepared:

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qzo
 from bench.cases.quantizations import FORMATS, quantize_as
 from qzo.errors import QzoError
+from qzo.kernels.philox import Stream, draw
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 pytestmark = [pytest.mark.cuda, needs_gpu]
@@ -90,6 +91,33 @@ def test_steps_give_the_same_bits_again_and_a_replay_too(dtype):
     for name, scale in qzo.scales(trained).items():
         assert torch.equal(scale, qzo.scales(again)[name]), name
         assert torch.equal(scale, qzo.scales(replayed)[name]), name
+
+
+@pytest.mark.parametrize("distribution", ["binomial", "rademacher"])
+def test_z_of_philox_is_that_of_the_cpu_to_the_bit(distribution):
+    for start, numel in ((0, 5001), (2**33 + 17, 300_000)):
+        ours, theirs = (torch.empty(numel, device=device) for device in ("cuda", "cpu"))
+        for z in (ours, theirs):
+            draw(z, start, Stream(2**63 + 5, 7, 3, 1), distribution)
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("method", ["qzo", "mezo"])
+def test_a_journal_of_the_gpu_replays_on_the_cpu_to_the_bit(method, tmp_path):
+    def made(device):
+        model = tiny(torch.bfloat16, "gptq" if method == "qzo" else None).to(device).requires_grad_(False)
+        if method == "qzo":
+            return model, qzo.QZO(qzo.scales(model), lr=LR, noise="philox", momentum=0.9, directions=2)
+        return model, qzo.MeZO(model.named_parameters(), noise="philox", directions=2)
+
+    model, optimizer = made("cuda")
+    ids = tokens("cuda")
+    with qzo.Journal(tmp_path / "j", model, optimizer) as journal:
+        for _ in range(4):
+            optimizer.step(lambda: qzo.label_loss(model, ids, ids))
+            journal.record()
+    again, _ = qzo.replay(made("cpu")[0], tmp_path / "j")
+    assert all(torch.equal(value, optimizer.truth()[name].cpu()) for name, value in again.truth().items())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

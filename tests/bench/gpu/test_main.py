@@ -5,7 +5,8 @@ import sys
 import time
 
 from bench.gpu import __main__ as session
-from bench.gpu import events, facts, seconds
+from bench.gpu import events, facts, journal, seconds
+from qzo.kernels import native
 
 
 def python(code):
@@ -80,6 +81,21 @@ def test_a_method_that_fails_is_told_and_the_others_are_measured(llama_folder, t
 def test_facts_without_a_gpu_are_the_environment(tmp_path):
     assert facts.main(["--device", "cpu", "--out", str(tmp_path / "facts.json")]) == 0
     assert set(json.loads((tmp_path / "facts.json").read_text())) == {"environment"}
+
+
+def test_a_journal_is_replayed_to_the_bits_it_was_written_with(tmp_path, capsys):
+    out = tmp_path / "journal.json"
+    again = ["--device", "cpu", "--replay", str(out)]
+    assert journal.main(["--device", "cpu", "--out", str(out)]) == 0
+    with native.by_operators():
+        assert journal.main(again) == 0 and "the same bits" in capsys.readouterr().out
+    written = json.loads(out.read_text())
+    header, *steps = written["journal"].splitlines()
+    assert len(steps) == journal.STEPS and json.loads(header.rpartition(" ")[0])["estimator"]["noise"] == "philox"
+    out.write_text(json.dumps(written | {"masters": "others"}))
+    assert journal.main(again) == 1 and "OTHER BITS" in capsys.readouterr().out
+    out.write_text(json.dumps(written | {"journal": written["journal"].replace("philox", "philax")}))
+    assert journal.main(again) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_events_of_a_cell_are_those_of_its_ledger_where_there_is_no_allocator(llama_folder, tmp_path):

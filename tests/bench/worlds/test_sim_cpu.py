@@ -1,6 +1,7 @@
 """The simulated CPU against the measured one: all methods on three architectures, phase by phase."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bench.worlds import cpu, sim_cpu
 from bench.worlds.cell import run as run_cell
 from bench.worlds.plan import cells
 from qzo.errors import QzoError
+from qzo.kernels.native import by_operators
 
 SHAPE = {"vocab_size": 3000, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {
@@ -77,6 +79,15 @@ def test_peaks_agree_with_checkpointing_with_eager_attention_on_long_sequences_a
 def test_peaks_agree_where_bf16_products_are_the_cpus_own(folders, monkeypatch):
     monkeypatch.setattr(cpu_gemm, "needs_blocks", lambda: False)
     check(*both(folders["llama"], "ft-bf16", seq_len=16))
+
+
+@pytest.mark.parametrize(("method", "carrier"), [("qzo", by_operators), ("mezo", nullcontext)])
+def test_z_of_philox_takes_what_is_predicted(folders, method, carrier):
+    with carrier():
+        simulated, measured = both(folders["llama"], method, seq_len=16, noise="philox")
+    check(simulated, measured)
+    for phase, expected in zip(simulated["phases"], measured["phases"], strict=True):
+        assert phase["peak_allocated"] == pytest.approx(expected["peak_allocated"], rel=TOLERANCE)
 
 
 def test_a_simulated_cpu_knows_neither_reserved_nor_process_bytes(folders):

@@ -8,6 +8,7 @@ from bench.cases import gpus
 from bench.ledger.ledger import Ledger
 from bench.simulator.cuda.autocast import MetaAutocast
 from bench.simulator.cuda.kernels import CudaFunctions, rules
+from qzo.kernels.philox import BITS, Stream, draw_by_operators
 
 
 def simulated(gpu: str = "rtx-4090") -> Ledger:
@@ -120,3 +121,15 @@ def test_autocast_reaches_the_products_of_an_einsum():
     with MetaAutocast():
         half, full = torch.empty(2, 3, dtype=torch.bfloat16, device="meta"), torch.empty(3, 4, device="meta")
         assert torch.einsum("ab,bc->ac", half, full).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("distribution", BITS)
+@pytest.mark.parametrize(("start", "numel"), [(0, 2**18), (0, 300_001), (5, 1000)])
+def test_z_of_philox_by_operators_takes_what_it_does_where_it_is_drawn(distribution, start, numel):
+    """No more than is documented, and as much on a GPU, without data, as with it."""
+    peaks = []
+    for seen, device in ((Ledger("cpu", 512), "cpu"), (simulated(), "meta")):
+        with seen:
+            draw_by_operators(torch.empty(numel, device=device), start, Stream(0, 0, 0, 0), distribution)
+        peaks.append(seen.peak_bytes() - 4 * numel)
+    assert abs(peaks[0] - peaks[1]) <= 512 and peaks[0] <= 3.6 * 2**20
