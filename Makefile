@@ -141,7 +141,7 @@ validation: $(READY) ## make the page on predictions again from measurement file
 	done
 	$(RUN) -m reports.studies.validation.page $(patsubst %.jsonl,results/validation/%.json,$(notdir $(FILES)))
 
-gpu: ## on a machine with a GPU, ten minutes: tests marked cuda, memory and seconds of 0.1B to 13B, into reports/measurements
+gpu: ## on a machine with a GPU, twelve minutes: tests marked cuda, kernels, memory and seconds of 0.1B to 13B, into reports/measurements
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 gpu-report: $(READY) ## the page on what `make gpu` measured, made again

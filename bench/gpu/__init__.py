@@ -1,1 +1,1 @@
-"""Evidence from a GPU in ten minutes: what `make gpu` runs, part by part, each into a file of its own."""
+"""Evidence from a GPU in twelve minutes: what `make gpu` runs, part by part, each into a file of its own."""

@@ -1,7 +1,8 @@
-"""`python -m bench.gpu`, what `make gpu` calls: all that is to be measured on a GPU, most wanted first, in ten minutes.
+"""`python -m bench.gpu`, what `make gpu` calls: all that is to be measured on a GPU, most wanted first.
 
-Every part is a process with a time limit and a file of its own in `--out`, written as it goes, so that an interruption
-loses nothing that was finished. A part that fails or runs out of its time does not keep the others from running.
+Twelve minutes in all. Every part is a process with a time limit and a file of its own in `--out`, written as it goes,
+so that an interruption loses nothing that was finished. A part that fails or runs out of its time does not keep the
+others from running.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def _writing(name: str, file: str) -> Callable[[Path, str], list[str]]:
 TESTS = ("tests/bench/simulator/allocator/test_streams.py", "tests/bench/worlds/test_cuda.py", "tests/qzo/test_cuda.py")
 PARTS = (
     Part("facts", 40, _writing("bench.gpu.facts", "facts.json")),
+    Part("kernels", 100, _writing("bench.gpu.kernels", "kernels.json")),
     Part("memory", 240, _writing("bench.gpu.cells", "")),
     Part("seconds", 190, _writing("bench.gpu.seconds", "seconds.json")),
     Part("journal", 30, _writing("bench.gpu.journal", "journal.json")),

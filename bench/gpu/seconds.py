@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,18 @@ from bench.records.files import write_json
 from bench.simulator.cuda.attention import attention_of
 from bench.worlds.cuda import preferred
 from bench.worlds.measured import MeasuredWorld, source_of
+from qzo.kernels import fused
 
 FORWARDS = (
     "two forward passes"  # of the bf16 model, logits where a label is: what no method of two evaluations undercuts
 )
+BY_KERNELS = "qzo by kernels"  # qzo with those of qzo/kernels/fused.py
 EVERY = (
-    FORWARDS, "qzo", "mezo", "mezo-reference", "lora", "qlora", "qzo-reference", "qzo-2bit", "qzo-full", "ft-sgd",
+    FORWARDS, "qzo", BY_KERNELS, "mezo", "mezo-reference", "lora", "qlora", "qzo-reference", "qzo-2bit", "qzo-full",
+    "ft-sgd",
 )  # fmt: skip
-CELLS = {"llama2-7b": EVERY, "llama3.2-1b": EVERY, "llama2-13b": (FORWARDS, "qzo", "mezo", "mezo-reference", "lora")}
+OF_13B = (FORWARDS, "qzo", BY_KERNELS, "mezo", "mezo-reference", "lora")
+CELLS = {"llama2-7b": EVERY, "llama3.2-1b": EVERY, "llama2-13b": OF_13B}
 SHAPES = ((1, 128), (16, 128), (1, 512))
 STEPS, STEP_SECONDS = 9, 2.0  # at most so many timed steps of a shape, and none is started after so many seconds
 SECONDS = 170
@@ -75,7 +80,8 @@ def _row(model: str, method: str, device: str) -> dict[str, Any]:
     row: dict[str, Any] = {"model": model, "method": method, "status": "ok", "message": None, "shapes": []}
     start = time.monotonic()
     try:
-        _measure(row, device)
+        with fused.by_triton() if row["method"] == BY_KERNELS else nullcontext():
+            _measure(row, device)
     except ImportError as error:
         row |= {"status": "unsupported", "message": f"{method} needs the package {error.name}"}
     except Exception as error:  # the others are still to be measured
@@ -88,7 +94,8 @@ def _row(model: str, method: str, device: str) -> dict[str, Any]:
 
 
 def _measure(row: dict[str, Any], device: str) -> None:
-    case = BenchCase(row["model"], "mezo" if row["method"] == FORWARDS else row["method"], device=device)
+    method = {FORWARDS: "mezo", BY_KERNELS: "qzo"}.get(row["method"], row["method"])
+    case = BenchCase(row["model"], method, device=device)
     source = source_of(case)
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
     attention = attention_of(case, source, capability)

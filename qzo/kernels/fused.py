@@ -37,6 +37,7 @@ REBUILT_ELEMENTS, REBUILT_ROWS = 2**26, 64
 # codes are read once, half a byte a weight; rebuilding reads them, writes two bytes, and reads these again.
 TOKENS: dict[tuple[int, int], int] = {}
 DEFAULT_TOKENS = 64
+_most: int | None = None
 _within: bool | None = None
 
 
@@ -163,9 +164,20 @@ def multiply_both(
     return y_plus, y_minus
 
 
+@contextmanager
+def most_tokens_of(rows: int) -> Iterator[None]:
+    """Within, a product of up to so many rows of x is computed from the codes, to compare it with a rebuilt weight."""
+    global _most
+    before, _most = _most, rows
+    try:
+        yield
+    finally:
+        _most = before
+
+
 def most_tokens(packed: Packed) -> int:
     """Rows of x up to which a product is computed from the codes."""
-    return TOKENS.get((packed.layout, packed.n_bits), DEFAULT_TOKENS)
+    return _most if _most is not None else TOKENS.get((packed.layout, packed.n_bits), DEFAULT_TOKENS)
 
 
 def rebuilt_bounds(shape: tuple[int, int]) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ METRICS = ("allocated", "reserved", "process")
 MIB = 1 << 20
 Row = Mapping[str, Any]
 ORDER = (
-    "two forward passes", "qzo", "qzo-full", "qzo-2bit", "qzo-reference", "mezo", "mezo-reference",
+    "two forward passes", "qzo", "qzo by kernels", "qzo-full", "qzo-2bit", "qzo-reference", "mezo", "mezo-reference",
     "lora", "qlora", "ft-sgd",
 )  # fmt: skip
 HEAD = """# Measured on a GPU

@@ -8,6 +8,8 @@ from bench.gpu import __main__ as session
 from bench.gpu import events, facts, journal, seconds
 from qzo.kernels import native
 
+METHODS = [seconds.FORWARDS, "qzo", seconds.BY_KERNELS, "mezo-reference"]
+
 
 def python(code):
     return lambda out, device: ["-c", code]
@@ -57,11 +59,11 @@ def test_seconds_are_written_method_by_method(llama_folder, tmp_path, monkeypatc
         "--models",
         str(llama_folder),
         "--methods",
-        f"{seconds.FORWARDS},qzo,mezo-reference",
+        ",".join(METHODS),
     ]
     assert seconds.main([*arguments, "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [row["method"] for row in rows] == [seconds.FORWARDS, "qzo", "mezo-reference"]
+    assert [row["method"] for row in rows] == METHODS
     for row in rows:
         assert row["status"] == "ok" and [shape["batch_size"] for shape in row["shapes"]] == [1, 2]
         assert all(0 < shape["median"] < 60 for shape in row["shapes"])

@@ -1,20 +1,19 @@
 """Kernels in Triton as they are compiled for GPUs that are not here: none spills, none asks for more than there is.
 
-Each kernel for each format once, and for each GPU with the formats that need most; tests/attack has all combinations.
+Each kernel for each format once, GPUs in turn, and the one that needs most for each GPU; tests/attack/attack_kernels.py
+has all combinations.
 """
 
 import pytest
 from compiled_kernels import CAPABILITIES, fits, needs
 from packed_layers import FORMATS
 
-DEMANDING = ("gptq-3-zeros-order", "gguf-q4_1", "nf4")
-CASES = {
-    *(("rebuild", name, 90) for name in FORMATS),
-    *(("product", name, 89) for name in FORMATS),
-    *(("dual", name, 90) for name in FORMATS),
-    *((kernel, name, gpu) for kernel in ("rebuild", "product", "dual") for name in DEMANDING for gpu in CAPABILITIES),
-    *(("draw", "nf4", gpu) for gpu in CAPABILITIES),
-}
+TURNS = [
+    (kernel, name, CAPABILITIES[(number + first) % len(CAPABILITIES)])
+    for first, kernel in enumerate(("rebuild", "product", "dual"))
+    for number, name in enumerate(FORMATS)
+]
+CASES = {*TURNS, *(("dual", "gptq-3-zeros-order", gpu) for gpu in CAPABILITIES), ("draw", "nf4", 80)}
 
 
 @pytest.mark.parametrize(("kernel", "name", "capability"), sorted(CASES))
