@@ -25,7 +25,7 @@ from torch import Tensor
 from bench.gpu.layers import FORMATS, Layer
 from bench.records.environment import environment
 from bench.records.files import write_json
-from qzo.kernels import fused
+from qzo.kernels import asked, fused
 from qzo.kernels.philox import Stream
 
 DTYPE = torch.bfloat16
@@ -76,7 +76,7 @@ def measure(row: Row, device: str, bandwidth: float) -> None:
     packed = layer.packed()
     assert packed is not None
     dense = layer.dequantize(DTYPE)
-    runs_kernels = device in fused.DEVICES
+    runs_kernels = device in asked.DEVICES
     if runs_kernels:
         ours = fused.rebuild(packed, 0, rows, DTYPE)
         row["same_bits"] = torch.equal(ours, dense)
@@ -104,7 +104,7 @@ def measure(row: Row, device: str, bandwidth: float) -> None:
 
 def by_operators(layer: Layer, x: Tensor) -> Tensor:
     """The layer's product without kernels."""
-    with fused.by_triton(False):
+    with asked.by_triton(False):
         return layer(x)
 
 

@@ -32,7 +32,7 @@ from bench.records.files import write_json
 from bench.simulator.cuda.attention import attention_of
 from bench.worlds.cuda import preferred
 from bench.worlds.measured import MeasuredWorld, source_of
-from qzo.kernels import fused
+from qzo.kernels import asked
 
 FORWARDS = (
     "two forward passes"  # of the bf16 model, logits where a label is: what no method of two evaluations undercuts
@@ -80,7 +80,7 @@ def _row(model: str, method: str, device: str) -> dict[str, Any]:
     row: dict[str, Any] = {"model": model, "method": method, "status": "ok", "message": None, "shapes": []}
     start = time.monotonic()
     try:
-        with fused.by_triton() if row["method"] == BY_KERNELS else nullcontext():
+        with asked.by_triton() if row["method"] == BY_KERNELS else nullcontext():
             _measure(row, device)
     except ImportError as error:
         row |= {"status": "unsupported", "message": f"{method} needs the package {error.name}"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qzo.kernels import fused
+from qzo.kernels import asked
 
 
 def environment() -> dict[str, Any]:
@@ -18,7 +18,7 @@ def environment() -> dict[str, Any]:
 
     `kernels` is there where layers on a GPU are computed by those of qzo in Triton, and not by PyTorch's operators.
     """
-    return {**_environment(), **({"kernels": "triton"} if fused.is_asked() else {})}
+    return {**_environment(), **({"kernels": "triton"} if asked.is_asked() else {})}
 
 
 @cache

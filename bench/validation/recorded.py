@@ -16,7 +16,7 @@ from bench.cases.recipes.table import BARE, RECIPES
 from bench.records.record import Record
 from bench.simulator.cuda.attention import attention_of
 from qzo.errors import QzoError
-from qzo.kernels import fused
+from qzo.kernels import asked
 
 # Figure -> phases of a record that it is the highest of; zeroth-order steps have no backward.
 PHASES = {
@@ -76,7 +76,7 @@ def predict(record: Record, change: Callable[[Recipe], Recipe] = lambda recipe: 
     if usual is not None and changed is not None and changed != usual:
         asked_for = case.gradient_checkpointing and not usual.checkpointing
         case = replace(case, recipe=changed, gradient_checkpointing=changed.checkpointing or asked_for)
-    with fused.by_triton(record["environment"].get("kernels") == "triton"):  # whatever is asked for here
+    with asked.by_triton(record["environment"].get("kernels") == "triton"):  # whatever is asked for here
         predicted = run(case)
     if predicted["status"] != "ok":
         raise QzoError(predicted["message"])

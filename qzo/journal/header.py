@@ -12,7 +12,7 @@ from qzo.checkpoints.identity import BASE, MODEL, base_identity
 from qzo.errors import QzoError
 from qzo.journal.fingerprint import model_hash, noise_fingerprint
 from qzo.journal.lines import VERSION
-from qzo.kernels import fused
+from qzo.kernels import asked
 from qzo.kernels.native import is_compiled
 from qzo.live.trainable import live_named, offsets
 from qzo.optim.mezo import MeZO
@@ -102,7 +102,7 @@ def differences(
 
 def carrier() -> str:
     """What multiplies by packed codes."""
-    if fused.is_carrier():
+    if asked.is_carrier():
         return "kernels in Triton"
     return "compiled code" if is_compiled() else "operators"
 

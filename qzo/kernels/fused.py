@@ -1,32 +1,24 @@
 """Packed layers on an NVIDIA GPU by kernels in Triton (qzo/kernels/triton), where these are asked for.
 
-`QZO_KERNELS=triton` in the environment asks for them, or `by_triton()`; otherwise, and for what they do not take,
-PyTorch's operators do the work. A product of few rows is computed from the codes, and the weight never exists; for more
-rows it is rebuilt in one launch, as whole as REBUILT_ELEMENTS allow, for cuBLAS to multiply with.
-
-Compiled and held to the operators without a GPU; no GPU has run them yet, so nothing uses them by default.
+Otherwise, and for what they do not take, PyTorch's operators do the work (qzo/kernels/asked.py). A product of few rows is
+computed from the codes, and the weight never exists; for more rows it is rebuilt in one launch, as whole as
+REBUILT_ELEMENTS allow, for cuBLAS to multiply with. Weights have the bits of the operators, in Triton's interpreter, and
+the kernels compile for GPUs that are not there.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qzo.errors import QzoError
+from qzo.kernels import asked
 from qzo.kernels.packed import BLOCKS, PAIRS, Packed
 from qzo.kernels.philox import Stream
 from qzo.kernels.rebuilt import keeps_weights
 
-VARIABLE, CHOICES = "QZO_KERNELS", ("operators", "triton")
-DEVICES = ("cuda", "meta")  # on `meta` what would be allocated is; there a GPU is simulated
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELEMENTS = 2**31  # of a weight: kernels count in int32
 # Weights that are rebuilt at a time, 128 MiB in 16 bits: every layer of a 7B model at once, the largest of a 13B model
@@ -38,44 +30,11 @@ REBUILT_ELEMENTS, REBUILT_ROWS = 2**26, 64
 TOKENS: dict[tuple[int, int], int] = {}
 DEFAULT_TOKENS = 64
 _most: int | None = None
-_within: bool | None = None
-
-
-@contextmanager
-def by_triton(allowed: bool = True) -> Iterator[None]:
-    """Within, the kernels are asked for, or with `allowed=False` are not, whatever the environment says."""
-    global _within
-    before, _within = _within, allowed
-    try:
-        yield
-    finally:
-        _within = before
-
-
-def is_asked() -> bool:
-    """Whether the kernels are asked for. Raises QzoError for a word that the environment may not have."""
-    return _by_environment() if _within is None else _within
-
-
-def is_carrier() -> bool:
-    """Whether layers on a GPU of this machine are computed by the kernels."""
-    return is_asked() and torch.cuda.is_available() and find_spec("triton") is not None
-
-
-def takes(x: Tensor, *tensors: Tensor) -> bool:
-    """Whether these lie where kernels run, and no derivative of theirs is wanted. Raises QzoError without Triton."""
-    if not is_asked() or x.device.type not in DEVICES or torch.compiler.is_compiling():
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    if not x.is_meta:
-        _launch()
-    return True
 
 
 def product(x: Tensor, describe: Callable[[], Packed | None], *trained: Tensor) -> Tensor | None:
     """`multiply` for a layer that `describe` describes, with `trained` in it; None where the kernels do not take it."""
-    packed = None if keeps_weights() or not takes(x, x, *trained) else describe()
+    packed = None if keeps_weights() or not asked.takes(x, x, *trained) else describe()
     return multiply(packed, x) if packed is not None and can_multiply(packed, x) else None
 
 
@@ -106,7 +65,7 @@ def rebuild(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor
     else:
         weight = packed.codes.new_empty(depth, rows, dtype=dtype).t()
     if not weight.is_meta:
-        _launch().rebuild(weight, packed, start)
+        asked.kernels("launch").rebuild(weight, packed, start)
     return weight
 
 
@@ -126,7 +85,7 @@ def multiply(packed: Packed, x: Tensor) -> Tensor:
             torch.mm(rows, weight.t(), out=flat[:, start:stop])
             del weight  # before the next part is born
     elif not y.is_meta:
-        _launch().multiply(y.view(-1, columns), packed, rows)
+        asked.kernels("launch").multiply(y.view(-1, columns), packed, rows)
     return y
 
 
@@ -160,7 +119,7 @@ def multiply_both(
     if not y_plus.is_meta:
         flat = y_plus.view(-1, columns), y_minus.view(-1, columns)
         rows = sides[0].reshape(-1, depth), sides[1].reshape(-1, depth)
-        _both().multiply_both(flat, packed, rows, masters, stream, eps, distribution, relative, starts)
+        asked.kernels("both").multiply_both(flat, packed, rows, masters, stream, eps, distribution, relative, starts)
     return y_plus, y_minus
 
 
@@ -186,27 +145,3 @@ def rebuilt_bounds(shape: tuple[int, int]) -> list[tuple[int, int]]:
     parts = max(1, -(-rows * depth // REBUILT_ELEMENTS))
     step = -(-rows // parts // REBUILT_ROWS) * REBUILT_ROWS
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-@cache
-def _by_environment() -> bool:
-    word = os.environ.get(VARIABLE, "").lower()
-    if word not in ("", *CHOICES):
-        raise QzoError(f"{VARIABLE}={word!r} is not known; choose {' or '.join(CHOICES)}, or leave it out")
-    return word == "triton"
-
-
-def _launch() -> Any:
-    return _kernels("launch")
-
-
-def _both() -> Any:
-    return _kernels("both")
-
-
-@cache
-def _kernels(name: str) -> Any:
-    """A module of qzo/kernels/triton. Raises QzoError where Triton is not installed."""
-    if find_spec("triton") is None:
-        raise QzoError(f"{VARIABLE}=triton needs the package triton; pip install 'qzo[triton]', or leave it out")
-    return import_module(f"qzo.kernels.triton.{name}")

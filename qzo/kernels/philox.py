@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from qzo.errors import QzoError
-from qzo.kernels import native
+from qzo.kernels import asked, native
 
 BITS = {"rademacher": 1, "binomial": 16}  # of the stream that make an element
 LANES = 16
@@ -45,6 +45,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key grows by, a round
 ROUNDS = 10
 WORD, SEED = 2**32 - 1, 2**64 - 1
 PIECE = 2**18  # elements at a time: 2.5 MiB of words for "binomial", 1 MiB of z where a range ends within a tile
+COUNTED = 2**31  # elements, in int32, by kernels for a GPU
 LEAST_DRAWN = 2**16  # elements, from which on it is worth to wake the other threads
 
 
@@ -75,9 +76,16 @@ def tile_elements(distribution: str) -> int:
 
 def draw(out: Tensor, start: int, stream: Stream, distribution: str) -> None:
     """As `draw_by_operators`, by whatever is quickest here; which it is makes no difference to z."""
-    if not can_draw(out):
+    if asked.takes(out) and out.is_contiguous() and start + len(out) < COUNTED:
+        if not out.is_meta:
+            asked.kernels("both").draw(out, start, stream, distribution)
+    elif not can_draw(out):
         draw_by_operators(out, start, stream, distribution)
-        return
+    else:
+        _draw_natively(out, start, stream, distribution)
+
+
+def _draw_natively(out: Tensor, start: int, stream: Stream, distribution: str) -> None:
     check_end(start + len(out), distribution)
     counter, threads = stream.counter(), native.threads_for(len(out), LEAST_DRAWN)
     if not isinstance(out, FakeTensor):

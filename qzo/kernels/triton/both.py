@@ -36,18 +36,20 @@ def multiply_both(
     codes, _, *further = pointers(packed)
     words = eps, *words_of(stream)
     sizes = len(plus), columns, depth, plus.stride(0), minus.stride(0)
-    dual_kernel[grid](
-        *results, plus, minus, codes, masters, *further, *(starts or (codes, codes)), *words, *sizes,
-        **described(packed), SCALE=DTYPES[packed.scales.dtype], RELATIVE=relative, FOLLOWS=starts is not None,
-        NOISE=BITS[distribution], **tile, **options(packed),
-    )  # fmt: skip
+    with torch.cuda.device_of(plus):
+        dual_kernel[grid](
+            *results, plus, minus, codes, masters, *further, *(starts or (codes, codes)), *words, *sizes,
+            **described(packed), SCALE=DTYPES[packed.scales.dtype], RELATIVE=relative, FOLLOWS=starts is not None,
+            NOISE=BITS[distribution], **tile, **options(packed),
+        )  # fmt: skip
 
 
 def draw(out: Tensor, start: int, stream: Stream, distribution: str) -> None:
     """As `qzo.kernels.philox.draw_by_operators`, in one launch; `out` has fewer than 2**31 elements to its end."""
     if len(out):
         words, made = (start, len(out), *words_of(stream)), {"BITS": BITS[distribution], "SIZE": SIZE}
-        draw_kernel[(triton.cdiv(len(out), SIZE),)](out, *words, **made, num_warps=WARPS, enable_fp_fusion=False)
+        with torch.cuda.device_of(out):
+            draw_kernel[(triton.cdiv(len(out), SIZE),)](out, *words, **made, num_warps=WARPS, enable_fp_fusion=False)
 
 
 def words_of(stream: Stream) -> tuple[int, ...]:

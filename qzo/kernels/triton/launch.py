@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -19,7 +20,8 @@ def rebuild(weight: Tensor, packed: Packed, start: int) -> None:
     tile = {"BN": 16, "BK": 128} if packed.layout in (BLOCKS, PAIRS) else {"BN": 64, "BK": 32}
     grid = triton.cdiv(rows, tile["BN"]), triton.cdiv(depth, tile["BK"])
     sizes = start, start + rows, *packed.shape, *weight.stride()
-    rebuild_kernel[grid](weight, *pointers(packed), *sizes, **described(packed), **tile, **options(packed))
+    with torch.cuda.device_of(weight):
+        rebuild_kernel[grid](weight, *pointers(packed), *sizes, **described(packed), **tile, **options(packed))
 
 
 def multiply(y: Tensor, packed: Packed, x: Tensor) -> None:
@@ -29,7 +31,8 @@ def multiply(y: Tensor, packed: Packed, x: Tensor) -> None:
     tile = product_tile(packed, len(side))
     grid = triton.cdiv(columns, tile["BN"]), triton.cdiv(len(side), tile["BM"])
     sizes = len(side), columns, depth, side.stride(0)
-    product_kernel[grid](y, side, *pointers(packed), *sizes, **described(packed), **tile, **options(packed))
+    with torch.cuda.device_of(y):
+        product_kernel[grid](y, side, *pointers(packed), *sizes, **described(packed), **tile, **options(packed))
 
 
 def with_near_elements(rows: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qzo.kernels import fused
+from qzo.kernels import asked
 
 pytest.importorskip("triton", reason="needs triton")
 FOLDER = "qzo.kernels.triton"
@@ -54,7 +54,7 @@ def _modules(interpreted: bool) -> dict[str, ModuleType]:
 @contextmanager
 def on_the_cpu() -> Iterator[None]:
     """Within, layers on the CPU are computed by the kernels, in the interpreter."""
-    with mock.patch.multiple(fused, DEVICES=("cpu",), _kernels=partial(kernels, interpreted=True)), fused.by_triton():
+    with mock.patch.multiple(asked, DEVICES=("cpu",), kernels=partial(kernels, interpreted=True)), asked.by_triton():
         yield
 
 

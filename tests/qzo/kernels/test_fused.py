@@ -9,15 +9,15 @@ from packed_layers import FORMATS, gguf, gptq, nf4
 from bench.ledger.ledger import Ledger
 from qzo.errors import QzoError
 from qzo.formats.gptq.layer import QuantLinear
-from qzo.kernels import fused
+from qzo.kernels import asked, fused
 from qzo.kernels.rebuilt import CHUNK_ELEMENTS, kept_weights
 
 
 @pytest.fixture(autouse=True)
 def asked_anew():
-    fused._by_environment.cache_clear()
+    asked._by_environment.cache_clear()
     yield
-    fused._by_environment.cache_clear()
+    asked._by_environment.cache_clear()
 
 
 def peak(layer, rows):
@@ -31,38 +31,38 @@ def peak(layer, rows):
 
 def test_nothing_uses_them_unless_they_are_asked_for(monkeypatch):
     layer = QuantLinear.empty(4096, 4096, device="meta")
-    monkeypatch.delenv(fused.VARIABLE, raising=False)
-    assert not fused.is_asked() and peak(layer, 640) > 8 * CHUNK_ELEMENTS
-    with fused.by_triton():
-        assert fused.is_asked() and peak(layer, 640) == 2 * 4096 * 4096
-        with fused.by_triton(False):
-            assert not fused.is_asked()
+    monkeypatch.delenv(asked.VARIABLE, raising=False)
+    assert not asked.is_asked() and peak(layer, 640) > 8 * CHUNK_ELEMENTS
+    with asked.by_triton():
+        assert asked.is_asked() and peak(layer, 640) == 2 * 4096 * 4096
+        with asked.by_triton(False):
+            assert not asked.is_asked()
 
 
 @pytest.mark.parametrize(("word", "is_asked"), [("triton", True), ("Triton", True), ("operators", False), ("", False)])
 def test_the_environment_asks_for_them(monkeypatch, word, is_asked):
-    monkeypatch.setenv(fused.VARIABLE, word)
-    assert fused.is_asked() == is_asked
+    monkeypatch.setenv(asked.VARIABLE, word)
+    assert asked.is_asked() == is_asked
 
 
 def test_another_word_is_told_in_one_line(monkeypatch):
-    monkeypatch.setenv(fused.VARIABLE, "cuda")
+    monkeypatch.setenv(asked.VARIABLE, "cuda")
     with pytest.raises(QzoError, match="QZO_KERNELS='cuda' is not known; choose operators or triton"):
-        fused.is_asked()
+        asked.is_asked()
 
 
 def test_without_the_package_the_remedy_is_told(monkeypatch):
-    monkeypatch.setattr(fused, "find_spec", lambda name: None)
-    fused._kernels.cache_clear()
-    assert not fused.is_carrier()
-    monkeypatch.setattr(fused, "DEVICES", ("cpu",))
-    with fused.by_triton(), torch.no_grad(), pytest.raises(QzoError, match=r"pip install 'qzo\[triton\]'"):
+    monkeypatch.setattr(asked, "find_spec", lambda name: None)
+    asked.kernels.cache_clear()
+    assert not asked.is_carrier()
+    monkeypatch.setattr(asked, "DEVICES", ("cpu",))
+    with asked.by_triton(), torch.no_grad(), pytest.raises(QzoError, match=r"pip install 'qzo\[triton\]'"):
         gptq((32, 32))(torch.randn(1, 32))
 
 
 def test_few_rows_need_no_memory_and_many_a_part_of_the_weight():
     layer = QuantLinear.empty(5120, 13824, device="meta")
-    with fused.by_triton():
+    with asked.by_triton():
         assert peak(layer, fused.DEFAULT_TOKENS) == 0
         assert peak(layer, fused.DEFAULT_TOKENS + 1) == 2 * 6912 * 5120  # two parts of the largest layer of a 13B model
 
@@ -91,12 +91,12 @@ def test_what_they_do_not_take_is_left_to_operators(monkeypatch):
     x = torch.randn(2, 64)
 
     def products(layer, x):
-        with fused.by_triton():
+        with asked.by_triton():
             return fused.product(x, layer.packed, layer.scales)
 
     assert products(gptq((32, 64)), x) is None  # on the CPU
-    monkeypatch.setattr(fused, "DEVICES", ("cpu",))
-    monkeypatch.setattr(fused, "_kernels", lambda name: None)
+    monkeypatch.setattr(asked, "DEVICES", ("cpu",))
+    monkeypatch.setattr(asked, "kernels", lambda name: None)
     assert not fused.can_multiply(gptq((32, 64)).packed(), x.double())
     assert not fused.can_multiply(gptq((32, 64)).packed(), torch.randn(2, 32))
     assert not fused.can_multiply(nf4((8, 33)).packed(), torch.randn(2, 33))
@@ -107,5 +107,5 @@ def test_what_they_do_not_take_is_left_to_operators(monkeypatch):
     assert products(layer, x) is None
     layer.scales.requires_grad_(False)
     monkeypatch.setattr(fused, "multiply", None)
-    with fused.by_triton(), kept_weights():
+    with asked.by_triton(), kept_weights():
         assert layer(x).shape == gguf((32, 64), "Q4_0")(x).shape == (2, 32)

@@ -6,7 +6,7 @@ from packed_layers import FORMATS, gguf, gptq, nf4
 from triton_kernels import kernels, on_the_cpu
 
 from qzo.kernels import fused
-from qzo.kernels.philox import BITS, Stream, draw_by_operators
+from qzo.kernels.philox import BITS, Stream, draw, draw_by_operators
 from qzo.optim import offsets
 
 STREAM = Stream(2**63 + 12_345, 7, 2**31 + 5, 1)  # numbers whose highest bits are set
@@ -27,6 +27,10 @@ def test_z_has_the_bits_of_the_reference(distribution, start, count):
     kernels("both", True).draw(ours, start, STREAM, distribution)
     draw_by_operators(theirs, start, STREAM, distribution)
     assert torch.equal(ours, theirs)
+    again = torch.empty(count)
+    with on_the_cpu():
+        draw(again, start, STREAM, distribution)
+    assert torch.equal(again, theirs)
 
 
 def perturbed(layer, masters, sign, distribution, relative, starts=None):
