@@ -1,9 +1,9 @@
 """Packed layers on an NVIDIA GPU by kernels in Triton (qzo/kernels/triton), where these are asked for.
 
-Otherwise, and for what they do not take, PyTorch's operators do the work (qzo/kernels/asked.py). A product of few rows is
-computed from the codes, and the weight never exists; for more rows it is rebuilt in one launch, as whole as
-REBUILT_ELEMENTS allow, for cuBLAS to multiply with. Weights have the bits of the operators, in Triton's interpreter, and
-the kernels compile for GPUs that are not there.
+Otherwise, and for what they do not take, PyTorch's operators do the work (qzo/kernels/asked.py). A product of few rows
+is computed from the codes, and the weight never exists; for more rows it is rebuilt in one launch, as whole as
+REBUILT_ELEMENTS allow, for cuBLAS to multiply with. Weights have the bits of the operators, in Triton's interpreter,
+and the kernels compile for GPUs that are not there.
 """
 
 from __future__ import annotations
