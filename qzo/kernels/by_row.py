@@ -28,21 +28,23 @@ class Order(IntEnum):
     BYTES = 2  # int8
     LOW_FIRST = 3  # 16 bytes, two neighbours in each
     HIGH_FIRST = 4
-    PLANES = 5  # a byte for a weight and for those of the same place in other rows: the first rows in the highest bits
+    PLANES = 5  # groups in rows of bytes, several to a byte: the first of all groups in the highest bits
+    WORD_PLANES = 6  # the same in words of 32 bits
+    UNSIGNED = 7  # uint8
 
 
 RUN_BYTES = {Order.HALVES: 16, Order.FIFTHS: 20, Order.BYTES: 32, Order.LOW_FIRST: 16, Order.HIGH_FIRST: 16,
-             Order.PLANES: 32}  # fmt: skip
+             Order.PLANES: 0, Order.WORD_PLANES: 0, Order.UNSIGNED: 32}  # fmt: skip
 
 
 class Rows(NamedTuple):
     """Rows of a weight [N, K].
 
-    codes: bytes [N, ...], contiguous within a row; of PLANES [N * bits / 8, K], of all rows.
+    codes: bytes [N, ...], contiguous within a row; of planes [P, g], the groups of all rows, `planes` to a word.
     shape: N, K. scales, zeros, offsets: [N, K / g], any floating dtype (zeros: any), strides and expansion.
     zero: what is taken off each code. table: fp32 [16], what the codes stand for.
     at, run_bytes: where the codes of the first run begin in a row, and bytes from a run to the next, where other bytes
-        lie between. first: number of the first row, of PLANES.
+        lie between. plane_bits, planes: of a code, codes to a word. first: number of the first group, of planes.
     """
 
     codes: Tensor
@@ -56,6 +58,7 @@ class Rows(NamedTuple):
     at: int = 0
     run_bytes: int | None = None
     plane_bits: int = 8
+    planes: int = 1
     first: int = 0
 
 
@@ -98,16 +101,16 @@ def multiply(rows: Rows, x: Tensor) -> Tensor:
 def _laid_out(rows: Rows) -> Rows:
     """With tensors as compiled code reads them, which does not know where they end."""
     count, depth = rows.shape
-    held = count if rows.order != Order.PLANES else len(rows.codes) * 8 // rows.plane_bits
-    step = _run_bytes(rows)
-    needed = rows.at + step * (depth // RUN - 1) + RUN_BYTES[rows.order]
-    codes = rows.codes.detach()
+    codes, (wanted, needed) = rows.codes.detach(), (count, rows.at + _run_bytes(rows) * (depth // RUN - 1))
+    if rows.order in (Order.PLANES, Order.WORD_PLANES):
+        groups = rows.scales.shape[1]
+        wanted = -(-(rows.first + count * groups) // rows.planes)
+        needed = depth // groups * (4 if rows.order == Order.WORD_PLANES else 1)
     codes = codes if codes[0].is_contiguous() else codes.contiguous()
-    if held < rows.first + count or codes[0].numel() * codes.element_size() < needed:
+    if len(codes) < wanted or codes[0].numel() * codes.element_size() < needed + RUN_BYTES[rows.order]:
         raise QzoError(f"codes {tuple(codes.shape)} {codes.dtype} do not fit a weight {rows.shape}")
-    groups = rows.scales.shape
     for tensor in (rows.scales, rows.zeros, rows.offsets):
-        if tensor is not None and (tensor.shape != groups or len(tensor) != count):
+        if tensor is not None and (tensor.shape != rows.scales.shape or len(tensor) != count):
             raise QzoError(f"scales, zeros or offsets {tuple(tensor.shape)} do not fit a weight {rows.shape}")
     if rows.table is not None and tuple(rows.table.shape) != (16,):
         raise QzoError(f"a table of {rows.table.numel()} numbers does not fit codes of 4 bits")
@@ -132,6 +135,6 @@ def _described(rows: Rows) -> ctypes.Structure:
     codes, (count, depth), groups = rows.codes, rows.shape, rows.scales.shape[1]
     zeros, offsets, table = (None if t is None else t.data_ptr() for t in (rows.zeros, rows.offsets, rows.table))
     places = (codes.data_ptr() + rows.at, rows.order, codes.stride(0) * codes.element_size(), _run_bytes(rows))
-    planes = (rows.plane_bits, len(codes), rows.first)
+    planes = (rows.plane_bits, rows.planes, len(codes), rows.first)
     numbers = (rows.scales.data_ptr(), zeros, offsets, groups, 1, depth // groups)
     return RowsStruct(*places, *planes, table, rows.zero, *numbers, depth, count)

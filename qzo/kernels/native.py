@@ -81,7 +81,7 @@ def products_on_tiles() -> Iterator[None]:
 
 def can_rebuild(words: Tensor, n_bits: int, scales: Tensor, dtype: torch.dtype) -> bool:
     """Whether `rebuild` takes such codes; it computes no derivatives, backward or forward, and cannot be traced."""
-    return 32 % n_bits == 0 and words.dtype == torch.int32 and takes(words, scales) and dtype in DTYPES
+    return words.dtype == torch.int32 and takes(words, scales) and dtype in DTYPES
 
 
 def can_multiply(words: Tensor, n_bits: int, scales: Tensor, x: Tensor) -> bool:
@@ -184,7 +184,7 @@ def _laid_out(codes: Codes) -> Codes:
 
 def _shape(codes: Codes) -> tuple[int, int]:
     rows, columns = codes.words.shape
-    return (rows, columns * 8) if codes.awq else (rows * (32 // codes.n_bits), columns)
+    return (rows, columns * 8) if codes.awq else (rows * 32 // codes.n_bits, columns)
 
 
 class _Codes(ctypes.Structure):
@@ -205,7 +205,8 @@ class RowsStruct(ctypes.Structure):
     _fields_ = (
         *(("codes", ctypes.c_void_p), ("order", ctypes.c_int64)),
         *(("row_bytes", ctypes.c_int64), ("run_bytes", ctypes.c_int64)),
-        *(("plane_bits", ctypes.c_int64), ("plane_rows", ctypes.c_int64), ("first", ctypes.c_int64)),
+        *(("plane_bits", ctypes.c_int64), ("planes", ctypes.c_int64)),
+        *(("plane_groups", ctypes.c_int64), ("first", ctypes.c_int64)),
         *(("table", ctypes.c_void_p), ("zero", ctypes.c_int64)),
         *(("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("offsets", ctypes.c_void_p)),
         *(("row_step", ctypes.c_int64), ("group_step", ctypes.c_int64), ("group_size", ctypes.c_int64)),

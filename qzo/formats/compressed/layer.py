@@ -26,7 +26,7 @@ BUFFER_OF = {
     "weight_zero_point": "zero_points",
     "weight_g_idx": "g_idx",
 }
-PACKED_ORDERS = {4: by_row.Order.LOW_FIRST, 8: by_row.Order.PLANES}
+PACKED_ORDERS = {4: by_row.Order.LOW_FIRST, 8: by_row.Order.UNSIGNED}
 
 
 class CompressedLinear(CodesAsQweight, RebuiltLinear):

@@ -135,14 +135,13 @@ class HqqLinear(CodesAsQweight, RebuiltLinear):
         return weights.view(stop - start, self.in_features).to(dtype)
 
     def _by_row(self, start: int, stop: int, scales: Tensor) -> by_row.Rows | None:
-        layout, planes = self.layout, self.layout.per_word
-        whole = self.out_features % planes == 0 and self.in_features % layout.group_size == 0
-        if layout.axis == 0 or layout.code_bits == 3 or not whole:
+        layout, shape = self.layout, (stop - start, self.in_features)
+        if layout.axis == 0 or self.in_features % layout.group_size:
             return None
-        codes = self.codes.view(self.out_features // planes, self.in_features)
+        order = by_row.Order.PLANES if layout.word_dtype == torch.uint8 else by_row.Order.WORD_PLANES
         scale, zeros = (t.view(self.out_features, -1)[start:stop] for t in (scales, self.zero_points))
-        shape, bits = (stop - start, self.in_features), layout.code_bits
-        return by_row.Rows(codes, by_row.Order.PLANES, shape, scale, zeros, plane_bits=bits, first=start)
+        rows = by_row.Rows(self.codes, order, shape, scale, zeros, plane_bits=layout.code_bits)
+        return rows._replace(planes=layout.per_word, first=start * scale.shape[1])
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

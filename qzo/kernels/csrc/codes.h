@@ -10,7 +10,7 @@ typedef struct {
     const uint32_t *words; /* [k * n_bits / 32, n], rows words_stride apart; of AWQ [k, n / 8] */
     int64_t words_stride;
     int64_t awq; /* whether a word holds eight columns of 4 bits, in the order of AWQ, in place of rows */
-    int64_t n_bits; /* 2, 4 or 8 */
+    int64_t n_bits; /* 2, 3, 4 or 8 */
     const float *scales; /* [groups, n] */
     const int32_t *zeros; /* [groups, n], or NULL: all are `zero` */
     int64_t zero;
@@ -28,13 +28,26 @@ typedef struct {
     int shift;
 } Row;
 
-/* Rows that a row of the words holds. */
-static inline int64_t rows_per_word(const Codes *codes) { return codes->awq ? 1 : 32 / codes->n_bits; }
+/* Whether a row's codes are unpacked first: several columns share a word, or a code lies across two. */
+static inline int unpacks(const Codes *codes) { return codes->awq || codes->n_bits == 3; }
 
-/* Columns first ... first + count of one row of AWQ's words, eight by eight. */
-static inline __attribute__((always_inline)) void unpack_awq(const Codes *codes, int64_t row, int64_t first,
+/* Rows that a row of the words holds. */
+static inline int64_t rows_per_word(const Codes *codes) { return unpacks(codes) ? 1 : 32 / codes->n_bits; }
+
+/* Columns first ... first + count of one row's codes; AWQ's eight by eight. */
+static inline __attribute__((always_inline)) void unpack_row(const Codes *codes, int64_t row, int64_t first,
                                                              int64_t count, uint32_t *restrict to) {
     static const uint32_t SHIFTS[8] = {0, 16, 4, 20, 8, 24, 12, 28};
+    if (!codes->awq) {
+        const int64_t bit = row * codes->n_bits, shift = bit % 32;
+        const uint32_t *low = codes->words + bit / 32 * codes->words_stride + first;
+        const uint32_t *high = low + codes->words_stride, mask = (1u << codes->n_bits) - 1;
+        if (shift + codes->n_bits <= 32)
+            for (int64_t i = 0; i < count; i++) to[i] = low[i] >> shift & mask;
+        else
+            for (int64_t i = 0; i < count; i++) to[i] = (low[i] >> shift | high[i] << (32 - shift)) & mask;
+        return;
+    }
     const uint32_t *words = codes->words + row * codes->words_stride + first / 8;
     for (int64_t i = 0; i < count / 8; i++)
         for (int j = 0; j < 8; j++) to[8 * i + j] = words[i] >> SHIFTS[j] & 15;

@@ -43,12 +43,12 @@ INLINE void rebuild_pair(const Row *even, const Row *odd, uint32_t *restrict pai
 
 AVX512_BF16 static void panel_of_codes(const Codes *codes, int64_t first, int64_t columns, uint32_t *panel) {
     const int64_t per_word = 32 / codes->n_bits, n_words = codes->k / per_word;
-    if (codes->awq) {
+    if (unpacks(codes)) {
         uint32_t codes_a[COLUMNS], codes_b[COLUMNS];
         for (int64_t k = 0; k < codes->k; k += 2, panel += COLUMNS) {
             Row even = row_of(codes, k, 0, first), odd = row_of(codes, k + 1, 0, first);
-            unpack_awq(codes, k, first, columns, codes_a);
-            unpack_awq(codes, k + 1, first, columns, codes_b);
+            unpack_row(codes, k, first, columns, codes_a);
+            unpack_row(codes, k + 1, first, columns, codes_b);
             even.words = codes_a, odd.words = codes_b;
             rebuild_pair(&even, &odd, panel, columns);
         }

@@ -3,7 +3,7 @@
 #include "cpus.h"
 #include "rows.h"
 
-#define TILE 256 /* columns of AWQ that are unpacked at a time */
+#define TILE 256 /* columns that are unpacked at a time */
 
 FOR_EACH_CPU static void bf16_row(const Row *row, uint16_t *restrict out, int64_t n) {
     const Row r = *row;
@@ -23,12 +23,12 @@ FOR_EACH_CPU static void fp32_row(const Row *row, float *restrict out, int64_t n
         for (int64_t i = 0; i < n; i++) out[i] = weight(r.words[i], r.shift, r.mask, r.zero, r.scales[i]);
 }
 
-FOR_EACH_CPU static void rebuild_awq_row(const Codes *codes, int64_t k, void *out, int is_bf16) {
+FOR_EACH_CPU static void rebuild_unpacked_row(const Codes *codes, int64_t k, void *out, int is_bf16) {
     uint32_t unpacked[TILE];
     for (int64_t first = 0; first < codes->n; first += TILE) {
         const int64_t count = codes->n - first < TILE ? codes->n - first : TILE, offset = k * codes->n + first;
         Row row = row_of(codes, k, 0, first);
-        unpack_awq(codes, k, first, count, unpacked);
+        unpack_row(codes, k, first, count, unpacked);
         row.words = unpacked;
         if (is_bf16)
             bf16_row(&row, (uint16_t *)out + offset, count);
@@ -40,8 +40,8 @@ FOR_EACH_CPU static void rebuild_awq_row(const Codes *codes, int64_t k, void *ou
 /* The rows whose codes are in row `word` of the words. */
 static void rebuild_rows(const Codes *codes, int64_t word, void *out, int is_bf16) {
     const int64_t per_word = rows_per_word(codes);
-    if (codes->awq) {
-        rebuild_awq_row(codes, word, out, is_bf16);
+    if (unpacks(codes)) {
+        rebuild_unpacked_row(codes, word, out, is_bf16);
         return;
     }
     for (int64_t place = 0; place < per_word; place++) {

@@ -8,13 +8,13 @@
 
 #define RUN 32 /* weights */
 
-enum Order { HALVES = 0, FIFTHS = 1, BYTES = 2, LOW_FIRST = 3, HIGH_FIRST = 4, PLANES = 5 };
+enum Order { HALVES = 0, FIFTHS = 1, BYTES = 2, LOW_FIRST = 3, HIGH_FIRST = 4, PLANES = 5, WORD_PLANES = 6, UNSIGNED = 7 };
 
 typedef struct {
     const uint8_t *codes;
-    int64_t order, row_bytes, run_bytes; /* from a row, and from a run, to the next; of planes, of a plane's rows */
-    int64_t plane_bits, plane_rows; /* of planes: bits of a code, and rows that are in the same bits of their bytes */
-    int64_t first; /* row, which of planes tells where it is; of others 0 */
+    int64_t order, row_bytes, run_bytes; /* from a row, and from a run, to the next; of planes, from a group */
+    int64_t plane_bits, planes, plane_groups; /* bits of a code, codes of a word, and groups in the same bits of it */
+    int64_t first; /* group, which of planes tells where it is; of others 0 */
     const float *table; /* [16], what the codes stand for, or NULL: for themselves, less `zero` */
     int64_t zero;
     const float *scales, *zeros, *offsets; /* number of group j of row i at i * row_step + j * group_step; or NULL */
@@ -56,17 +56,25 @@ static inline __attribute__((always_inline)) void unpack_run(const Rows *rows, c
     case BYTES:
         for (int i = 0; i < RUN; i++) codes[i] = (int8_t)bytes[i];
         break;
+    case UNSIGNED:
+        for (int i = 0; i < RUN; i++) codes[i] = bytes[i];
+        break;
     case LOW_FIRST:
         for (int i = 0; i < 16; i++) codes[2 * i] = bytes[i] & 15, codes[2 * i + 1] = bytes[i] >> 4;
         break;
     case HIGH_FIRST:
         for (int i = 0; i < 16; i++) codes[2 * i] = bytes[i] >> 4, codes[2 * i + 1] = bytes[i] & 15;
         break;
-    case PLANES: {
-        const int64_t plane = (rows->first + row) / rows->plane_rows, bits = rows->plane_bits;
-        const int shift = (int)(8 - bits * (plane + 1)), mask = (1 << bits) - 1;
-        bytes = rows->codes + (rows->first + row) % rows->plane_rows * rows->row_bytes + run * rows->run_bytes;
-        for (int i = 0; i < RUN; i++) codes[i] = bytes[i] >> shift & mask;
+    case PLANES:
+    case WORD_PLANES: {
+        const int64_t at = run * RUN, group = rows->first + row * (rows->k / rows->group_size) + at / rows->group_size;
+        const int shift = (int)(rows->plane_bits * (rows->planes - 1 - group / rows->plane_groups));
+        const int mask = (1 << rows->plane_bits) - 1;
+        bytes = rows->codes + group % rows->plane_groups * rows->row_bytes;
+        if (order == PLANES)
+            for (int i = 0; i < RUN; i++) codes[i] = bytes[at % rows->group_size + i] >> shift & mask;
+        else
+            for (int i = 0; i < RUN; i++) codes[i] = ((const int32_t *)bytes)[at % rows->group_size + i] >> shift & mask;
         break;
     }
     default:
@@ -102,9 +110,11 @@ static inline __attribute__((always_inline)) void weights_of_run(const Rows *row
     switch ((rows)->order) { \
     case FIFTHS: function(FIFTHS, __VA_ARGS__); break; \
     case BYTES: function(BYTES, __VA_ARGS__); break; \
+    case UNSIGNED: function(UNSIGNED, __VA_ARGS__); break; \
     case LOW_FIRST: function(LOW_FIRST, __VA_ARGS__); break; \
     case HIGH_FIRST: function(HIGH_FIRST, __VA_ARGS__); break; \
     case PLANES: function(PLANES, __VA_ARGS__); break; \
+    case WORD_PLANES: function(WORD_PLANES, __VA_ARGS__); break; \
     default: function(HALVES, __VA_ARGS__); \
     }
 

@@ -36,7 +36,7 @@ LAYERS = {
     **{name: lambda kind=kind: GgufLinear.empty(K, N, kind) for name, kind in TYPES.items()},
     "nf4": lambda: BnbLinear4bit.empty(K, N, block_size=64),
     "int8 of bitsandbytes": lambda: BnbLinear8bit.empty(K, N),
-    **{f"hqq {bits} bits": lambda bits=bits: HqqLinear.empty(K, N, bits) for bits in (8, 4, 2, 1)},
+    **{f"hqq {bits} bits": lambda bits=bits: HqqLinear.empty(K, N, bits) for bits in (8, 4, 3, 2, 1)},
     "int8 of torchao": lambda: AoInt8Linear.empty(K, N, group_size=32),
     "int4 of torchao": lambda: AoInt4Linear.empty(K, N, group_size=64),
     "4 bits in words": lambda: CompressedLinear.empty(K, N, scheme("pack-quantized", 4, True)),
@@ -144,7 +144,7 @@ def test_fake_tensors_give_fake_ones():
     lambda: BnbLinear4bit.empty(96, 10, block_size=64),  # a block goes on in the next row
     lambda: BnbLinear8bit.empty(40, 10),  # a row is no whole number of runs
     lambda: AoInt8Linear.empty(96, 10, group_size=16),
-    lambda: HqqLinear.empty(128, 6, 2, 64),  # a plane ends within a row
+    lambda: HqqLinear.empty(64, 8, 4, 128),  # a group goes on in the next row
 ])  # fmt: skip
 def test_what_compiled_code_cannot_read_is_left_to_operators(make, monkeypatch):
     layer = make()
