@@ -26,11 +26,11 @@ class Order(IntEnum):
     HALVES = 0  # 16 bytes: weights 0 ... 15 in the low halves, 16 ... 31 in the high ones
     FIFTHS = 1  # the fifth bits in 4 bytes, the others as HALVES
     BYTES = 2  # int8
-    LOW_FIRST = 3  # 16 bytes, two neighbours in each
-    HIGH_FIRST = 4
-    PLANES = 5  # groups in rows of bytes, several to a byte: the first of all groups in the highest bits
-    WORD_PLANES = 6  # the same in words of 32 bits
-    UNSIGNED = 7  # uint8
+    UNSIGNED = 3  # uint8
+    LOW_FIRST = 4  # 16 bytes, two neighbours in each
+    HIGH_FIRST = 5
+    PLANES = 6  # groups in rows of bytes, several to a byte: the first of all groups in the highest bits
+    WORD_PLANES = 7  # the same in words of 32 bits
 
 
 RUN_BYTES = {Order.HALVES: 16, Order.FIFTHS: 20, Order.BYTES: 32, Order.LOW_FIRST: 16, Order.HIGH_FIRST: 16,
@@ -136,5 +136,5 @@ def _described(rows: Rows) -> ctypes.Structure:
     zeros, offsets, table = (None if t is None else t.data_ptr() for t in (rows.zeros, rows.offsets, rows.table))
     places = (codes.data_ptr() + rows.at, rows.order, codes.stride(0) * codes.element_size(), _run_bytes(rows))
     planes = (rows.plane_bits, rows.planes, len(codes), rows.first)
-    numbers = (rows.scales.data_ptr(), zeros, offsets, groups, 1, depth // groups)
+    numbers = (rows.scales.data_ptr(), zeros, offsets, depth // groups)
     return RowsStruct(*places, *planes, table, rows.zero, *numbers, depth, count)

@@ -209,8 +209,7 @@ class RowsStruct(ctypes.Structure):
         *(("plane_groups", ctypes.c_int64), ("first", ctypes.c_int64)),
         *(("table", ctypes.c_void_p), ("zero", ctypes.c_int64)),
         *(("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("offsets", ctypes.c_void_p)),
-        *(("row_step", ctypes.c_int64), ("group_step", ctypes.c_int64), ("group_size", ctypes.c_int64)),
-        *(("k", ctypes.c_int64), ("n", ctypes.c_int64)),
+        *(("group_size", ctypes.c_int64), ("k", ctypes.c_int64), ("n", ctypes.c_int64)),
     )
 
 

@@ -89,14 +89,21 @@ FOR_EACH_CPU static void fp32_runs(const Rows *rows, int64_t row, float *restric
     WITH_ORDER(rows, fp32_of_order, rows, row, out)
 }
 
+static void rebuild_runs(const Rows *rows, int64_t row, void *out, int is_bf16) {
+    if (is_bf16)
+        bf16_runs(rows, row, (uint16_t *)out + row * rows->k);
+    else
+        fp32_runs(rows, row, (float *)out + row * rows->k);
+}
+
 /* out [n, k] in bf16 or fp32 from codes along its rows. */
 void qzo_rebuild_by_row(const Rows *rows, void *out, int is_bf16, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < rows->n; row++)
-        if (is_bf16)
-            bf16_runs(rows, row, (uint16_t *)out + row * rows->k);
-        else
-            fp32_runs(rows, row, (float *)out + row * rows->k);
+    if (threads < 2) { /* as above */
+        for (int64_t row = 0; row < rows->n; row++) rebuild_runs(rows, row, out, is_bf16);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows->n; row++) rebuild_runs(rows, row, out, is_bf16);
 }
 
 /* What a caller's struct must have too, or it was written for other code than was compiled. */

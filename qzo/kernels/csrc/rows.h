@@ -8,7 +8,8 @@
 
 #define RUN 32 /* weights */
 
-enum Order { HALVES = 0, FIFTHS = 1, BYTES = 2, LOW_FIRST = 3, HIGH_FIRST = 4, PLANES = 5, WORD_PLANES = 6, UNSIGNED = 7 };
+/* As in by_row.py, where each is told. */
+enum Order { HALVES, FIFTHS, BYTES, UNSIGNED, LOW_FIRST, HIGH_FIRST, PLANES, WORD_PLANES };
 
 typedef struct {
     const uint8_t *codes;
@@ -17,8 +18,8 @@ typedef struct {
     int64_t first; /* group, which of planes tells where it is; of others 0 */
     const float *table; /* [16], what the codes stand for, or NULL: for themselves, less `zero` */
     int64_t zero;
-    const float *scales, *zeros, *offsets; /* number of group j of row i at i * row_step + j * group_step; or NULL */
-    int64_t row_step, group_step, group_size, k, n;
+    const float *scales, *zeros, *offsets; /* [n, k / group_size]; the last two may be NULL */
+    int64_t group_size, k, n;
 } Rows;
 
 #ifdef __clang__
@@ -73,8 +74,10 @@ static inline __attribute__((always_inline)) void unpack_run(const Rows *rows, c
         bytes = rows->codes + group % rows->plane_groups * rows->row_bytes;
         if (order == PLANES)
             for (int i = 0; i < RUN; i++) codes[i] = bytes[at % rows->group_size + i] >> shift & mask;
-        else
-            for (int i = 0; i < RUN; i++) codes[i] = ((const int32_t *)bytes)[at % rows->group_size + i] >> shift & mask;
+        else {
+            const int32_t *words = (const int32_t *)bytes + at % rows->group_size;
+            for (int i = 0; i < RUN; i++) codes[i] = words[i] >> shift & mask;
+        }
         break;
     }
     default:
@@ -87,7 +90,7 @@ static inline __attribute__((always_inline)) void unpack_run(const Rows *rows, c
 static inline __attribute__((always_inline)) void weights_of_run(const Rows *rows, const int order, int64_t row,
                                                                  int64_t run, float *restrict weights) {
     int32_t codes[RUN];
-    const int64_t at = row * rows->row_step + run * RUN / rows->group_size * rows->group_step;
+    const int64_t at = row * (rows->k / rows->group_size) + run * RUN / rows->group_size;
     const float scale = rows->scales[at];
     unpack_run(rows, order, row, run, codes);
     if (rows->table)
