@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
+import standin
 import torch
 from tiny_models import VOCABULARY, tiny_config
 from transformers import (
@@ -35,3 +38,11 @@ def make_model() -> Make:
 @pytest.fixture
 def input_ids() -> torch.Tensor:
     return torch.randint(5, VOCABULARY, (2, 12))
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module in the place of `qzo.tasks`; its functions may be exchanged."""
+    made = standin.module()
+    monkeypatch.setitem(sys.modules, "qzo.tasks", made)
+    return made

@@ -1,18 +1,8 @@
 """What tests of `qzo train` share: a task of random words, and models to train on it."""
 
-import sys
-
 import pytest
 import standin
 import torch
-
-
-@pytest.fixture
-def task(monkeypatch):
-    """A module in the place of `qzo.tasks`; its functions may be exchanged."""
-    made = standin.module()
-    monkeypatch.setitem(sys.modules, "qzo.tasks", made)
-    return made
 
 
 @pytest.fixture

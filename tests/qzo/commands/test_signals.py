@@ -29,13 +29,6 @@ def models(tmp_path_factory):
     }
 
 
-@pytest.fixture
-def task(monkeypatch):
-    made = standin.module()
-    monkeypatch.setitem(sys.modules, "qzo.tasks", made)
-    return made
-
-
 def at_call(function, wanted, number):
     """The function, which sends this process a signal in its call number `wanted`."""
     calls = 0

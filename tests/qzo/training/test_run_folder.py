@@ -46,13 +46,6 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def task(monkeypatch):
-    made = standin.module()
-    monkeypatch.setitem(sys.modules, "qzo.tasks", made)
-    return made
-
-
-@pytest.fixture
 def run(trained, tmp_path):
     """A copy of the run."""
     return shutil.copytree(trained[1], tmp_path / "run")
