@@ -21,8 +21,9 @@ may have 2**35 elements.
 of 19.6 % and each end 1 in 65,536; kurtosis 3 - 2/16 = 2.875 (normal: 3, Rademacher: 1), no tail beyond 4 (of a normal
 number 1 in 16,000 is there). Sixteen bits, so that half the standard deviation is 1: z is exact in bf16 and fp16 too.
 
-Here it is by PyTorch's operators, in int64 with masks, on any device; on a CPU compiled code does the same, a tenth of
-a nanosecond an element for "rademacher" and 0.7 for "binomial", where operators need 10 and 20.
+Here it is by PyTorch's operators, in int64 with masks, on any device; on a CPU compiled code does the same, 0.15 ns an
+element for "rademacher" and 0.4 for "binomial", where operators need 10 and 20 and PyTorch's normal_ 3.5. On a GPU
+operators launch some 170 kernels for up to 2**18 elements; the kernel in Triton, where it is asked for, is one.
 """
 
 from __future__ import annotations

@@ -33,10 +33,10 @@ def chunk_elements(numel: int, noise: str = "generator") -> int:
     """Elements of z that are drawn at a time: a quarter of the tensor, within 2**8 ... 2**22 (1 KiB ... 16 MiB).
 
     What z is depends on it with noise="generator", which gives other numbers when it is asked for more or fewer at a
-    time. With "philox" z is the same whatever it is: within 2**16 ... 2**18 (256 KiB ... 1 MiB, for a CPU's cache).
+    time. With "philox" z is the same whatever it is: within 2**17 ... 2**18 (512 KiB ... 1 MiB, for a CPU's cache).
     """
     if noise == "philox":
-        return min(max(numel // 4 // WHOLE_TILES * WHOLE_TILES, 2**16), 2**18)
+        return min(max(numel // 4 // WHOLE_TILES * WHOLE_TILES, 2**17), 2**18)
     return min(max(numel // 4, 2**8), 2**22)
 
 

@@ -53,7 +53,7 @@ class QZO(SpsaOptimizer):
         directions, distribution, estimator, normalize: how d is measured, see `qzo.optim.estimator.Estimator`.
         noise: where z comes from. "generator": PyTorch's, "gaussian" by default or "rademacher", other numbers on a CPU
             than on CUDA. "philox": "binomial" by default or "rademacher", the same to the bit on every device, for a
-            fifth of the time on a CPU; a journal then replays anywhere, see `qzo.kernels.philox`.
+            sixth of the time on a CPU; a journal then replays anywhere, see `qzo.kernels.philox`.
         max_skipped: losses in a row that are not finite before training stops with an error; None, never.
 
     `last` tells what the last step saw, `direction()` its z. Extra memory in a step: one chunk of z, a second one with

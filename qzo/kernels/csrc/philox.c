@@ -12,36 +12,31 @@ typedef struct {
     uint32_t tensor, direction, step;
 } Stream;
 
-/* Both halves of products of 64 bits, in a loop of its own, which compilers know how to do by vectors. */
-static inline void multiply(uint32_t *restrict low, uint32_t *restrict high, const uint32_t *restrict x, uint32_t by) {
-    for (int i = 0; i < LANES; i++) {
-        const uint64_t product = (uint64_t)by * x[i];
-        low[i] = (uint32_t)product;
-        high[i] = (uint32_t)(product >> 32);
-    }
-}
-
-/* LANES neighbouring blocks, from number `first` on; word w of lane i is words[w][i]. */
+/* LANES neighbouring blocks, from number `first` on; word w of lane i is words[w][i]. While they are made, words are the
+   low halves of 64 bits, whose high halves are left as they come: so a product of two words is one instruction. */
 static inline void philox(const Stream *stream, uint32_t first, uint32_t (*words)[LANES]) {
+    uint64_t w[WORDS][LANES];
     uint32_t k0 = stream->key[0], k1 = stream->key[1];
     for (int i = 0; i < LANES; i++) {
-        words[0][i] = first + (uint32_t)i;
-        words[1][i] = stream->tensor;
-        words[2][i] = stream->direction;
-        words[3][i] = stream->step;
+        w[0][i] = first + (uint32_t)i;
+        w[1][i] = stream->tensor;
+        w[2][i] = stream->direction;
+        w[3][i] = stream->step;
     }
 #pragma GCC unroll 10
     for (int round = 0; round < ROUNDS; round++) {
-        uint32_t low[2][LANES], high[2][LANES];
-        multiply(low[0], high[0], words[0], 0xD2511F53u);
-        multiply(low[1], high[1], words[2], 0xCD9E8D57u);
-        for (int i = 0; i < LANES; i++) words[0][i] = high[1][i] ^ words[1][i] ^ k0;
-        for (int i = 0; i < LANES; i++) words[2][i] = high[0][i] ^ words[3][i] ^ k1;
-        memcpy(words[1], low[1], sizeof low[1]);
-        memcpy(words[3], low[0], sizeof low[0]);
+        for (int i = 0; i < LANES; i++) {
+            const uint64_t left = (uint32_t)w[0][i] * 0xD2511F53ull, right = (uint32_t)w[2][i] * 0xCD9E8D57ull;
+            w[0][i] = right >> 32 ^ w[1][i] ^ k0;
+            w[2][i] = left >> 32 ^ w[3][i] ^ k1;
+            w[1][i] = right;
+            w[3][i] = left;
+        }
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
+    for (int j = 0; j < WORDS; j++)
+        for (int i = 0; i < LANES; i++) words[j][i] = (uint32_t)w[j][i];
 }
 
 /* The number of bits in each half of a word, in its place. */

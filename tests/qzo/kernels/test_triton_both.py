@@ -1,10 +1,13 @@
 """z in a kernel, and both sides of a step in one pass over the codes, against what draws, perturbs and multiplies."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from packed_layers import FORMATS, gguf, gptq, nf4
 from triton_kernels import kernels, on_the_cpu
 
+from qzo import QZO
 from qzo.kernels import fused
 from qzo.kernels.philox import BITS, Stream, draw, draw_by_operators
 from qzo.optim import offsets
@@ -31,6 +34,17 @@ def test_z_has_the_bits_of_the_reference(distribution, start, count):
     with on_the_cpu():
         draw(again, start, STREAM, distribution)
     assert torch.equal(again, theirs)
+
+
+def test_a_step_along_z_of_the_kernel_is_that_along_z_of_compiled_code():
+    moved = []
+    for carrier in (nullcontext, on_the_cpu):
+        live = {"a": torch.full((700,), 0.01)}
+        optimizer = QZO(live, lr=1e-4, noise="philox", directions=2)
+        with carrier():
+            optimizer.step(lambda: (live["a"] - 0.02).square().sum())  # noqa: B023
+        moved.append(live["a"])
+    assert torch.equal(*moved)
 
 
 def perturbed(layer, masters, sign, distribution, relative, starts=None):

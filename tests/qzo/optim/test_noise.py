@@ -51,7 +51,7 @@ def test_z_of_philox_does_not_depend_on_the_size_of_chunks(distribution, monkeyp
 
 def test_chunk_size_is_a_quarter_within_bounds():
     assert [chunk_elements(n) for n in (10, 2**10, 2**17, 2**24, 2**30)] == [2**8, 2**8, 2**15, 2**22, 2**22]
-    assert [chunk_elements(n, "philox") for n in (10, 2**18, 2**19 + 9, 2**24)] == [2**16, 2**16, 2**17, 2**18]
+    assert [chunk_elements(n, "philox") for n in (10, 2**18, 3 * 2**18 + 9, 2**24)] == [2**17, 2**17, 3 * 2**16, 2**18]
 
 
 def test_same_key_same_noise_and_other_keys_other_noise():
