@@ -26,8 +26,6 @@ from qzo.quiet import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TUNED = ("run.json", "trained.safetensors")  # of a run, and of a checkpoint of QZOTrainer
-
 
 def load(
     source: str | os.PathLike[str],
@@ -79,11 +77,6 @@ def _load(
     if is_gguf(path):
         return _from_file(path, dtype, torch.device(device), dequantize)
     folder = path if path.is_dir() else download(str(source), revision)
-    if any((folder / name).is_file() for name in TUNED) and not (folder / "config.json").is_file():
-        raise QzoError(
-            f"{folder} holds tuned tensors without their model; qzo export {folder} OUT writes both, and qzo eval and "
-            "qzo inspect take it as it is"
-        )
     about = source_of(folder)
     read_generation(folder)  # before the weights
     check_no_adapters(about)

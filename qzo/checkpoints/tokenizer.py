@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qzo.errors import QzoError, is_failure
 from qzo.files.bounds import check_folder
 from qzo.files.folder import one_line
-from qzo.files.settings import is_gguf
+from qzo.files.settings import check_no_run, is_gguf
 from qzo.formats.gguf.files import tokenizer_class
 from qzo.quiet import quiet_libraries
 
@@ -38,6 +38,8 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
     except BaseException as error:  # as in _from_pretrained, and panics
         if not is_failure(error):
             raise
+        if not options:
+            check_no_run(path)
         raise QzoError(
             f"{source} has no tokenizer that loads: {one_line(error)}; copy the files of one beside the model"
         ) from error

@@ -16,6 +16,7 @@ QUANTIZE_CONFIG = "quantize_config.json"  # where AutoGPTQ and gptqmodel look fi
 AUTOROUND = ("auto-round", "auto_round", "intel/auto-round")
 AUTOROUND_PACKINGS = {f"auto_round:{prefix}{name}": name for prefix in ("", "auto_") for name in ("gptq", "awq")}
 AWQ_CONFIG = "quant_config.json"  # the same of AutoAWQ
+TUNED = ("run.json", "trained.safetensors")  # of a run, and of a checkpoint of QZOTrainer
 ADAPTER_CONFIG, ADAPTERS = "adapter_config.json", "adapter_model."  # of peft
 
 
@@ -57,8 +58,18 @@ def source_of(path: Path) -> Source:
             f"{path} holds adapters without their model; load the model they are for, and put them on it with peft "
             "(PeftModel.from_pretrained)"
         )
+    check_no_run(path)
     config = read_json(path / "config.json")
     return Source(path, config, settings_of(path, config))
+
+
+def check_no_run(folder: Path) -> None:
+    """Raise QzoError for the folder of a run, or a checkpoint of QZOTrainer, where a model is needed."""
+    if any((folder / name).is_file() for name in TUNED) and not (folder / "config.json").is_file():
+        raise QzoError(
+            f"{folder} holds tuned tensors without their model; qzo export {folder} OUT writes both, and qzo eval, "
+            "inspect, generate and report take it as it is"
+        )
 
 
 def settings_of(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:

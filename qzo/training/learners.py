@@ -245,7 +245,9 @@ def check_model(model: nn.Module, settings: TrainSettings, source: str) -> None:
 def check_eps(model: nn.Module, settings: TrainSettings) -> None:
     """Raise QzoError for an eps that is larger than the scales that would be trained; QZO says so too, but later."""
     if settings.method == "qzo" and not isinstance(settings.eps, str):
-        eps.check_eps(trained(model, settings).items(), settings.eps, settings.relative)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as QZO warns
+            eps.check_eps(trained(model, settings).items(), settings.eps, settings.relative)
 
 
 def _check_kind(model: nn.Module, method: str, source: str) -> None:

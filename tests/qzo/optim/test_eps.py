@@ -1,5 +1,7 @@
 """An eps that is larger than the scales is refused, before the first step alone; the paper's own is not."""
 
+import warnings
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -62,3 +64,15 @@ def test_groups_that_are_no_scales_may_be_small(make_model):
         QZO([{"params": {"a.scales": bias}, "nonnegative": False}]).step(loss)
     with pytest.raises(QzoError, match="eps=2 is more than each number itself"):
         QZO([bias], relative=True, eps=2.0).step(loss)
+
+
+def test_an_eps_that_is_smaller_and_yet_wrecks_the_model_is_told_with_what_suits_it():
+    large = torch.full((1000,), 5e-3)  # as torchao int8 of SmolLM2-135M, whose loss goes from 2.4 to 6.3
+    with pytest.warns(UserWarning, match=r"eps=0\.001 is 20% of the scales.*relative=True.*or give eps=2e-04") as told:
+        check_eps([("a", large)], 1e-3, False)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_eps([("a", large)], float(str(told[0].message).rpartition("eps=")[2]), False)
+        check_eps([("a", large), ("dead", torch.full((9,), 1e-3))], 7e-4, False)
+        check_eps([("a", large)], 1e-2, True)

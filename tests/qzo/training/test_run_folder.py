@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
 
+import qzo
 from qzo import QzoError, export, load, scales
 from qzo.checkpoints.identity import base_identity
 from qzo.commands.main import main
@@ -355,9 +357,13 @@ def test_a_second_process_is_kept_out_of_a_run(trained, run, task, capsys):
     assert Path(run / "run.json").stat().st_mode & 0o777 == 0o666 & ~current_umask()
 
 
-def test_load_says_what_takes_a_run(run):
-    with pytest.raises(QzoError, match=r"holds tuned tensors without their model; qzo export .*run OUT writes both"):
-        load(run)
+def test_what_takes_no_run_says_what_does(run, tmp_path, capsys, task):
+    told = r"holds tuned tensors without their model; qzo export .*run OUT writes both"
+    for reads in (load, qzo.load_tokenizer, qzo.inspect):
+        with pytest.raises(QzoError, match=told):
+            reads(run)
+    for command in (["quantize", run, tmp_path / "out"], ["train", run, *SMALL, "--out", tmp_path / "out"]):
+        assert re.search(told, says(capsys, 2, *command))
 
 
 @pytest.mark.parametrize(("kind", "negative"), [("Q4_1", False), ("Q4_0", True)])
