@@ -144,7 +144,8 @@ def _check_journal(source: Path, place: str, about: dict[str, Any], step: int | 
     if about.get("base") is None:
         check_header(source / JOURNAL, contents.header)
         model = untuned(place, about["settings"])
-        own = {**describe(model, rebuild(model, contents.header)), "noise": contents.header["noise"]}
+        elsewhere = {name: contents.header[name] for name in ("noise", "device")}  # nothing is drawn here
+        own = {**describe(model, rebuild(model, contents.header)), **elsewhere}
         check_same(source / JOURNAL, contents.header, own)
 
 

@@ -1,6 +1,5 @@
 """The first line of a journal: whose it is, on what machine; damage, unknown words, and two processes at one moment."""
 
-import json
 import os
 import shutil
 import threading
@@ -8,6 +7,7 @@ import threading
 import pytest
 import standin
 import torch
+from resealed import with_header
 from safetensors.torch import load_file, save_file
 from tiny import Tiny
 
@@ -27,18 +27,6 @@ def begun(path, steps=3, qzo_options=None, **options):
             optimizer.step(lambda: float("nan") if step == 1 else model.loss(step))  # noqa: B023
             journal.record()
     return optimizer
-
-
-def with_header(path, change):
-    """The same journal with another first line, sealed anew; `change` gets the header."""
-    first, *rest = path.read_bytes().splitlines(keepends=True)
-    header = json.loads(first.rpartition(b" ")[0])
-    change(header)
-    text, crc = lines.seal(json.dumps(header, separators=(",", ":")), 0)
-    for line in rest:
-        sealed, crc = lines.seal(line.rpartition(b" ")[0].decode(), crc)
-        text += sealed
-    path.write_bytes(text)
 
 
 REQUIRED = ("model", "noise", "torch", "device", "dtype", "optimizer", "seed", "estimator", "offsets", "groups")

@@ -14,6 +14,7 @@ import pytest
 import standin
 import torch
 from gguf_files import tiny, write_gguf
+from resealed import with_header
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
@@ -26,6 +27,7 @@ from qzo.durable import read_tensors, write_tensors
 from qzo.training.run import SUMS, _sum, begun_with, read_run
 from qzo.training.settings import TrainSettings
 from qzo.training.telemetry.metrics import Metrics
+from qzo.training.tuned import _check_journal
 
 SMALL = [*standin.PAPER, "--batch-size", "4", "--lr", "1e-4", "--eval-every", "2"]
 
@@ -137,6 +139,18 @@ def test_a_run_of_an_older_version_is_held_to_its_journal(run, source, tmp_path,
     assert "of step 2 written" in says(capsys, 0, "export", run, tmp_path / "out")
     other_numbers(source, "qweight")
     assert "is the journal of another model" in says(capsys, 2, "export", run, tmp_path / "other")
+
+
+def test_a_run_of_an_older_version_with_adam_on_a_gpu_is_recognized_without_one(run, source):
+    def by_adam(header):
+        header.update(device="cuda")
+        header["groups"][0]["betas"] = [0.9, 0.99]
+
+    with_header(run / "run.journal", by_adam)
+    _check_journal(run, str(source), {"settings": read_run(run)["settings"]}, None, None)
+    other_numbers(source, "qweight")
+    with pytest.raises(QzoError, match="is the journal of another model"):
+        _check_journal(run, str(source), {"settings": read_run(run)["settings"]}, None, None)
 
 
 # what decides the best state
