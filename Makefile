@@ -144,7 +144,8 @@ validation: $(READY) ## make the page on predictions again from measurement file
 gpu: ## on a machine with a GPU, twelve minutes: tests marked cuda, kernels, memory and seconds of 0.1B to 13B, into reports/measurements
 	$(PYTHON) -m bench.gpu $(ARGS)
 
-gpu-report: $(READY) ## the page on what `make gpu` measured, made again
+gpu-report: $(READY) ## the page on what `make gpu` measured, made again, with what a step launches and moves, counted
+	$(RUN) -m bench.studies.roofline --out reports/studies/gpu/roofline.json
 	$(RUN) -m reports.studies.gpu.page
 
 clean: ## remove .venv, .venv-gptqmodel, .venv-browser, .venv-llamacpp and results

@@ -1,7 +1,8 @@
 """What a GPU says: `python -m reports.studies.gpu.page` writes gpu.md from what `make gpu` left behind.
 
 Of one card: `NAME.jsonl` (records, each with what was predicted before), `NAME.facts.json`, `NAME.seconds.json`,
-`NAME.recipes.jsonl`, and `NAME.left-out.json` (records that count for nothing, each with the reason).
+`NAME.recipes.jsonl`, and `NAME.left-out.json` (records that count for nothing, each with the reason). What
+is calculated is in `roofline.json` beside this file, made by `python -m bench.studies.roofline`.
 """
 
 from __future__ import annotations
@@ -29,18 +30,20 @@ ORDER = (
 HEAD = """# Measured on a GPU
 
 `make gpu` on a machine with the card, then `make gpu-report`. Every number here is measured-cuda but those that are
-called predicted, which were simulated without a GPU and committed before the first measurement. Models have random
-weights and random tokens: memory and seconds do not depend on them.
+called predicted, which were simulated without a GPU and committed before the first measurement, and those of the last
+table, which are calculated. Models have random weights and random tokens: memory and seconds do not depend on them.
 """
 
 
 def page(
-    name: str, records: Sequence[Row], facts: Row, seconds: Row, left_out: Sequence[Row], measured: Sequence[Row]
-) -> str:
-    """The Markdown of one card's measurements; `measured` are recipes."""
+    name: str, records: Sequence[Row], facts: Row, seconds: Row, left_out: Sequence[Row], measured: Sequence[Row],
+    counted: Row,
+) -> str:  # fmt: skip
+    """The Markdown of one card's measurements; `measured` are recipes, `counted` launches and bytes of a step."""
     tables = [card(name, facts, records), errors(records), cells(records, left_out), steps(seconds), kernels(seconds)]
     if measured:
         tables.append(recipes(measured))
+    tables.append(calculated(counted, facts))
     return "\n\n".join([HEAD.rstrip(), *(table.to_markdown() for table in tables)]) + "\n"
 
 
@@ -168,6 +171,29 @@ def recipes(measured: Sequence[Row]) -> Table:
     return Table("Recipes as others publish them", headers, rows, notes, text_columns=3)
 
 
+def calculated(counted: Row, facts: Row) -> Table:
+    """What a step launches and moves, counted without a GPU, and the least seconds that this card takes for it."""
+    rows = []
+    for row in counted["rows"]:
+        memory = row["bytes"] / facts["copy_bytes_a_second"]
+        arithmetic = row["operations"] / facts["bf16_operations_a_second"]
+        figures = [f"{row['launches']:,}", f"{row['forward_launches']:,}", f"{row['bytes'] / 1e9:.1f}"]
+        figures += [f"{row['forward_bytes'] / 1e9:.1f}", f"{memory:.3f}", f"{arithmetic:.3f}"]
+        rows.append([row["model"], f"{row['batch_size']} x {row['seq_len']}", row["way"], *figures])
+    notes = [
+        "Calculated, not measured: operators counted on tensors without data, each reading its inputs and writing its "
+        "outputs once (`python -m bench.studies.roofline`), at the card's measured bandwidth and rate of products.",
+        "A step of QZO by PyTorch's operators, as it runs today; by weights that a kernel in Triton rebuilds, for "
+        "cuBLAS to multiply with; and by kernels that multiply with the codes, which is for few tokens. The last two "
+        "need `QZO_KERNELS=triton`, and no GPU has run them. What is not of the forward passes perturbs and updates "
+        "scales.",
+    ]
+    headers = [
+        "model", "tokens", "way", "launches", "of the forwards", "GB", "of the forwards", "memory, s", "arithmetic, s",
+    ]  # fmt: skip
+    return Table("Calculated: launches and bytes of a step", headers, rows, notes, text_columns=3)
+
+
 def in_order(rows: Iterable[Row]) -> list[Row]:
     """Larger models first, methods as in `ORDER`; failed ones are left out."""
     peaks = {row["model"]: max(s["peak_allocated"] or 0 for s in row["shapes"]) for row in rows if row["shapes"]}
@@ -212,7 +238,7 @@ def render(folder: Path = MEASUREMENTS) -> str:
     left_out, measured = folder / f"{name}.left-out.json", folder / f"{name}.recipes.jsonl"
     return page(
         name, records, facts, seconds, load(left_out) if left_out.exists() else [],
-        lines_of(measured) if measured.exists() else [],
+        lines_of(measured) if measured.exists() else [], load(HERE / "roofline.json"),
     )  # fmt: skip
 
 

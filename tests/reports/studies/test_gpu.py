@@ -35,3 +35,14 @@ def test_without_measurements_one_line_says_how_to_make_them(tmp_path, monkeypat
     monkeypatch.setattr(page, "render", lambda: page.load(tmp_path / "none.json"))
     assert page.main() == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_calculated_says_so_and_a_step_by_kernels_moves_less():
+    rows = page.load(page.HERE / "roofline.json")["rows"]
+    of_7b = {row["way"]: row for row in rows if row["model"] == "llama2-7b" and row["seq_len"] == 32}
+    plain, rebuilt = of_7b["two bf16 forward passes"], of_7b["rebuilt weights"]
+    assert rebuilt["forward_launches"] == plain["launches"] + 2 * 7 * 32  # a rebuild for each layer, twice
+    assert of_7b["codes"]["forward_launches"] == plain["launches"]
+    assert of_7b["codes"]["forward_bytes"] < plain["bytes"] / 3 < of_7b["operators"]["bytes"] / 60
+    table = page.calculated({"rows": rows}, {"copy_bytes_a_second": 1e12, "bf16_operations_a_second": 1e15})
+    assert "Calculated, not measured" in table.notes[0] and len(table.rows) == len(rows)
