@@ -51,7 +51,10 @@ def _writing(name: str, file: str) -> Callable[[Path, str], list[str]]:
 
 
 # Files with tests marked `cuda`: the others need packages that a machine with a GPU may lack.
-TESTS = ("tests/bench/simulator/allocator/test_streams.py", "tests/bench/worlds/test_cuda.py", "tests/qzo/test_cuda.py")
+TESTS = (
+    "tests/bench/simulator/allocator/test_streams.py", "tests/bench/worlds/test_cuda.py", "tests/qzo/test_cuda.py",
+    "tests/qzo/kernels/test_cuda.py",
+)  # fmt: skip
 PARTS = (
     Part("facts", 40, _writing("bench.gpu.facts", "facts.json")),
     Part("kernels", 100, _writing("bench.gpu.kernels", "kernels.json")),
