@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from bench.records.environment import environment
 from bench.records.record import Record
 from bench.simulator.cpu.gemm import NOTE, fast_bf16, needs_blocks
 from bench.simulator.cuda.attention import attention_of
+from bench.simulator.shared import collector_off
 from bench.worlds.measured import MeasuredWorld, origin_notes, source_of
 from bench.worlds.watch import WATCHED_STEPS, assign_batches, describe, register_resident, run_steps
 
@@ -76,7 +78,9 @@ def watch_steps(prepared: Prepared, ledger: Ledger, batches: list[text.Batch]) -
     assign_batches(ledger, batches)
     resident = ledger.live_bytes()
     step = marked(prepared.step)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, fast_bf16():
+    gc.collect()  # what was left in cycles would be freed while the steps run, and be taken off their bytes
+    recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with collector_off(), recorded as profiler, fast_bf16():
         losses = [step(batch, lambda phase: None) for batch in batches]
     with ledger, fast_bf16():
         run_steps(ledger, prepared, batches)

@@ -31,10 +31,11 @@ class Order(IntEnum):
     HIGH_FIRST = 5
     PLANES = 6  # groups in rows of bytes, several to a byte: the first of all groups in the highest bits
     WORD_PLANES = 7  # the same in words of 32 bits
+    VECTORS_OF_8 = 8  # numbers of vectors in codebooks, as many a vector as there are of these
 
 
 RUN_BYTES = {Order.HALVES: 16, Order.FIFTHS: 20, Order.BYTES: 32, Order.LOW_FIRST: 16, Order.HIGH_FIRST: 16,
-             Order.PLANES: 0, Order.WORD_PLANES: 0, Order.UNSIGNED: 32}  # fmt: skip
+             Order.PLANES: 0, Order.WORD_PLANES: 0, Order.UNSIGNED: 32, Order.VECTORS_OF_8: 4}  # fmt: skip
 
 
 class Rows(NamedTuple):
@@ -45,6 +46,8 @@ class Rows(NamedTuple):
     zero: what is taken off each code. table: fp32 [16], what the codes stand for.
     at, run_bytes: where the codes of the first run begin in a row, and bytes from a run to the next, where other bytes
         lie between. plane_bits, planes: of a code, codes to a word. first: number of the first group, of planes.
+    codebooks: bf16 [count, a power of two, 8], of VECTORS_OF_8, whose codes are int8 or int16 [N, K / 8, count]; their
+        sums are rounded to bf16 one by one.
     """
 
     codes: Tensor
@@ -60,11 +63,12 @@ class Rows(NamedTuple):
     plane_bits: int = 8
     planes: int = 1
     first: int = 0
+    codebooks: Tensor | None = None
 
 
 def can_rebuild(rows: Rows, dtype: torch.dtype) -> bool:
     """Whether `rebuild` takes them; it computes no derivatives, backward or forward, and cannot be traced."""
-    given = (rows.codes, rows.scales, rows.zeros, rows.offsets, rows.table)
+    given = (rows.codes, rows.scales, rows.zeros, rows.offsets, rows.table, rows.codebooks)
     depth = rows.shape[1]
     whole = depth % RUN == 0 and depth % (rows.scales.shape[1] * RUN) == 0
     return dtype in DTYPES and whole and takes(*(tensor for tensor in given if tensor is not None))
@@ -114,13 +118,25 @@ def _laid_out(rows: Rows) -> Rows:
             raise QzoError(f"scales, zeros or offsets {tuple(tensor.shape)} do not fit a weight {rows.shape}")
     if rows.table is not None and tuple(rows.table.shape) != (16,):
         raise QzoError(f"a table of {rows.table.numel()} numbers does not fit codes of 4 bits")
+    if rows.order == Order.VECTORS_OF_8 and not _has_vectors(rows):
+        raise QzoError(f"codebooks do not fit a weight {rows.shape} with codes {tuple(rows.codes.shape)}")
     return rows._replace(
         codes=codes,
         scales=_plain(rows.scales),
         zeros=None if rows.zeros is None else _plain(rows.zeros),
         offsets=None if rows.offsets is None else _plain(rows.offsets),
         table=None if rows.table is None else _plain(rows.table),
+        codebooks=None if rows.codebooks is None else rows.codebooks.detach().contiguous(),
     )
+
+
+def _has_vectors(rows: Rows) -> bool:
+    books, codes = rows.codebooks, rows.codes
+    if books is None or books.dtype != torch.bfloat16 or books.dim() != 3 or books.shape[2] != 8:
+        return False
+    power_of_two = books.shape[1] & (books.shape[1] - 1) == 0 < books.shape[1]
+    shape = (rows.shape[0], rows.shape[1] // 8, len(books))
+    return power_of_two and tuple(codes.shape) == shape and codes.dtype in (torch.int8, torch.int16)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -128,6 +144,8 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _run_bytes(rows: Rows) -> int:
+    if rows.codebooks is not None:
+        return RUN // 8 * len(rows.codebooks) * rows.codes.element_size()
     return RUN_BYTES[rows.order] if rows.run_bytes is None else rows.run_bytes
 
 
@@ -135,6 +153,11 @@ def _described(rows: Rows) -> ctypes.Structure:
     codes, (count, depth), groups = rows.codes, rows.shape, rows.scales.shape[1]
     zeros, offsets, table = (None if t is None else t.data_ptr() for t in (rows.zeros, rows.offsets, rows.table))
     places = (codes.data_ptr() + rows.at, rows.order, codes.stride(0) * codes.element_size(), _run_bytes(rows))
-    planes = (rows.plane_bits, rows.planes, len(codes), rows.first)
+    planes = (rows.plane_bits, rows.planes, len(codes))
+    books = (None, 0, 0)
+    if rows.codebooks is not None:
+        books = (rows.codebooks.data_ptr(), *rows.codebooks.shape[:2])
     numbers = (rows.scales.data_ptr(), zeros, offsets, depth // groups)
-    return RowsStruct(*places, *planes, table, rows.zero, *numbers, depth, count)
+    return RowsStruct(
+        *places, *planes, *books, codes.element_size(), rows.first, table, rows.zero, *numbers, depth, count
+    )

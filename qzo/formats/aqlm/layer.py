@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.formats.layer import CodesAsQweight, Device, RebuiltLinear, frozen
+from qzo.kernels import by_row
 from qzo.models.walk import LinearShape
 
 GROUP_SIZE = 8  # weights to a code
@@ -121,6 +122,9 @@ class AqlmLinear(CodesAsQweight, RebuiltLinear):
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W, [stop - start, K]: whole groups are summed and scaled in `dtype`, then cut."""
+        by_code = None if dtype != torch.bfloat16 else self._by_row(start, stop, scales)
+        if by_code is not None and by_row.can_rebuild(by_code, dtype):
+            return by_row.rebuild(by_code, dtype)
         _, size, out_group_size, in_group_size = self.codebooks.shape
         first, last = start // out_group_size, -(-stop // out_group_size)
         rows: Any = None
@@ -135,6 +139,14 @@ class AqlmLinear(CodesAsQweight, RebuiltLinear):
         begin = first * out_group_size
         whole: Tensor = rows.reshape(-1, self.in_features)
         return whole[start - begin : stop - begin].to(dtype)
+
+    def _by_row(self, start: int, stop: int, scales: Tensor) -> by_row.Rows | None:
+        """Of weights that are wanted in bfloat16."""
+        if tuple(self.codebooks.shape[2:]) != (1, GROUP_SIZE):
+            return None
+        shape, scale = (stop - start, self.in_features), scales[start:stop].view(stop - start, 1)
+        rows = by_row.Rows(self.codes[start:stop], by_row.Order.VECTORS_OF_8, shape, scale)
+        return rows._replace(codebooks=self.codebooks.to(torch.bfloat16).flatten(2))
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

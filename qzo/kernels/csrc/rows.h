@@ -6,15 +6,19 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "codes.h"
+
 #define RUN 32 /* weights */
 
 /* As in by_row.py, where each is told. */
-enum Order { HALVES, FIFTHS, BYTES, UNSIGNED, LOW_FIRST, HIGH_FIRST, PLANES, WORD_PLANES };
+enum Order { HALVES, FIFTHS, BYTES, UNSIGNED, LOW_FIRST, HIGH_FIRST, PLANES, WORD_PLANES, VECTORS_OF_8 };
 
 typedef struct {
     const uint8_t *codes;
     int64_t order, row_bytes, run_bytes; /* from a row, and from a run, to the next; of planes, from a group */
     int64_t plane_bits, planes, plane_groups; /* bits of a code, codes of a word, and groups in the same bits of it */
+    const uint16_t *codebooks; /* [count, size, 8] in bf16, of VECTORS_OF_8: its codes are numbers of such vectors, */
+    int64_t count, size, code_bytes; /* `count` of them a vector, and weights the sums; size is a power of two */
     int64_t first; /* group, which of planes tells where it is; of others 0 */
     const float *table; /* [16], what the codes stand for, or NULL: for themselves, less `zero` */
     int64_t zero;
@@ -86,14 +90,40 @@ static inline __attribute__((always_inline)) void unpack_run(const Rows *rows, c
     }
 }
 
+static inline float of_bf16(uint16_t number) {
+    const uint32_t bits = (uint32_t)number << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Sums of vectors, each rounded to bf16, in which PyTorch's operators add them. */
+static inline __attribute__((always_inline)) void vectors_of_run(const Rows *rows, int64_t row, int64_t run,
+                                                                 float *restrict weights) {
+    const uint8_t *codes = rows->codes + row * rows->row_bytes + run * rows->run_bytes;
+    for (int64_t vector = 0; vector < RUN / 8; vector++, weights += 8)
+        for (int64_t book = 0; book < rows->count; book++, codes += rows->code_bytes) {
+            uint16_t code = *codes;
+            if (rows->code_bytes == 2) memcpy(&code, codes, sizeof code);
+            const uint16_t *numbers = rows->codebooks + (book * rows->size + (code & (rows->size - 1))) * 8;
+            if (book == 0)
+                for (int i = 0; i < 8; i++) weights[i] = of_bf16(numbers[i]);
+            else
+                for (int i = 0; i < 8; i++)
+                    weights[i] = of_bf16((uint16_t)to_bf16(weights[i] + of_bf16(numbers[i])));
+        }
+}
+
 /* 32 weights in fp32: a difference, a product and a sum, each rounded, as PyTorch's operators make them. */
 static inline __attribute__((always_inline)) void weights_of_run(const Rows *rows, const int order, int64_t row,
                                                                  int64_t run, float *restrict weights) {
     int32_t codes[RUN];
     const int64_t at = row * (rows->k / rows->group_size) + run * RUN / rows->group_size;
     const float scale = rows->scales[at];
-    unpack_run(rows, order, row, run, codes);
-    if (rows->table)
+    if (order != VECTORS_OF_8) unpack_run(rows, order, row, run, codes);
+    if (order == VECTORS_OF_8)
+        vectors_of_run(rows, row, run, weights);
+    else if (rows->table)
         look_up(rows->table, codes, weights);
     else
         for (int i = 0; i < RUN; i++) weights[i] = (float)(codes[i] - (int32_t)rows->zero);
@@ -118,6 +148,7 @@ static inline __attribute__((always_inline)) void weights_of_run(const Rows *row
     case HIGH_FIRST: function(HIGH_FIRST, __VA_ARGS__); break; \
     case PLANES: function(PLANES, __VA_ARGS__); break; \
     case WORD_PLANES: function(WORD_PLANES, __VA_ARGS__); break; \
+    case VECTORS_OF_8: function(VECTORS_OF_8, __VA_ARGS__); break; \
     default: function(HALVES, __VA_ARGS__); \
     }
 

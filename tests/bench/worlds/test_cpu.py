@@ -1,5 +1,6 @@
 """The measured CPU world on a small model, and its bf16 products."""
 
+import gc
 import json
 import mmap
 
@@ -181,3 +182,18 @@ def test_blocked_products_serve_linear_layers_forward_and_backward():
         y.sum().backward()
     assert torch.allclose(y.float(), reference, atol=0.05)
     assert torch.allclose(layer.weight.grad.float(), x.float().sum((0, 1)).expand(16, 32), rtol=0.02, atol=0.1)
+
+
+def test_the_peak_does_not_depend_on_when_garbage_is_collected(folder):
+    case = BenchCase(folder, "lora", "cpu", batch_size=1, seq_len=16, steps=3)
+    wanted = cpu.run(case)["peak"]["allocated"]
+    left = [torch.empty(2**20)]
+    left.append(left)
+    del left
+    assert cpu.run(case)["peak"]["allocated"] == wanted
+    before = gc.get_threshold()
+    gc.set_threshold(20, 1, 1)
+    try:
+        assert cpu.run(case)["peak"]["allocated"] == wanted
+    finally:
+        gc.set_threshold(*before)
