@@ -54,7 +54,10 @@ def _make(path: Path, write: Callable[[Path], object], put: Callable[[Path, Path
             put(partial, path)
             sync(path.parent)
     except Exception as error:  # OSError, or what a library makes of it
-        raise QzoError(f"{path} could not be written: {reason(error)}; what was there is unchanged") from error
+        raise QzoError(
+            f"{path} could not be written: {reason(error)}; what was there is unchanged; make room or choose "
+            "another place"
+        ) from error
 
 
 def _link(partial: Path, path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qzo.errors import QzoError
+from qzo.errors import QzoError, advised
 from qzo.files.bounds import check_folder
 from qzo.files.folder import read_json
 
@@ -59,7 +59,8 @@ def source_of(path: Path) -> Source:
             "(PeftModel.from_pretrained)"
         )
     check_no_run(path)
-    config = read_json(path / "config.json")
+    with advised("give a folder with a whole config.json, a .gguf file or a hub id"):
+        config = read_json(path / "config.json")
     return Source(path, config, settings_of(path, config))
 
 

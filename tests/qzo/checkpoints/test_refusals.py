@@ -244,3 +244,9 @@ def test_a_refusal_names_its_cause_and_what_helps(folders, tmp_path, kind, provo
     for message in (told, *([] if inspected is None else [inspected])):
         assert "\n" not in message and re.search(cause, message) and HELPS.search(message), message
     assert any(one in told for one in remedies), told
+
+
+def test_a_folder_without_a_model_says_what_is_wanted(tmp_path):
+    for reads in (qzo.load, qzo.inspect):
+        with pytest.raises(QzoError, match=r"config\.json cannot be read: .*; give a folder with a whole config\.json"):
+            reads(tmp_path)

@@ -53,7 +53,7 @@ def test_a_best_state_that_finds_no_room_leaves_the_old_one(task, models, tmp_pa
     assert main(command) == 2
     assert errors(capsys) == [
         f"error: {tmp_path}/run/best.safetensors could not be written: No space left on device; "
-        "what was there is unchanged"
+        "what was there is unchanged; make room or choose another place"
     ]
     assert read_tensors(tmp_path / "run/best.safetensors")[1]["step"] == "0"
     results = iter([0.6, 0.7, 0.1])
