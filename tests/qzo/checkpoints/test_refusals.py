@@ -248,5 +248,7 @@ def test_a_refusal_names_its_cause_and_what_helps(folders, tmp_path, kind, provo
 
 def test_a_folder_without_a_model_says_what_is_wanted(tmp_path):
     for reads in (qzo.load, qzo.inspect):
-        with pytest.raises(QzoError, match=r"config\.json cannot be read: .*; give a folder with a whole config\.json"):
+        with pytest.raises(
+            qzo.QzoError, match=r"config\.json cannot be read: .*; give a folder with a whole config\.json"
+        ):
             reads(tmp_path)
