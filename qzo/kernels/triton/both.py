@@ -35,12 +35,13 @@ def multiply_both(
     grid = triton.cdiv(columns, tile["BN"]), triton.cdiv(len(plus), tile["BM"])
     codes, _, *further = pointers(packed)
     words = eps, *words_of(stream)
+    warps = WARPS * (2 if tile["BM"] == 64 else 1)  # two sums of the largest tile need the registers of more threads
     sizes = len(plus), columns, depth, plus.stride(0), minus.stride(0)
     with torch.cuda.device_of(plus):
         dual_kernel[grid](
             *results, plus, minus, codes, masters, *further, *(starts or (codes, codes)), *words, *sizes,
             **described(packed), SCALE=DTYPES[packed.scales.dtype], RELATIVE=relative, FOLLOWS=starts is not None,
-            NOISE=BITS[distribution], **tile, **options(packed),
+            NOISE=BITS[distribution], **tile, **options(packed) | {"num_warps": warps},
         )  # fmt: skip
 
 
