@@ -41,8 +41,7 @@ def trained(tmp_path_factory):
     source = standin.write_model(model, place / "model", True)
     (source / "README.md").write_text("a model")
     with pytest.MonkeyPatch.context() as patch:
-        task = standin.module()
-        patch.setitem(sys.modules, "qzo.tasks", task)
+        patch.setitem(sys.modules, "qzo.tasks", task := standin.module())
         accuracies = iter([0.0, 0.1, 0.9, 0.2, 0.3])  # the first and the last are tests
         task.evaluate = lambda *_, **__: {"accuracy": next(accuracies), "loss": 1.0, "count": 1}
         assert main(["train", str(source), *SMALL, "--steps", "4", "--out", str(place / "run")]) == 0
