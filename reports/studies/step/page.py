@@ -106,11 +106,15 @@ def _memory(memory: Mapping[str, int]) -> Table:
     return Table("Memory in bfloat16", ["what", "bytes"], rows, [note])
 
 
+def to_same(taken: Seconds) -> dict[str, float]:
+    """Format -> the median over the turns of a step's seconds to those of one in GPTQ's."""
+    pairs = {name: zip(found, taken[SAME], strict=True) for name, found in taken.items()}
+    return {name: statistics.median(a / b for a, b in pair) for name, pair in pairs.items()}
+
+
 def _formats(taken: Seconds) -> Table:
-    """Steps of each format beside one of GPTQ's, the median over the turns of the ratio within a turn."""
-    to = {
-        name: statistics.median(a / b for a, b in zip(found, taken[SAME], strict=True)) for name, found in taken.items()
-    }
+    """Steps of each format beside one of GPTQ's."""
+    to = to_same(taken)
     rows = [[name, f"{statistics.median(taken[name]):.3f}", f"{to[name]:.2f}"] for name in taken]
     above = [name for name in taken if to[name] > FORMAT_LIMIT]
     judged = f"not by {', '.join(above)}" if above else "reached by all"
