@@ -182,7 +182,7 @@ for name in {list(KINDS)!r}:
     folder = {str(originals["packed"].parent)!r} + "/" + name
     model = qzo.load(folder, torch.float32)
     ids = torch.arange(5, 17)[None]
-    qzo.QZO(qzo.scales(model), lr=1e-4).step(lambda: model(ids, labels=ids).loss)
+    qzo.QZO(qzo.scales(model), lr=1e-4, eps=1e-4).step(lambda: model(ids, labels=ids).loss)
     assert main(["inspect", folder]) == main(["export", folder, {str(tmp_path)!r} + "/" + name]) == 0
 assert not {{"compressed_tensors", "loguru"}} & sys.modules.keys()
 """
