@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qzo.errors import QzoError
-from qzo.kernels.sizes import BITS
+from qzo.kernels.rounding.sizes import BITS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.formats.layer import Device, Quantized, frozen, scale_dtype
 from qzo.kernels.rebuilt import chunked_linear
-from qzo.kernels.rtn import round_to_nearest
-from qzo.kernels.sizes import check_bits, resolve_group_size
+from qzo.kernels.rounding.rtn import round_to_nearest
+from qzo.kernels.rounding.sizes import check_bits, resolve_group_size
 
 
 class QuantEmbedding(Quantized):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.formats.gptq.layer import QuantLinear
 from qzo.formats.layer import scale_dtype
-from qzo.kernels.gptq import GptqOptions, gptq
+from qzo.kernels.rounding.gptq import GptqOptions, gptq
 from qzo.models.experts import QuantExperts, looks_like_experts
 from qzo.models.walk import candidates, put, weight_of
 from qzo.quantizers.layer_inputs import quantize_in_order

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qzo.errors import named
-from qzo.kernels.gptq import Hessian
+from qzo.kernels.rounding.gptq import Hessian
 from qzo.models.walk import weight_of
 from qzo.quantizers.trace import Batch, Paths, Stage, Trace, hidden_states, run_model
 

@@ -11,8 +11,8 @@ from qzo.checkpoints.save import writes_itself
 from qzo.errors import QzoError, named
 from qzo.formats.gptq.layer import QuantLinear
 from qzo.formats.vocabulary import QuantEmbedding, TiedQuantHead, check_table
-from qzo.kernels.gptq import GptqOptions
-from qzo.kernels.sizes import check_bits
+from qzo.kernels.rounding.gptq import GptqOptions
+from qzo.kernels.rounding.sizes import check_bits
 from qzo.models.walk import freeze, output_head, replace_sites
 from qzo.quantizers.gptq_model import quantize_gptq, read_batches
 from qzo.quantizers.selection import Patterns, select

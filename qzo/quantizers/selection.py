@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qzo.errors import QzoError, named
-from qzo.kernels.sizes import check_layout
+from qzo.kernels.rounding.sizes import check_layout
 from qzo.models.experts import check_experts, looks_like_experts
 from qzo.models.walk import LinearShape, Site, candidates, computes_as_linear, is_conv1d
 

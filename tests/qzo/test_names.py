@@ -39,7 +39,9 @@ def test_neither_pytorch_nor_any_other_library_is_imported_unasked(code):
     assert imported(code) == set()
 
 
-@pytest.mark.parametrize("code", [EVERY_NAME_BUT_THE_TRAINER, "import qzo.optim.phases, qzo.kernels.gptq, qzo.tasks"])
+@pytest.mark.parametrize(
+    "code", [EVERY_NAME_BUT_THE_TRAINER, "import qzo.optim.phases, qzo.kernels.rounding.gptq, qzo.tasks"]
+)
 def test_functions_and_optimizers_import_pytorch_and_no_library_of_models(code):
     assert imported(code) - {"numpy"} == {"torch"}
 

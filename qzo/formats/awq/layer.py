@@ -18,8 +18,8 @@ from qzo.kernels import native
 from qzo.kernels.constants import constant
 from qzo.kernels.operators import columns
 from qzo.kernels.packed import INTERLEAVED, Packed
-from qzo.kernels.rtn import round_to_nearest
-from qzo.kernels.sizes import check_layout
+from qzo.kernels.rounding.rtn import round_to_nearest
+from qzo.kernels.rounding.sizes import check_layout
 
 PER_WORD = 8
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of columns 8w ... 8w + 7

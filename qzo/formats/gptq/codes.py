@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.kernels.constants import constant
-from qzo.kernels.sizes import block_of
+from qzo.kernels.rounding.sizes import block_of
 
 
 def pack(codes: Tensor, n_bits: int) -> Tensor:

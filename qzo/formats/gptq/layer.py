@@ -12,8 +12,8 @@ from qzo.formats.layer import Device, RebuiltLinear, frozen, scale_dtype
 from qzo.kernels import native
 from qzo.kernels.operators import columns
 from qzo.kernels.packed import WORDS, Packed
-from qzo.kernels.rtn import round_to_nearest
-from qzo.kernels.sizes import block_of, check_layout
+from qzo.kernels.rounding.rtn import round_to_nearest
+from qzo.kernels.rounding.sizes import block_of, check_layout
 
 
 class QuantLinear(RebuiltLinear):

@@ -14,7 +14,7 @@ from qzo.checkpoints.load import load
 from qzo.checkpoints.save import save
 from qzo.errors import QzoError
 from qzo.formats.gptq.layer import QuantLinear
-from qzo.kernels.gptq import gptq
+from qzo.kernels.rounding.gptq import gptq
 from qzo.live.scales import scales
 from qzo.models.walk import find_sites
 from qzo.quantizers.gptq_model import _open_experts

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qzo.errors import QzoError
-from qzo.kernels import rtn
-from qzo.kernels.rtn import round_to_nearest
+from qzo.kernels.rounding import rtn
+from qzo.kernels.rounding.rtn import round_to_nearest
 
 
 def dequantize(codes, scales, zeros):

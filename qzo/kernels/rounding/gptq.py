@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.kernels.rtn import scale_and_zero
-from qzo.kernels.sizes import check_bits, resolve_group_size
+from qzo.kernels.rounding.rtn import scale_and_zero
+from qzo.kernels.rounding.sizes import check_bits, resolve_group_size
 
 BLOCK_COLUMNS = 128  # columns whose errors reach the rest of the matrix in one product
 DAMPING_TRIES = 4  # each with ten times the damping of the one before

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.kernels.sizes import check_bits, resolve_group_size
+from qzo.kernels.rounding.sizes import check_bits, resolve_group_size
 
 CHUNK_ELEMENTS = 2**22  # weights that are held in fp32 at a time: 16 MiB
 

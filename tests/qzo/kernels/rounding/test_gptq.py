@@ -5,9 +5,9 @@ import torch
 from gptq_inputs import ORDERS, correlated
 
 from qzo.errors import QzoError
-from qzo.kernels import gptq as module
-from qzo.kernels.gptq import GptqOptions, Hessian, gptq
-from qzo.kernels.rtn import round_to_nearest
+from qzo.kernels.rounding import gptq as module
+from qzo.kernels.rounding.gptq import GptqOptions, Hessian, gptq
+from qzo.kernels.rounding.rtn import round_to_nearest
 
 
 def hessian_of(x):
