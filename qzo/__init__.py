@@ -12,10 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qzo import tasks
-    from qzo.checkpoints.inspect import inspect
-    from qzo.checkpoints.load import load
     from qzo.checkpoints.save import save
-    from qzo.checkpoints.tokenizer import load_tokenizer
     from qzo.errors import QzoError
     from qzo.formats.gptq.layer import QuantLinear
     from qzo.journal.journal import Journal
@@ -32,7 +29,8 @@ if TYPE_CHECKING:
     from qzo.optim.qzo import QZO
     from qzo.quantizers.quantize import quantize
     from qzo.trainer.trainer import QZOTrainer
-    from qzo.training.export import export
+    from qzo.training.tuned.export import export
+    from qzo.training.tuned.models import inspect, load, load_tokenizer
 
 __all__ = [
     "QZO",
@@ -77,12 +75,12 @@ _PLACES = {
     "add_adapters": "qzo.live.adapters",
     "adopt": "qzo.live.adopt",
     "check_live": "qzo.live.check",
-    "export": "qzo.training.export",
-    "inspect": "qzo.checkpoints.inspect",
+    "export": "qzo.training.tuned.export",
+    "inspect": "qzo.training.tuned.models",
     "keep_freed_memory": "qzo.kernels.heap",
     "label_loss": "qzo.models.loss",
-    "load": "qzo.checkpoints.load",
-    "load_tokenizer": "qzo.checkpoints.tokenizer",
+    "load": "qzo.training.tuned.models",
+    "load_tokenizer": "qzo.training.tuned.models",
     "quantize": "qzo.quantizers.quantize",
     "release": "qzo.live.adopt",
     "replay": "qzo.journal.replay",

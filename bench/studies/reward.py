@@ -33,7 +33,7 @@ from qzo.training.own import OwnData
 from qzo.training.run import METRICS
 from qzo.training.settings import TrainSettings
 from qzo.training.task import train_task
-from qzo.training.tuned import read_tuned
+from qzo.training.tuned.state import read_tuned
 
 MODEL = "smollm2-135m"
 SYSTEM = "You are a helpful assistant."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from qzo.checkpoints.generation import read_generation
 from qzo.checkpoints.save import writes_itself
@@ -33,8 +35,9 @@ def load(
     device: torch.device | str = "cpu",
     dequantize: bool = True,
     revision: str | None = None,
+    tuned: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model.
+    """Load a causal language model. `qzo.load` is this, and takes the folder of a run too.
 
     A quantized checkpoint, in one file or in shards, becomes a model with layers of its format, ready for `qzo.scales`
     and `qzo.QZO`; which formats there are, and what of each is read, stands in the README and with the packages of
@@ -49,6 +52,7 @@ def load(
             `qzo.scales` and `qzo.QZO`. Llama, Mistral, Mixtral, Qwen 2 and 3, dense and MoE, Gemma 1 to 3 and Phi-3;
             Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have scales to train, all other types (Q4_K, IQ4_XS, ...) stay frozen.
         revision: of a hub id, a branch, tag or commit: configuration, weights and generation config are all of it.
+        tuned: of a .gguf file that is dequantized: name -> scales or offsets in the place of those in its blocks.
 
     A generation_config.json beside the weights is read for all formats. `model.save_pretrained` of a quantized model
     writes what `qzo.save` writes.
@@ -57,7 +61,7 @@ def load(
         QzoError: nothing there, damaged or contradictory files, another quantization method, a language model whose
             tokens see those after them (an encoder), and numbers that are NaN or infinite, of which all are looked at.
     """
-    model: Any = _load(source, dtype, device, dequantize, revision)
+    model: Any = _load(source, dtype, device, dequantize, revision, tuned or {})
     check_made(source, model)
     if model.name_or_path and Path(model.name_or_path).exists():  # a place, the same wherever the process goes next
         model.name_or_path = model.config.name_or_path = str(Path(model.name_or_path).absolute())
@@ -70,12 +74,13 @@ def _load(
     device: torch.device | str,
     dequantize: bool,
     revision: str | None,
+    tuned: Mapping[str, Tensor],
 ) -> PreTrainedModel:
     path = Path(source)
     if revision is not None and path.exists():
         raise QzoError(f'revision="{revision}" is of a hub id, and {path} is on this machine; leave it out')
     if is_gguf(path):
-        return _from_file(path, dtype, torch.device(device), dequantize)
+        return _from_file(path, dtype, torch.device(device), dequantize, tuned)
     folder = path if path.is_dir() else download(str(source), revision)
     about = source_of(folder)
     read_generation(folder)  # before the weights
@@ -94,14 +99,16 @@ def _load(
     return model
 
 
-def _from_file(path: Path, dtype: torch.dtype | None, device: torch.device, dequantize: bool) -> Any:
+def _from_file(
+    path: Path, dtype: torch.dtype | None, device: torch.device, dequantize: bool, tuned: Mapping[str, Tensor]
+) -> Any:
     """A .gguf file, by `qzo.formats.gguf`; dequantized by transformers where its architecture is not known there."""
     if not path.is_file():
         raise QzoError(f"{path} is not a file; give the path of a .gguf file")
     file = GgufCheckpoint(path)
     if not dequantize:
         return _packed(file.load(dtype, device), source_of(path))
-    model = file.dequantized(dtype, device)
+    model = file.dequantized(dtype, device, tuned)
     if model is None:
         from transformers import GgufConfig
 

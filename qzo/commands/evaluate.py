@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     from qzo import tasks
     from qzo.checkpoints.load import load, load_tokenizer
     from qzo.models.positions import row_length
-    from qzo.training.tuned import is_tuned, read_tuned
+    from qzo.training.tuned.state import is_tuned, read_tuned
 
     _check(options)
     source = Path(options.model)

@@ -23,7 +23,7 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the model, and tell how many tensors were tuned."""
-    from qzo.training.export import export_model
+    from qzo.training.tuned.export import export_model
 
     done = export_model(Path(options.source), Path(options.out), options.state, options.moved)
     if done.notice is not None:

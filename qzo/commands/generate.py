@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     from qzo.checkpoints.load import load_tokenizer
     from qzo.kernels.rebuilt import kept_weights
     from qzo.tasks.sampled import Sampling
-    from qzo.training.tuned import is_tuned, read_tuned
+    from qzo.training.tuned.state import is_tuned, read_tuned
 
     sampling = Sampling(options.max_tokens, options.temperature, options.top_p, options.seed)
     source = Path(options.model)
@@ -80,11 +80,10 @@ def _models(options: argparse.Namespace, tuned: Any, device: Any) -> Iterator[tu
     import torch
 
     from qzo.checkpoints.load import load
-    from qzo.training.tuned import untuned
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.before:
-        yield "before", untuned(tuned.model, tuned.settings, dtype, device).eval()
+        yield "before", tuned.untuned(dtype, device).eval()
     model: Any = tuned.load(dtype, device) if tuned else load(options.model, dtype, device).eval()
     yield ("after" if options.before else ""), model
 

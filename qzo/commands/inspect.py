@@ -29,7 +29,7 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Inspect, print the table, write the JSON file. Raises NotFinite, after that, for numbers that are none."""
     from qzo.checkpoints.inspect import inspect
-    from qzo.training.tuned import is_tuned, read_tuned
+    from qzo.training.tuned.state import is_tuned, read_tuned
 
     if options.json:
         check_output(options.json)

@@ -9,18 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qzo.commands.moved import add_moved, check_moved
 from qzo.errors import QzoError
 from qzo.kernels.rounding.sizes import BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qzo.training.tuned.state import Tuned
+
 
 def add_command(commands: Any) -> None:
     """Add `quantize` to the subcommands of a parser."""
     parser = commands.add_parser("quantize", help="write a checkpoint in the layout of GPTQ")
-    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id of an unquantized model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder, .gguf file or hub id of an unquantized model; or a run on one"
+    )
     parser.add_argument("out", metavar="OUT", help="folder to write, new or empty")
+    add_moved(parser)
     parser.add_argument("--bits", type=int, default=4, choices=BITS, help="bits a weight (default 4)")
     parser.add_argument("--group-size", type=int, default=128, help="weights a scale, -1 a row (default 128)")
     parser.add_argument("--asymmetric", action="store_true", help="a zero point for each group")
@@ -47,9 +53,11 @@ def run(options: argparse.Namespace) -> None:
 
     target = Path(options.out)
     check_target(target)
-    beside(Path(options.model))  # what cannot be copied is told before the work
-    calibration = _calibration(options)  # before the model: a text that cannot be read costs no time
-    model = load(options.model)
+    tuned = _tuned(options)
+    place = tuned.model if tuned else options.model
+    beside(Path(place))  # what cannot be copied is told before the work
+    calibration = _calibration(options, place)  # before the model: a text that cannot be read costs no time
+    model: Any = tuned.load(dequantize=True) if tuned else load(place)
     quantize(
         model,
         options.bits,
@@ -68,13 +76,30 @@ def run(options: argparse.Namespace) -> None:
             print(f"{name:<12}{size:>16,}{'' if name == 'scale_count' else ' bytes'}")
 
 
-def _calibration(options: argparse.Namespace) -> list[Tensor] | None:
-    """Batches of calibration text for GPTQ; progress then goes to stderr."""
+def _tuned(options: argparse.Namespace) -> Tuned | None:
+    """What a run became that is given as the model; None for a model. Raises QzoError."""
+    from qzo.training.tuned.state import is_tuned, read_tuned
+
+    source = Path(options.model)
+    check_moved(options.moved, source, is_tuned(source))
+    if not is_tuned(source):
+        return None
+    tuned = read_tuned(source, model=options.moved)
+    if tuned.adapters:
+        raise QzoError(
+            f"{source} trained adapters, which stand beside the model; qzo export {source} OUT writes them: merge them "
+            "with peft (merge_and_unload), and quantize the model that gives"
+        )
+    return tuned
+
+
+def _calibration(options: argparse.Namespace, place: str) -> list[Tensor] | None:
+    """Batches of calibration text for GPTQ, in the tokens of the model at `place`; progress then goes to stderr."""
     if options.method != "gptq":
         if options.calibration is not None:
             raise QzoError("--calibration needs --method gptq")
         return None
-    from qzo.checkpoints.load import load_tokenizer
+    from qzo.checkpoints.tokenizer import load_tokenizer
     from qzo.quantizers.calibration import calibration_text, token_batches
     from qzo.tasks.encoding import tokens_of
     from qzo.tasks.source.reviews import REVIEWS
@@ -82,6 +107,6 @@ def _calibration(options: argparse.Namespace) -> list[Tensor] | None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qzo").setLevel(logging.INFO)
     text = calibration_text(options.calibration or REVIEWS)
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(place)
     tokenizer.model_max_length = sys.maxsize  # the text is cut afterwards, so its length is no news
     return token_batches(partial(tokens_of, tokenizer), text, options.samples, options.seq_len)

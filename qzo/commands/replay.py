@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qzo.commands.moved import add_moved, check_moved
 from qzo.errors import QzoError, printable
 
 
 def add_command(commands: Any) -> None:
     """Add `replay` to the subcommands of a parser."""
     parser = commands.add_parser("replay", help="rebuild a tuned model from its journal, without data")
-    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id of the checkpoint that was tuned")
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id of what was tuned; or a run")
     parser.add_argument("journal", metavar="JOURNAL", help="file that qzo.Journal wrote")
     parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write, new or empty; without, only check")
+    add_moved(parser)
     parser.add_argument("--no-snapshot", action="store_true", help="replay every step from the first")
     parser.set_defaults(run=run)
 
@@ -24,13 +26,15 @@ def run(options: argparse.Namespace) -> None:
     """Replay, write the model where OUT is given, and print the steps."""
     import torch
 
-    from qzo.checkpoints.load import load
     from qzo.checkpoints.save import save
     from qzo.durable import check_target
     from qzo.journal.header import check_header, device_of
     from qzo.journal.lines import read
     from qzo.journal.replay import replay
+    from qzo.training.tuned.models import load
+    from qzo.training.tuned.state import is_tuned
 
+    check_moved(options.moved, Path(options.model), is_tuned(Path(options.model)))
     journal = Path(options.journal)
     header = read(journal).header
     check_header(journal, header)
@@ -40,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out:
         check_target(Path(options.out))
     packed = header["optimizer"] == "QZO"  # a .gguf file's blocks, where its scales were tuned
-    model = load(options.model, getattr(torch, header["dtype"]), device, dequantize=not packed)
+    model = load(options.model, getattr(torch, header["dtype"]), device, dequantize=not packed, model=options.moved)
     optimizer, notices = replay(model, journal, snapshot=not options.no_snapshot)
     for notice in notices:
         print(f"notice: {printable(notice)}", file=sys.stderr)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.commands import data
+from qzo.commands.moved import add_moved, check_moved
 from qzo.errors import printable, required
 from qzo.optim.estimator import NOISE, SIDES
 from qzo.training.presets import PRESETS, usual_preset
@@ -57,7 +58,8 @@ def add_command(commands: Any) -> None:
     """Add `train` to the subcommands of a parser."""
     default = TrainSettings()
     parser = commands.add_parser("train", help="fine-tune a model on a task")
-    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id; quantized for qzo and qlora")
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file, hub id or run; quantized for qzo and qlora")
+    add_moved(parser)
     parser.add_argument("--method", choices=METHODS, default=argparse.SUPPRESS, help="default qzo")
     parser.add_argument(
         "--preset",
@@ -97,6 +99,9 @@ def run(options: argparse.Namespace) -> None:
     from qzo.regular import is_there
     from qzo.training.run import RUN, begun_with, read_run
     from qzo.training.task import train_task
+    from qzo.training.tuned.state import is_tuned
+
+    check_moved(options.moved, Path(options.model), is_tuned(Path(options.model)))
 
     if options.wandb is not None:
         required("wandb", "wandb")  # before anything that takes long
@@ -113,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
     device = None if options.device is None else str(data.device(options.device))
     folder = None if own else options.data
     trained, test = train_task(
-        options.model, options.task, settings, out, folder, options.resume, own, device, options.wandb
+        options.model, options.task, settings, out, folder, options.resume, own, device, options.wandb, options.moved
     )
     early = ", stopped early" if trained.stopped_early else ""
     print(f"steps        {trained.steps:>12,}{early}\nskipped      {trained.skipped:>12,}")

@@ -65,11 +65,10 @@ def source_of(path: Path) -> Source:
 
 
 def check_no_run(folder: Path) -> None:
-    """Raise QzoError for the folder of a run, or a checkpoint of QZOTrainer, where a model is needed."""
+    """Raise QzoError for the folder of a run, or a checkpoint of QZOTrainer, where the files of a model are needed."""
     if any((folder / name).is_file() for name in TUNED) and not (folder / "config.json").is_file():
         raise QzoError(
-            f"{folder} holds tuned tensors without their model; qzo export {folder} OUT writes both, and qzo eval, "
-            "inspect, generate and report take it as it is"
+            f"{folder} holds tuned tensors without their model; give that model, or what qzo export {folder} OUT writes"
         )
 
 

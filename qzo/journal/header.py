@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import nn
 
 from qzo.checkpoints.identity import BASE, MODEL, base_identity
 from qzo.errors import QzoError
-from qzo.journal.fingerprint import model_hash, noise_fingerprint
+from qzo.journal.fingerprint import digest, model_hash, noise_fingerprint
 from qzo.journal.lines import VERSION
 from qzo.kernels import asked
 from qzo.kernels.native import is_compiled
 from qzo.live.trainable import live_named, offsets
+from qzo.models.origin import origin_of
 from qzo.optim.mezo import MeZO
 from qzo.optim.qzo import QZO
 from qzo.optim.rules import update_options
@@ -108,9 +110,15 @@ def carrier() -> str:
 
 
 def _files(model: nn.Module) -> tuple[str | None, str | None]:
-    """Where a model's files are, and their hash; None where it has none."""
-    identity = base_identity(model)
-    return (identity.get(MODEL), identity[BASE]) if BASE in identity else (None, None)
+    """Where a model's files are, and their hash, with that of what a run had tuned of them; None where it has none."""
+    identity, origin = base_identity(model), origin_of(model)
+    if BASE not in identity:
+        return None, None
+    if origin is None or not origin.tuned:
+        return identity.get(MODEL), identity[BASE]
+    live = live_named(model)
+    tuned = digest((name, live[name]) for name in origin.tuned if name in live)
+    return identity.get(MODEL), hashlib.sha256(f"{identity[BASE]} {tuned}".encode()).hexdigest()
 
 
 def device_of(path: Path, header: dict[str, Any]) -> str:

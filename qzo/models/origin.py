@@ -23,11 +23,13 @@ class Origin:
         path: absolute, of a folder or a .gguf file.
         packed: whether the model has the codes of the files; False for an unquantized or dequantized one.
         settings: what its configuration said of the quantizer, as it was read; None where nothing did.
+        tuned: names of tensors that a run had tuned, so that they are other than those of the files.
     """
 
     path: Path
     packed: bool = False
     settings: dict[str, Any] | None = None
+    tuned: tuple[str, ...] = ()
 
 
 def note_origin(model: nn.Module, origin: Origin) -> None:

@@ -23,7 +23,7 @@ from qzo.tasks.scoring import candidate_scores
 from qzo.tasks.writing import continued, write_answers
 from qzo.training.own import OwnData, fingerprint
 from qzo.training.settings import EVAL_BATCH_SIZE
-from qzo.training.tuned import Tuned, read_tuned, untuned
+from qzo.training.tuned.state import Tuned, read_tuned
 
 MOST_TOKENS = 64  # that are written for an example
 MOST_BEGUN = 64  # of a plain text that are shown to the model
@@ -72,7 +72,7 @@ def examples_of(
 def _model(tuned: Tuned, name: str, device: torch.device) -> nn.Module:
     if name == "after":
         return tuned.load(device=device)
-    return untuned(tuned.model, tuned.settings, device=device).eval()
+    return tuned.untuned(device=device).eval()
 
 
 def _rows(story: Story, count: int) -> tuple[Any, Sequence[Any]]:

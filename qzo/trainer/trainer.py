@@ -21,7 +21,8 @@ from qzo.journal import lines
 from qzo.journal.journal import Journal
 from qzo.live.check import check_live
 from qzo.live.scales import scales
-from qzo.live.trainable import scale_group
+from qzo.live.trainable import live_named, scale_group
+from qzo.models.origin import origin_of
 from qzo.optim.qzo import QZO
 from qzo.optim.spsa import Closure, SpsaOptimizer, live_tensors
 from qzo.quiet import quiet_libraries
@@ -33,6 +34,7 @@ from qzo.trainer.roles import TakenStep, said_to_train
 from qzo.trainer.rows import RowsTrainer, is_own, items_in, take_rows
 from qzo.training.checkpoints import OPTIMIZER, TRAINED, check, read_trained
 from qzo.training.telemetry.prospect import FIRST, Prospect
+from qzo.training.tuned.state import put
 
 with quiet_libraries():
     from accelerate.utils.memory import clear_device_cache
@@ -288,9 +290,16 @@ class QZOTrainer(RowsTrainer):
             return
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {**self._identity(), "steps": str(self.zeroth_order.steps), "whole": "1"}
-        write_tensors(folder / TRAINED, live_tensors(self.zeroth_order), metadata)
+        write_tensors(folder / TRAINED, {**self._begun_with(), **live_tensors(self.zeroth_order)}, metadata)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def _begun_with(self) -> dict[str, Tensor]:
+        """Of a model that `qzo.load` read from a run, what that had tuned: not in the files that a checkpoint names."""
+        model: Any = self.model
+        origin = origin_of(model)
+        live = live_named(model) if origin is not None and origin.tuned else {}
+        return {} if origin is None else {name: live[name].detach() for name in origin.tuned if name in live}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer calls this before the optimizer is there; with scales, all is in the optimizer's state."""
@@ -303,6 +312,10 @@ class QZOTrainer(RowsTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As Trainer's, which restores the scales too; the journal is cut where the checkpoint was made."""
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.zeroth_order is not None and (Path(checkpoint) / TRAINED).is_file():
+            model: Any = self.model
+            trained, kept = live_tensors(self.zeroth_order), read_trained(Path(checkpoint))[0]
+            put(model, {name: tensor for name, tensor in kept.items() if name not in trained}, Path(checkpoint))
         if self.journal is not None and self.zeroth_order is not None:
             self.journal.resume(self.zeroth_order.steps)
 
@@ -317,7 +330,8 @@ class QZOTrainer(RowsTrainer):
         assert self.zeroth_order is not None
         own = live_tensors(self.zeroth_order)
         for name, value in read_trained(best)[0].items():
-            own[name].copy_(value)
+            if name in own:
+                own[name].copy_(value)
         for _, _, _, tensor in self.zeroth_order._tensors():
             self.zeroth_order.state[tensor]["master"].copy_(tensor)
 

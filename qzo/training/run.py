@@ -7,6 +7,7 @@ r"""The folder of a training run.
     metrics.jsonl      {"step": n, "loss": ...} after n steps, {"step": n, "validation": {...}, "memory": {...}};
                         seconds count from the start of the process; see `qzo.training.telemetry.metrics`
     facts.json         what was found before the first step: the data, sizes of the model, the device
+    start.safetensors  of a run that was begun on another run: what that one had tuned, so that it may be gone
 
 A line of metrics.jsonl is written before the step is recorded, so after a kill no recorded step lacks its line; lines
 of steps that are taken again are cut off on a resume. What decides which state is the best is sealed, and synced before
@@ -47,6 +48,8 @@ PLACES = ("task", "data", "validation", "test", "label_words", "reward")  # keys
 SUMS = "sums"  # key of run.json: checksums of the settings and of what was found
 FOUND = "found"  # key of run.json: what was chosen where settings say "auto"
 RUN, METRICS, BEST, FACTS = "run.json", "metrics.jsonl", "best.safetensors", "facts.json"
+START = "start.safetensors"
+STATE, TUNED_BY = "start", "begun_on"  # keys of run.json: SHA-256 of what the start holds, and the run it is from
 TEST = "test"  # key of facts.json: the result of the test before the first step
 RESULT = "result.json"  # written when the run has ended
 MOST_MIB = 8  # of run.json
@@ -222,7 +225,7 @@ class Run:
         for name in (TENSORBOARD, WANDB):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         with suppress(OSError):  # something of others' making is in the folder
-            for name in (METRICS, BEST, JOURNAL, FACTS, RUN):
+            for name in (METRICS, BEST, JOURNAL, FACTS, START, RUN):
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
 
@@ -256,12 +259,19 @@ def check_folder(folder: Path, settings: TrainSettings, about: Result, resume: b
         )
     by_numbers = known or settings.method in ZEROTH_ORDER  # the model is known by them, wherever it lies now
     for name, value in about.items():
-        if name != BASE and not (name == MODEL and by_numbers) and saved.get(name) != value:
+        if name not in (BASE, TUNED_BY) and not (name == MODEL and by_numbers) and saved.get(name) != value:
             if name == SOURCE and saved.get(name):
                 raise QzoError(
                     f"{folder}: the file of the reward has changed since the run was begun (SHA-256 {saved[name][:12]} "
                     f"then, {str(value)[:12]} now); restore it, or begin anew in another --out"
                 )
+            if name == STATE and saved.get(name):
+                raise QzoError(
+                    f"{folder}: {about[TUNED_BY]} holds another state than the run was begun on; give {saved[MODEL]}, "
+                    "and it goes on from the state that it keeps"
+                )
+            if name == STATE:
+                raise QzoError(f"{folder}: the run was begun on {saved[MODEL]}, not on a run; give that model")
             raise QzoError(f"{folder}: the run was begun with {name}={saved.get(name)}, not {value}; give the same")
     try:
         settings.check_resume(saved["settings"])
@@ -285,6 +295,7 @@ def read_run(folder: Path) -> Result:
     wrong = {
         "model": not isinstance(content.get(MODEL), str) and MODEL in content,
         "base": not isinstance(content.get(BASE), str | None),
+        "start": not isinstance(content.get(STATE), str | None),
         **{name: not isinstance(content.get(name), str | None) for name in PLACES},
         **{name: not isinstance(content.get(name), dict | None) for name in ("sizes", "columns")},
         "settings.method": settings.get("method") not in METHODS,

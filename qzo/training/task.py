@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qzo.checkpoints.identity import base_identity, place_of
-from qzo.checkpoints.load import load, load_tokenizer
+from qzo.checkpoints.identity import place_of
+from qzo.checkpoints.tokenizer import load_tokenizer
 from qzo.durable import replace_file
 from qzo.errors import NotFinite, QzoError
 from qzo.live.check import check_live
@@ -34,7 +34,8 @@ from qzo.training.settings import AUTO, QUANTIZED, TrainSettings
 from qzo.training.telemetry.memory import packed_as, resident_bytes
 from qzo.training.telemetry.progress import Progress, lines_of, tell
 from qzo.training.telemetry.writers import writers
-from qzo.training.tuned import put_best
+from qzo.training.tuned.start import start_from
+from qzo.training.tuned.state import put_best
 
 
 def train_task(
@@ -47,13 +48,15 @@ def train_task(
     own: OwnData | None = None,
     device: str | None = None,
     wandb: str | None = None,
+    moved: str | None = None,
 ) -> tuple[Trained, Result]:
     """Train a model on a task and test its best state; returns how training ended, and the result of the test.
 
     `out` then holds the run (see `qzo.training.run`) and `result.json`, both of what is returned.
 
     Args:
-        source: of the model, as in `qzo.load`; quantized for qzo and qlora, which take a .gguf file packed.
+        source: of the model, as in `qzo.load`; quantized for qzo and qlora, which take a .gguf file packed. Of a run,
+            its best state is what the new one begins with, and keeps.
         task_name: of `qzo.tasks`; its examples are split by `settings.seed`. None where there is `own`.
         settings: how.
         out: folder of the run, new or empty, or with `resume` one to go on with.
@@ -63,6 +66,7 @@ def train_task(
             answers are compared that the model writes, that of the validation split.
         device: where to train; None, the GPU if there is one.
         wandb: project of Weights & Biases that gets the run's numbers and settings; None, none does.
+        moved: where the model of a run that is given as `source` lies now; None, where it lay.
 
     Raises QzoError for wrong input, a model whose logits are not finite, losses that are not, and a full disk; what is
     on disk can be resumed. Nothing is, where a run fails before its first validation is done.
@@ -73,7 +77,8 @@ def train_task(
     if resume and is_there(out / RUN):
         settings = settings.as_begun(read_run(out)["settings"])
     check_folder(out, settings, about, resume)  # before a large model is read
-    about |= base_identity(source)
+    start = start_from(source, out, resume, moved)
+    about |= start.about
     check_folder(out, settings, about, resume)
     task = tasks.from_data(**own.options()) if own else tasks.get(task_name, data_dir=data)
     splits = task.splits(seed=settings.seed)
@@ -82,12 +87,12 @@ def train_task(
         check_folder(out, settings, about, resume)
     if settings.centering and not task.words:
         raise QzoError(f"centering={settings.centering} is for label words, and {task.name} has none; leave it out")
-    objective = tasks.objective(task, load_tokenizer(source), settings.max_length)
+    objective = tasks.objective(task, load_tokenizer(start.model), settings.max_length)
     for examples in splits.values():  # what cannot be encoded is told before a large model is read
         objective.rows(examples)
     tell(f"loading {source}")
     packed = settings.method in QUANTIZED
-    model: Any = load(source, dtype_of(asdict(settings)), device or _device(), dequantize=not packed).eval()
+    model: Any = start.load(dtype_of(asdict(settings)), device or _device(), packed).eval()
     resumed = out if resume else None
     settled = layers_of(model, settings, bool(task.words), resumed)
     check_model(model, settled, source)
@@ -101,6 +106,12 @@ def train_task(
         tell(f"notice: {notice}")
     first = 0 if own and own.reward else (settled.layer_range or (0, 0))[0]  # a cache remembers the layers below too
     run = Run(out, settings, about, task.metric, resume)
+    try:
+        start.keep(out)
+    except QzoError:
+        run.discard_unless_begun()
+        run.close()
+        raise
     run.settle({name: getattr(settled, name) for name in ("layers", "batch_size") if getattr(settings, name) == AUTO})
     with interruptible():
         loss = SharedPrefix(model, work.loss, first) if first else work.loss

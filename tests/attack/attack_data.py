@@ -63,7 +63,7 @@ def models(folder: Path) -> dict[str, Path]:
 def train(model: Path, folder: Path, options: list[str], answer: multiprocessing.Queue) -> None:
     """In a child: exit code, what was said, seconds, and how much larger the process became."""
     os.chdir(folder)
-    qzo.training.task.load = lambda *_, **__: print(READ, file=sys.stderr) or 1 / 0  # type: ignore[assignment]
+    qzo.training.tuned.start.model_with = lambda *_: print(READ, file=sys.stderr) or 1 / 0  # type: ignore[assignment]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start, said = time.monotonic(), StringIO()
     try:

@@ -92,9 +92,10 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_names_are_the_things_themselves():
-    from qzo.checkpoints.load import load
     from qzo.formats.gptq.layer import QuantLinear
+    from qzo.training.tuned.models import load
 
     assert qzo.load is load and pickle.loads(pickle.dumps(qzo.QuantLinear)) is QuantLinear
-    assert list(inspect.signature(qzo.load).parameters) == ["source", "dtype", "device", "dequantize", "revision"]
+    arguments = ["source", "dtype", "device", "dequantize", "revision", "model"]
+    assert list(inspect.signature(qzo.load).parameters) == arguments
     assert qzo.tasks is sys.modules["qzo.tasks"]

@@ -29,8 +29,8 @@ from qzo import tasks
 from qzo.checkpoints.load import load, load_tokenizer
 from qzo.durable import replace_file
 from qzo.errors import QzoError
-from qzo.training.export import export_model
 from qzo.training.run import FOUND, RESULT, dtype_of, read_run
+from qzo.training.tuned.export import export_model
 
 MODEL = "smollm2-135m"
 NODE = Path(".venv-llamacpp")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from qzo.formats.gguf.layer import GgufEmbedding, GgufLinear
 from qzo.formats.gguf.metadata.keys import ending_tokens
 from qzo.formats.gguf.places import STACKS, Place, Plan, plan
 from qzo.formats.gguf.source import from_pairs, read_tensor
+from qzo.formats.gguf.tuned import parts_of, put_parts
 from qzo.formats.vocabulary import TiedQuantHead
 from qzo.kernels.rebuilt import chunk_bounds
 from qzo.models.skeleton import finish
@@ -50,14 +52,15 @@ def load_packed(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return freeze(model).eval()
 
 
-def load_dense(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_dense(path: Path, dtype: torch.dtype, device: torch.device, tuned: Mapping[str, Tensor]) -> Any:
     """The model in `dtype`, every weight rebuilt in fp32 and rounded once. Raises QzoError.
 
+    `tuned`: scales and offsets in the place of the file's, as `write_gguf` takes them.
     Memory: that of the model, the blocks of one tensor, and some of its rows in fp32.
     """
     planned = plan(path, dtype)
     model = planned.model
-    for place, tensor, kind in _tensors(planned):
+    for place, tensor, kind in _tensors(planned, tuned):
         weights = _plain(planned, place, tensor.to(device), kind, dtype)
         if place.stack in ("gate", "up"):
             module = model.get_submodule(place.path)
@@ -87,16 +90,17 @@ class _Stacks:
             model.set_submodule(place.path, GgufExperts(self._layers.pop(place.path), act))
 
 
-def _tensors(planned: Plan) -> Iterator[Read]:
+def _tensors(planned: Plan, tuned: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[Read]:
     """Every tensor of a file that goes into the model, its rows in the order of transformers.
 
     Raises QzoError for scales and numbers that are not finite.
     """
-    source = planned.source
+    source, parts = planned.source, parts_of(planned, tuned)
     with source.path.open("rb") as file:
         for name, place in planned.places.items():
             info = source.header.tensors[name]
             tensor = read_tensor(file, source.path, name, info)
+            put_parts(tensor, parts.get(name, []), place.heads)
             check_blocks(source.path, name, tensor, info)
             yield place, from_pairs(tensor, place.heads), BLOCK_TYPES.get(info.kind)
 

@@ -131,7 +131,7 @@ def test_a_run_goes_on_with_its_own_rows_alone(model, tmp_path, capsys):
     ],
 )
 def test_wrong_input_is_one_line_before_the_model_is_read(model, tmp_path, capsys, monkeypatch, options, message):
-    monkeypatch.setattr("qzo.training.task.load", lambda *_, **__: pytest.fail("the model was read"))
+    monkeypatch.setattr("qzo.training.tuned.start.model_with", lambda *_, **__: pytest.fail("the model was read"))
     file = str(write_kind(tmp_path, "chat"))
     options = [file if option == "FILE" else option for option in options]
     assert main(["train", model, *options, "--out", str(tmp_path / "run")]) == 2

@@ -164,7 +164,7 @@ def test_conversations_are_asked_in_the_words_of_the_template(model, data, capsy
     ],
 )
 def test_wrong_input_is_one_line_before_the_model_is_read(model, data, capsys, monkeypatch, options, message):
-    monkeypatch.setattr("qzo.training.task.load", lambda *_, **__: pytest.fail("the model was read"))
+    monkeypatch.setattr("qzo.training.tuned.start.model_with", lambda *_, **__: pytest.fail("the model was read"))
     options = [option.replace("SCORE", str(data / "score.py")) for option in options]
     defaults = ["--max-new-tokens", "3"] if "--reward" in options else []
     out = ["--out", str(data / "run")]

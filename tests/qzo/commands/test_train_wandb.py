@@ -48,6 +48,6 @@ def test_a_library_that_is_missing_or_cannot_begin_is_one_line(task, models, tmp
     assert "--wandb: Weights & Biases cannot begin: division by zero; run wandb login, set" in errors(capsys)[0]
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("qzo.training.task.load", lambda *_, **__: pytest.fail("the model was read"))
+    monkeypatch.setattr("qzo.training.tuned.start.model_with", lambda *_, **__: pytest.fail("the model was read"))
     assert main(command) == 2
     assert errors(capsys) == ["error: this needs the package wandb; run: pip install wandb"]

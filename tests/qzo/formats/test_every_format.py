@@ -26,7 +26,7 @@ from qzo import QZO, trainable
 from qzo.formats.layer import RebuiltLinear
 from qzo.kernels import rebuilt as chunked
 from qzo.live.scales import quantized_bytes, quantized_layers
-from qzo.training.export import TRAINED
+from qzo.training.tuned.export import TRAINED
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 CASES: list[FormatCase] = [

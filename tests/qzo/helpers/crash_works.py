@@ -62,13 +62,13 @@ def works(folder: Path) -> dict[str, Work]:
         assert main(["train", str(packed), *TRAIN, "--out", str(folder / "trained")]) == 0
     journal = str(folder / "trained/run.journal")
 
-    def train(method: str, source: Path) -> Work:
+    def train(method: str, source: Path, *more: str) -> Work:
         command = ["train", str(source), *TRAIN, "--method", method, "--out"]
         kept = ("run.journal",) if method == "qzo" else ("last.safetensors",)
         return Work(
             lambda place: main([*command, str(place / "run")]),
             lambda place: main([*command, str(place / "run"), "--resume"]),
-            (*kept, "best.safetensors", "metrics.jsonl", "result.json"),
+            (*kept, *more, "best.safetensors", "metrics.jsonl", "result.json"),
         )
 
     def making(*command: str) -> Work:
@@ -79,6 +79,7 @@ def works(folder: Path) -> dict[str, Work]:
 
     return {
         "train": train("qzo", packed),
+        "train from a run": train("qzo", folder / "trained", "start.safetensors"),
         "first order": train("ft", plain),
         "journal": Work(_own_loop, _own_loop, ("run.journal", "scales")),
         "export": making("export", str(folder / "trained")),

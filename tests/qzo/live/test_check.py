@@ -13,6 +13,7 @@ import qzo
 from qzo import QuantLinear, QzoError, check_live, load, quantize, scales
 from qzo.commands.main import main
 from qzo.formats.gptq.layer import QuantLinear as Layer
+from qzo.training.tuned.state import model_with
 
 
 class CachedLinear(QuantLinear):
@@ -207,7 +208,7 @@ def folder(make_model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layers", [None, "1-1"])
 def test_qzo_train_refuses_before_the_first_step(folder, tmp_path, monkeypatch, capsys, layers):
-    monkeypatch.setattr("qzo.training.task.load", lambda *arguments, **named: cache(load(*arguments, **named)))
+    monkeypatch.setattr("qzo.training.tuned.start.model_with", lambda *arguments: cache(model_with(*arguments)))
     command = ["train", str(folder), *standin.PAPER, "--steps", "4", "--out", str(tmp_path / "run")]
     command += [] if layers is None else ["--layers", layers]
     assert main(command) == 2

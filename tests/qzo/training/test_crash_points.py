@@ -22,7 +22,9 @@ def made(tmp_path_factory):
         del sys.modules["qzo.tasks"]
 
 
-@pytest.mark.parametrize("name", ["train", "first order", "journal", "export", "quantize", "replay"])
+@pytest.mark.parametrize(
+    "name", ["train", "train from a run", "first order", "journal", "export", "quantize", "replay"]
+)
 def test_a_work_killed_at_a_file_operation_comes_to_the_same_end(made, tmp_path, name):
     work = made[name]
     (whole := tmp_path / "whole").mkdir()

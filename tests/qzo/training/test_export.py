@@ -167,8 +167,8 @@ def test_adapters_are_written_for_peft(make_run, input_ids, tmp_path, method):
 def test_a_gguf_file_becomes_a_folder(make_model, tmp_path, monkeypatch, input_ids, capsys):
     model = make_model(dtype=torch.bfloat16)
     tokenizer = load_tokenizer(standin.write_model(model, tmp_path / "plain", False))
-    monkeypatch.setattr(sys.modules["qzo.training.export"], "load", lambda source: model)
-    monkeypatch.setattr(sys.modules["qzo.training.export"], "load_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr(sys.modules["qzo.training.tuned.export"], "load", lambda source: model)
+    monkeypatch.setattr(sys.modules["qzo.training.tuned.export"], "load_tokenizer", lambda source: tokenizer)
     assert main(["export", "x.gguf", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     assert "x.gguf in full numbers (bfloat16), as a folder of safetensors; nothing in it was tuned" in told

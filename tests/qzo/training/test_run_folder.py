@@ -19,15 +19,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
 
-import qzo
 from qzo import QzoError, export, load, scales
 from qzo.checkpoints.identity import base_identity
+from qzo.checkpoints.inspect import inspect as inspect_files
+from qzo.checkpoints.load import load as from_files
+from qzo.checkpoints.tokenizer import load_tokenizer as tokenizer_of_files
 from qzo.commands.main import main
 from qzo.durable import read_tensors, write_tensors
 from qzo.training.run import SUMS, _sum, begun_with, read_run
 from qzo.training.settings import TrainSettings
 from qzo.training.telemetry.metrics import Metrics
-from qzo.training.tuned import _check_journal
+from qzo.training.tuned.state import _check_journal
 
 SMALL = [*standin.PAPER, "--batch-size", "4", "--lr", "1e-4", "--eval-every", "2"]
 
@@ -370,13 +372,12 @@ def test_a_second_process_is_kept_out_of_a_run(trained, run, task, capsys):
     assert Path(run / "run.json").stat().st_mode & 0o777 == 0o666 & ~current_umask()
 
 
-def test_what_takes_no_run_says_what_does(run, tmp_path, capsys, task):
-    told = r"holds tuned tensors without their model; qzo export .*run OUT writes both"
-    for reads in (load, qzo.load_tokenizer, qzo.inspect):
+def test_a_run_is_not_taken_for_the_files_of_a_model(run, tmp_path, capsys):
+    told = r"holds tuned tensors without their model; give that model, or what qzo export .*run OUT writes"
+    assert re.search(told, says(capsys, 2, "export", run, tmp_path / "out", "--model", run))
+    for reads in (from_files, tokenizer_of_files, inspect_files):
         with pytest.raises(QzoError, match=told):
             reads(run)
-    for command in (["quantize", run, tmp_path / "out"], ["train", run, *SMALL, "--out", tmp_path / "out"]):
-        assert re.search(told, says(capsys, 2, *command))
 
 
 @pytest.mark.parametrize(("kind", "negative"), [("Q4_1", False), ("Q4_0", True)])

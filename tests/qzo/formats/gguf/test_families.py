@@ -10,8 +10,8 @@ from qzo import QZO, load, scales, trainable
 from qzo.checkpoints.inspect import inspect
 from qzo.checkpoints.load import load_tokenizer
 from qzo.formats.gguf.experts import GgufExperts
-from qzo.formats.gguf.files import write_gguf as write_back
 from qzo.formats.gguf.layer import GgufEmbedding, GgufLinear
+from qzo.formats.gguf.tuned import write_gguf as write_back
 from qzo.optim.spsa import live_tensors
 
 FAMILIES = {

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 import qzo
 from qzo import QZO, QzoError, QZOTrainer, export, load, scales, trainable
 from qzo.commands.main import main
-from qzo.formats.gguf.files import write_gguf as write_tuned
+from qzo.formats.gguf.tuned import write_gguf as write_tuned
 from qzo.live.trainable import live_named
 from qzo.optim.spsa import live_tensors
 

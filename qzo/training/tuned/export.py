@@ -15,7 +15,8 @@ from qzo.errors import QzoError
 from qzo.files.settings import is_gguf
 from qzo.live.adapters import put_adapters
 from qzo.quiet import quiet_libraries
-from qzo.training.tuned import STATES, TRAINED, Tuned, is_tuned, put, read_tuned, untuned
+from qzo.training.run import START
+from qzo.training.tuned.state import STATES, TRAINED, Tuned, is_tuned, put, read_tuned
 
 __all__ = ["TRAINED", "Exported", "export", "export_model"]
 
@@ -91,8 +92,13 @@ def _export_tuned(tuned: Tuned, out: Path) -> Exported:
     if tuned.untouched:
         notice = f"{tuned.source}: the best validation was the one before the first step; {out} is the model untouched"
     if tuned.adapters:
+        if tuned.start:
+            notice = (
+                f"{tuned.source} was begun on a run: its adapters are for {tuned.model} with the tensors in "
+                f"{tuned.source / START}, and not as it lies there"
+            )
         return Exported(_write_adapters(tuned, out), f"the adapters of {tuned.source}, for {tuned.model}", notice)
-    count = write_tuned(tuned.model, tuned.tensors, out)
+    count = write_tuned(tuned.model, tuned.whole, out)
     of = "" if tuned.step is None else f" of step {tuned.step}"
     return Exported(count, f"{count} tuned tensors{of} written, all else as it came", notice)
 
@@ -101,7 +107,7 @@ def _write_adapters(tuned: Tuned, out: Path) -> int:
     if is_gguf(out):
         raise QzoError(f"{out} names a .gguf file, and adapters are a folder of their own; choose a name without .gguf")
     check_numbers(tuned.tensors)
-    model = untuned(tuned.model, tuned.settings)
+    model = tuned.untuned()
     wrapper: Any = put_adapters(model, tuned.settings.get("seed", 0))
     put(model, tuned.tensors, tuned.source)
     wrapper.peft_config["default"].base_model_name_or_path = tuned.model
