@@ -32,6 +32,7 @@ from bench.worlds.runner import Worker
 from bench.worlds.workers import workers
 from qzo.durable import replace_file
 from qzo.errors import QzoError
+from qzo.optim.estimator import NOISE
 
 SECONDS = 200  # no cell is started after these
 STEPS = 3
@@ -59,6 +60,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu is for a dry run")
     found.add_argument("--models", help="comma-separated, in place of the cells of GRID")
     found.add_argument("--methods", help="comma-separated, for --models; default all ten")
+    found.add_argument(
+        "--noise",
+        default="generator",
+        choices=tuple(NOISE),
+        help="where z comes from, for --models (default: %(default)s)",
+    )
     found.add_argument("--seq-len", type=int, default=512, help="tokens, for --models (default: %(default)s)")
     found.add_argument("--processes", type=int, default=10, help="cells at a time (default: %(default)s)")
     found.add_argument(
@@ -102,7 +109,7 @@ def grid(options: argparse.Namespace, target: str) -> Iterator[BenchCase]:
     rows = GRID
     if options.models:
         methods = tuple((options.methods or ",".join(METHODS)).split(","))
-        rows = ((tuple(options.models.split(",")), methods, {"seq_len": options.seq_len}),)
+        rows = ((tuple(options.models.split(",")), methods, {"seq_len": options.seq_len, "noise": options.noise}),)
     for models, methods, further in rows:
         for model in models:
             for method in methods:
@@ -121,7 +128,11 @@ def device_at_hand(device: str) -> tuple[str, int]:
 def key(case: BenchCase) -> str:
     """What tells a cell of one device from another."""
     parts = [case.model, case.method, f"{case.batch_size} x {case.seq_len}", case.quantization]
-    return ", ".join(filter(None, [*parts, "checkpointing" if case.gradient_checkpointing else None]))
+    parts += [
+        "checkpointing" if case.gradient_checkpointing else None,
+        case.noise if case.noise != "generator" else None,
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def predictions(cases: Sequence[BenchCase], file: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Every operator that PyTorch dispatches is one launch that reads its inputs and writes its outputs once, views and
 allocations none; so is each launch of a kernel in Triton, whose bytes are codes, scales, x, y and what it rebuilds.
-Products with the codes are counted where they read them once, which is up to 64 tokens.
+Products with the codes are counted where they read them once, which is up to 64 tokens. Ways by kernels take z of
+Philox, and one launch moves all scales of a kind, see `qzo.optim.table`.
 
 Two limits come of it: bytes at the bandwidth of a copy, and operations of products at the rate of a large one, both as
 measured on a card. No step is faster than either, and none has been timed for this.
@@ -37,11 +38,14 @@ from bench.worlds.sim import SimWorld
 from qzo.kernels import asked, fused, rebuilt
 from qzo.kernels.packed import Packed
 from qzo.optim import noise
+from qzo.optim.table import Table
 
 MODELS = ("llama2-7b", "llama2-13b")
 SHAPES = ((1, 32), (16, 40))
 FORWARDS, OPERATORS, REBUILT, CODES = "two bf16 forward passes", "operators", "rebuilt weights", "codes"
 WAYS = (FORWARDS, OPERATORS, REBUILT, CODES)
+KERNELS = (REBUILT, CODES)
+ONE_TILE = 64  # rows of x, for which codes are read once
 FIGURES = ("launches", "forward_launches", "bytes", "forward_bytes", "operations", "reads")
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh")
 OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "bernoulli_", "arange")  # do not read what they write to
@@ -62,10 +66,14 @@ class Traffic(TorchDispatchMode):
         if name == "_local_scalar_dense":
             self.reads += 1
             return 1.0  # of a tensor without data; a loss, say
+        if name == "_to_copy" and args[0].is_meta and (kwargs or {}).get("device") == torch.device("cpu"):
+            self.reads += 1
+            return torch.ones(args[0].shape, dtype=(kwargs or {}).get("dtype"))
         out = func(*args, **(kwargs or {}))
         if not func.is_view and name not in ALLOCATIONS and not name.startswith("_unsafe_view"):
             read = tensors_in((args[1:] if name in OVERWRITES else args, without_out(kwargs)))
-            self.add(sum(map(nbytes_of, (*read, *tensors_in(out)))))
+            if any(tensor.is_meta for tensor in (*read, *tensors_in(out))):  # others are the CPU's business
+                self.add(sum(map(nbytes_of, (*read, *tensors_in(out)))))
             if name in PRODUCTS:
                 left, right = tensors_in(args)[-2:]
                 self.operations += 2 * left.numel() * right.shape[-1]
@@ -112,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for model in options.models.split(","):
         for batch_size, seq_len in SHAPES:
-            for way in WAYS if batch_size * seq_len <= fused.DEFAULT_TOKENS else WAYS[:-1]:
+            for way in WAYS if batch_size * seq_len <= ONE_TILE else WAYS[:-1]:
                 traffic = counted(model, way, batch_size, seq_len)
                 found = {name: getattr(traffic, name) for name in FIGURES}
                 rows.append({"model": model, "way": way, "batch_size": batch_size, "seq_len": seq_len, **found})
@@ -125,7 +133,7 @@ def counted(model: str, way: str, batch_size: int, seq_len: int) -> Traffic:
     """What one step of QZO takes, or two forward passes of the 16-bit model."""
     case = BenchCase(
         model, "mezo" if way == FORWARDS else "qzo", device="sim", gpu="h100-80gb", batch_size=batch_size,
-        seq_len=seq_len,
+        seq_len=seq_len, noise="philox" if way in KERNELS else "generator",
     )  # fmt: skip
     source = resolve(case.model)
     attention = attention_of(case, source, (9, 0))
@@ -148,7 +156,7 @@ def counted(model: str, way: str, batch_size: int, seq_len: int) -> Traffic:
 @contextmanager
 def way_of(way: str, traffic: Traffic) -> Iterator[None]:
     """Within, layers are computed in this way, all of their parts, and kernels are counted."""
-    rebuild, multiply = fused.rebuild, fused.multiply
+    rebuild, multiply, place, update = fused.rebuild, fused.multiply, Table.place, Table.update
 
     def counted_rebuild(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         weight = rebuild(packed, start, stop, dtype)
@@ -161,11 +169,20 @@ def way_of(way: str, traffic: Traffic) -> Iterator[None]:
             traffic.add(codes_bytes(packed) + x.nbytes + y.nbytes, 2 * x.numel() * packed.shape[0])
         return y
 
+    def counted_place(table: Table, *told: Any) -> None:
+        place(table, *told)
+        traffic.add(table.placed_bytes)
+
+    def counted_update(table: Table, *told: Any) -> None:
+        update(table, *told)
+        traffic.add(table.placed_bytes + table.kept_bytes)
+
     most = 2**31 if way == CODES else 0
     with (
-        asked.by_triton(way in (REBUILT, CODES)),
+        asked.by_triton(way in KERNELS),
         fused.most_tokens_of(most),
         mock.patch.multiple(fused, rebuild=counted_rebuild, multiply=counted_multiply),
+        mock.patch.multiple(Table, place=counted_place, update=counted_update),
         mock.patch.object(rebuilt, "_walked", lambda shape, x: rebuilt.chunk_bounds(*shape)),
         mock.patch.object(noise, "_starts", lambda numel, size, device: range(0, numel, max(1, size))),
     ):

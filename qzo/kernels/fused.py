@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qzo.kernels import asked
-from qzo.kernels.packed import BLOCKS, PAIRS, Packed
+from qzo.kernels.packed import BLOCKS, INTERLEAVED, PAIRS, WORDS, Packed
 from qzo.kernels.philox import Stream
 from qzo.kernels.rebuilt import keeps_weights
 
@@ -24,11 +24,9 @@ ELEMENTS = 2**31  # of a weight: kernels count in int32
 # Weights that are rebuilt at a time, 128 MiB in 16 bits: every layer of a 7B model at once, the largest of a 13B model
 # in two parts. A multiple of 64 rows, so that each part begins where a word of codes does.
 REBUILT_ELEMENTS, REBUILT_ROWS = 2**26, 64
-# Rows of x up to which a product is computed from the codes, by (layout, n_bits). Of none was it measured yet where the
-# rebuilt weight becomes faster: `make gpu` does (part "kernels"). The default is the most that one tile has, for which
-# codes are read once, half a byte a weight; rebuilding reads them, writes two bytes, and reads these again.
-TOKENS: dict[tuple[int, int], int] = {}
-DEFAULT_TOKENS = 64
+# Rows of x up to which a product is computed from the codes, by (layout, n_bits): as measured on an H100 (`make gpu`,
+# part "kernels"), where for more, and for all others, the rebuilt weight is faster on some shape of a 7B or 13B model.
+TOKENS: dict[tuple[int, int], int] = {(WORDS, 2): 32, (WORDS, 4): 32, (WORDS, 8): 32, (INTERLEAVED, 4): 32}
 _most: int | None = None
 
 
@@ -77,14 +75,18 @@ def multiply(packed: Packed, x: Tensor) -> Tensor:
     """
     columns, depth = packed.shape
     rows = x.reshape(-1, depth)
-    y = x.new_empty(*x.shape[:-1], columns)
     if len(rows) > most_tokens(packed):
+        if columns * depth <= REBUILT_ELEMENTS:
+            return torch.mm(rows, rebuild(packed, 0, columns, x.dtype).t()).view(*x.shape[:-1], columns)
+        y = x.new_empty(*x.shape[:-1], columns)
         flat = y.view(-1, columns)
         for start, stop in rebuilt_bounds(packed.shape):
             weight = rebuild(packed, start, stop, x.dtype)
             torch.mm(rows, weight.t(), out=flat[:, start:stop])
             del weight  # before the next part is born
-    elif not y.is_meta:
+        return y
+    y = x.new_empty(*x.shape[:-1], columns)
+    if not y.is_meta:
         asked.kernels("launch").multiply(y.view(-1, columns), packed, rows)
     return y
 
@@ -103,6 +105,7 @@ def multiply_both(
 
     To the bit a product, computed from the codes, of x+ with the scales that a perturbation by + eps leaves behind, and
     of x- with those by - eps: s ± eps z (with `relative` s ± eps z s) in fp32, rounded to the dtype of the live scales.
+    (Where a product adds up as many columns at a time, which is by tiles of this depth.)
 
     Args:
         packed: for which `can_multiply` is true; of its scales and offsets only dtypes and strides are taken, and the
@@ -136,7 +139,9 @@ def most_tokens_of(rows: int) -> Iterator[None]:
 
 def most_tokens(packed: Packed) -> int:
     """Rows of x up to which a product is computed from the codes."""
-    return _most if _most is not None else TOKENS.get((packed.layout, packed.n_bits), DEFAULT_TOKENS)
+    if _most is not None:
+        return _most
+    return TOKENS.get((packed.layout, packed.n_bits), 0) if packed.order is None else 0
 
 
 def rebuilt_bounds(shape: tuple[int, int]) -> list[tuple[int, int]]:

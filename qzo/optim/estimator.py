@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from qzo.errors import QzoError
 
@@ -66,15 +68,22 @@ class Estimator:
         """All of it, for JSON; noise="generator" goes without saying, as before there was another."""
         return {name: value for name, value in asdict(self).items() if (name, value) != ("noise", "generator")}
 
-    def measure(self, loss_at: Callable[[int, int], float]) -> list[Losses]:
-        """Losses of each direction; `loss_at(direction, sign)` evaluates at θ + sign * eps * z, θ itself for 0."""
+    def evaluations(self) -> list[tuple[int, int]]:
+        """(direction, sign) of each evaluation in turn: the loss at θ + sign * eps * z, at θ itself for 0."""
+        ahead = [(direction, 1) for direction in range(self.directions)]
         if self.sides == "one-sided":
-            base = loss_at(0, 0)
-            return [(loss_at(direction, 1), base) for direction in range(self.directions)]
+            return [(0, 0), *ahead]
         if self.sides == "population":
-            found = [loss_at(direction, 1) for direction in range(self.directions)]
+            return ahead
+        return [(direction, sign) for direction in range(self.directions) for sign in (1, -1)]
+
+    def paired(self, found: list[float]) -> list[Losses]:
+        """Losses of each direction, of those that the evaluations found."""
+        if self.sides == "one-sided":
+            return [(loss, found[0]) for loss in found[1:]]
+        if self.sides == "population":
             return [(loss, _mean_of_others(found, number)) for number, loss in enumerate(found)]
-        return [(loss_at(direction, 1), loss_at(direction, -1)) for direction in range(self.directions)]
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def derivatives(self, losses: list[Losses], eps: float) -> tuple[float, ...]:
         """d of each direction, neither clipped nor normalized."""
@@ -114,3 +123,23 @@ def _mean_of_others(losses: list[float], number: int) -> float:
 def all_finite(losses: list[Losses]) -> bool:
     """Whether every loss is a finite number."""
     return all(math.isfinite(loss) for pair in losses for loss in pair)
+
+
+def held(loss: Tensor | float) -> Tensor | float:
+    """A loss that is still to be read: a number, or a copy in fp64 on the device that it is on, which nobody waits for.
+
+    Raises QzoError for a tensor of more than one number.
+    """
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    if loss.numel() != 1:
+        raise QzoError(f"the closure returned a tensor of shape {tuple(loss.shape)}; return a scalar loss")
+    return float(loss) if loss.device.type == "cpu" else loss.detach().reshape(()).to(torch.float64, copy=True)
+
+
+def read(losses: list[list[Tensor | float]]) -> list[float]:
+    """The sum of each list of losses; the CPU waits for a GPU once, for all of them."""
+    there = [loss for part in losses for loss in part if isinstance(loss, Tensor)]
+    together = len({loss.device for loss in there}) == 1
+    values = iter(torch.stack(there).tolist() if together else map(float, there))
+    return [sum(next(values) if isinstance(loss, Tensor) else loss for loss in part) for part in losses]

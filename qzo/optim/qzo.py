@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.optim import offsets, rules
+from qzo.kernels.philox import Stream
+from qzo.optim import offsets, rules, table
 from qzo.optim.estimator import Estimator, usual_of
 from qzo.optim.groups import Group, check_sign, has_negative
 from qzo.optim.guards.eps import check_eps, typical
@@ -90,6 +91,7 @@ class QZO(SpsaOptimizer):
     ) -> None:
         self._offsets: dict[Tensor, Tensor] = {}  # scale -> the live offset that follows it
         self._limits: dict[int, float] = {}  # of each group, see qzo.optim.guards.reach
+        self._held = table.Tables()
         rule: dict[str, Any] = {"momentum": momentum} if betas is None else {"betas": betas, "momentum": momentum}
         super().__init__(
             scales,
@@ -236,7 +238,21 @@ class QZO(SpsaOptimizer):
                     "model.to(device)"
                 )
 
+    def _tables(self) -> list[tuple[int, table.Table]]:
+        """Number of a group and what moves its tensors at once, see `qzo.optim.table`; nothing where operators do."""
+        return self._held.of(self.param_groups, self.state, self._offsets, self.estimator.noise)
+
+    def _stream(self, direction: int = 0) -> Stream:
+        return Stream(self.seed, self.steps, 0, direction)
+
     def _perturb(self, direction: int, sign: int) -> None:
+        for number, rows in (tables := self._tables()):
+            group = self.param_groups[number]
+            rows.place(sign * group["eps"], group["relative"], self._stream(direction), self.estimator.distribution)
+        if not tables:
+            self._perturb_by_operators(direction, sign)
+
+    def _perturb_by_operators(self, direction: int, sign: int) -> None:
         for index, _, number, tensor in self._tensors():
             group, live, master = self.param_groups[number], flat(tensor), flat(self.state[tensor]["master"])
             distance, relative, follows = sign * group["eps"], group["relative"], tensor in self._offsets
@@ -251,6 +267,12 @@ class QZO(SpsaOptimizer):
             del z  # before the next tensor's is born
 
     def _restore(self) -> None:
+        for _, rows in (tables := self._tables()):
+            rows.place(0.0, False, self._stream(), None)
+        if not tables:
+            self._restore_by_operators()
+
+    def _restore_by_operators(self) -> None:
         for _, _, _, tensor in self._tensors():
             master = self.state[tensor]["master"]
             tensor.detach().copy_(master)
@@ -259,6 +281,15 @@ class QZO(SpsaOptimizer):
                     self._follow(tensor, part, flat(master)[part].clone())
 
     def _update(self, applied: Applied) -> None:
+        if not self._tables():
+            return self._update_by_operators(applied)
+        for _, _, number, tensor in self._tensors():
+            rules.prepare(self.param_groups[number], self.state[tensor], self.state[tensor]["master"])
+        for number, rows in self._tables():
+            group = self.param_groups[number]
+            rows.update(rules.factors(group, applied[number]), group, self._stream(), self.estimator.distribution)
+
+    def _update_by_operators(self, applied: Applied) -> None:
         for index, _, number, tensor in self._tensors():
             group, state, live = self.param_groups[number], self.state[tensor], flat(tensor)
             rules.prepare(group, state, state["master"])
@@ -278,7 +309,7 @@ class QZO(SpsaOptimizer):
         offsets.follow(self._offsets[tensor], self.state[tensor], part, scale)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_offsets": self._offsets, "_limits": {}}
+        return {**super().__getstate__(), "_offsets": self._offsets, "_limits": {}, "_held": table.Tables()}
 
 
 def _parts(numel: int) -> list[slice]:

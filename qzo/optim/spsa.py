@@ -6,14 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.optim.estimator import Estimator, Losses, all_finite
+from qzo.optim.estimator import Estimator, Losses, all_finite, held, read
 from qzo.optim.groups import Group, check_options, check_tensor, unique
 from qzo.optim.guards.reach import Reach, has_data
 from qzo.optim.guards.still import count_still
@@ -23,6 +22,7 @@ from qzo.optim.rules import update_options
 
 Closure = Callable[[], Tensor | float]
 Parameters = dict[str, Tensor] | Iterable[Any]
+Held = list[Tensor | float]  # losses of the closures, not yet read
 Applied = tuple[tuple[float, ...], ...]  # d' of each group, of each direction
 COUNTERS = ("steps", "skipped_steps", "skipped_in_a_row")
 
@@ -108,9 +108,9 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
                 their losses are summed at each evaluation, as `backward()` sums gradients, so let each return its share
                 of the loss (of m equal micro-batches, its mean divided by m).
 
-        Each loss is read once (`float`). If it is not finite, if a number would not be after the update, or if the
-        closure raises, θ is put back and the update is left out; an exception travels on and the step does not count.
-        See the class for what "put back" means.
+        Losses are read when the last was evaluated, all at once: a GPU is waited for once a step. If one is not finite,
+        if a number would not be after the update, or if the closure raises, θ is put back and the update is left out;
+        an exception travels on and the step does not count. See the class for what "put back" means.
         Extra memory: chunks of z, see `qzo.optim.noise`. Raises QzoError without a closure, and where `max_skipped`
         losses in a row were not finite.
         """
@@ -122,20 +122,21 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         self._check_places()
         try:
             with same_masks(self.seed, self.steps) as restart:
-                losses = self.estimator.measure(partial(self._loss_at, closures, restart))
+                found = [self._loss_at(closures, restart, *where) for where in self.estimator.evaluations()]
+                losses = self.estimator.paired(read(found))
         except BaseException:
             self._restore()
             raise
         self._finish(losses)
         return self.estimator.value(losses)
 
-    def _loss_at(self, closures: list[Closure], restart: Callable[[], None], direction: int, sign: int) -> float:
+    def _loss_at(self, closures: list[Closure], restart: Callable[[], None], direction: int, sign: int) -> Held:
         if sign:
             self._perturb(direction, sign)
         else:
             self._restore()
         restart()
-        return sum(_read(closure()) for closure in closures)
+        return [held(closure()) for closure in closures]
 
     def _finish(self, losses: list[Losses]) -> None:
         raw = [self.estimator.derivatives(losses, group["eps"]) for group in self.param_groups]
@@ -317,12 +318,6 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
 def flat(tensor: Tensor) -> Tensor:
     """The tensor as one live 1-D view, without its gradient history."""
     return tensor.detach().view(-1)
-
-
-def _read(loss: Tensor | float) -> float:
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise QzoError(f"the closure returned a tensor of shape {tuple(loss.shape)}; return a scalar loss")
-    return float(loss)
 
 
 def live_tensors(optimizer: SpsaOptimizer) -> dict[str, Tensor]:

@@ -48,6 +48,13 @@ def read_scalar(padded: bool, ledger: Ledger, func: Any, args: tuple, kwargs: di
     return 0.0 if args[0].is_floating_point() else 0
 
 
+def read_numbers(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
+    """Numbers without data that the CPU waits for are 0, as those of `read_scalar` are."""
+    if args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+        return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cpu")
+    return ledger.run(func, args, kwargs)
+
+
 def softmax_backward(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
     """CUDA multiplies grad by output into a temporary first (SoftMax.cu, softmax_backward_cuda_out)."""
     return with_temporaries(ledger, func, args, kwargs, [args[0].numel() * args[0].element_size()])
@@ -83,6 +90,7 @@ def rules(gpu: Gpu, experts: int = 1, padded: bool = False) -> dict[Any, Rule]:
     """
     table: dict[Any, Rule] = {
         aten._local_scalar_dense.default: partial(read_scalar, padded),
+        aten._to_copy.default: read_numbers,
         aten.nonzero.default: partial(route_evenly, experts),
         aten.rand.default: keep_layers,
         aten._grouped_mm.default: grouped_product,

@@ -10,7 +10,7 @@ from qzo.kernels.triton.tiles import elements_of, groups_of, spread, values_of
 
 
 @triton.jit
-def _offset_at(scale, start, offset):
+def offset_at(scale, start, offset):
     """m0 (s' / s0), m0 where s0 is 0 (qzo/optim/offsets.py)."""
     return tl.where(start == 0, 1.0, tl.div_rn(scale, tl.where(start == 0, 1.0, start))) * offset
 
@@ -54,8 +54,8 @@ def dual_kernel(
             if FOLLOWS:
                 first = tl.load(scale_starts + element, mask=inside, other=0)
                 offset = tl.load(offset_starts + element, mask=inside, other=0)
-                offset_plus = _offset_at(above, first, offset).to(SCALE).to(tl.float32)
-                offset_minus = _offset_at(below, first, offset).to(SCALE).to(tl.float32)
+                offset_plus = offset_at(above, first, offset).to(SCALE).to(tl.float32)
+                offset_minus = offset_at(below, first, offset).to(SCALE).to(tl.float32)
             else:
                 offset_plus = tl.load(offsets + element * STRIDE, mask=inside, other=0).to(tl.float32)
                 offset_minus = offset_plus

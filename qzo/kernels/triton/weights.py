@@ -29,7 +29,7 @@ def weights_of(
     return tl.where(rows[:, None] < K, value, 0)  # or infinite scales would make 0 times them a NaN
 
 
-@triton.jit(do_not_specialize=["stop"])
+@triton.jit
 def rebuild_kernel(
     out, codes, scales, zeros, order, offsets, table, start, stop, N, K, along_n, along_k,
     LAYOUT: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, HEADER: tl.constexpr, GROUP: tl.constexpr,

@@ -43,7 +43,7 @@ def kernels(name: str, interpreted: bool) -> ModuleType:
 def _modules(interpreted: bool) -> dict[str, ModuleType]:
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(FOLDER)}
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": str(int(interpreted))}):
-        made = {name: import_module(f"{FOLDER}.{name}") for name in ("launch", "both")}
+        made = {name: import_module(f"{FOLDER}.{name}") for name in ("launch", "both", "moves")}
     for name in list(sys.modules):
         if name.startswith(FOLDER):
             del sys.modules[name]

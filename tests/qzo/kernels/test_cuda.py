@@ -1,7 +1,10 @@
 """Kernels in Triton on a GPU: weights of the bits that operators give there, products and z. Run by `make gpu`."""
 
+from unittest import mock
+
 import pytest
 import torch
+from moved_scales import OPTIONS, assert_same, trained
 from packed_layers import FORMATS
 
 from qzo.kernels import asked, fused
@@ -47,7 +50,8 @@ def test_both_sides_are_to_the_bit_two_products(name):
     z = torch.empty(masters.numel(), device=DEVICE)
     draw_by_operators(z, 0, STREAM, "binomial")
     sides = torch.randn(2, 5, 160, device=DEVICE).to(dtype).unbind(0)
-    with asked.by_triton(), fused.most_tokens_of(5):
+    launch, depth = asked.kernels("launch"), asked.kernels("both").DEPTH
+    with asked.by_triton(), fused.most_tokens_of(5), mock.patch.object(launch, "DEPTH", depth):
         both = fused.multiply_both(layer.packed(), sides, masters, STREAM, EPS, "binomial")
         for sign, x, found in zip((1, -1), sides, both, strict=True):
             layer.scales.copy_((z * (sign * EPS)).view(masters.shape) + masters)
@@ -61,3 +65,11 @@ def test_z_has_the_bits_of_the_reference(distribution):
         draw(ours, 2040, STREAM, distribution)
     draw_by_operators(theirs, 2040, STREAM, distribution)
     assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("with_offsets", [False, True], ids=["alone", "with offsets"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_scales_are_moved_as_operators_move_them_to_the_bit(options, dtype, with_offsets):
+    carriers = asked.by_triton(False), asked.by_triton()
+    assert_same([trained(carrier, dtype, with_offsets, DEVICE, **options) for carrier in carriers])

@@ -102,7 +102,7 @@ def test_an_infinite_scale_stays_in_its_columns():
 
 
 def test_layers_with_a_bias_and_many_tokens_go_the_same_way(monkeypatch):
-    monkeypatch.setattr(fused, "DEFAULT_TOKENS", 8)
+    monkeypatch.setattr(fused, "_most", 8)
     monkeypatch.setattr(fused, "REBUILT_ELEMENTS", 64 * 96)  # two parts
     layer = awq((96, 96))
     layer.bias = torch.nn.Parameter(torch.randn(96), requires_grad=False)

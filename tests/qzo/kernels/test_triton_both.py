@@ -1,6 +1,7 @@
 """z in a kernel, and both sides of a step in one pass over the codes, against what draws, perturbs and multiplies."""
 
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -64,7 +65,8 @@ def assert_both_are_two_products(layer, distribution="binomial", relative=False,
     masters = torch.empty(layer.scales.shape).copy_(layer.scales)
     first = None if getattr(layer, "offsets", None) is None else layer.offsets.clone()
     expected = []
-    with on_the_cpu():
+    depth = kernels("both", True).DEPTH
+    with on_the_cpu(), fused.most_tokens_of(3), mock.patch.object(kernels("launch", True), "DEPTH", depth):
         for sign, x in zip((1, -1), sides, strict=True):
             perturbed(layer, masters, sign, distribution, relative, starts)
             expected.append(layer(x))
