@@ -3,6 +3,7 @@
 One process, nothing else on the GPU. For each model and method and each shape of a batch: a step that is not timed,
 then steps until there are enough or the time for them is over, each ended by a synchronization. One further step is
 profiled: kernels launched, their seconds together, and which took most. The file is written anew after each method.
+`--add` keeps its rows of earlier sessions; every row has the number of its own.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from bench.cases.case import BenchCase
 from bench.methods import METHODS
 from bench.methods.prepared import Prepared
 from bench.records.environment import environment
-from bench.records.files import write_json
+from bench.records.files import read_json, write_json
 from bench.simulator.cuda.attention import attention_of
 from bench.worlds.cuda import preferred
 from bench.worlds.measured import MeasuredWorld, source_of
-from qzo.kernels import asked
+from qzo.kernels import asked, fused
 
 FORWARDS = (
     "two forward passes"  # of the bf16 model, logits where a label is: what no method of two evaluations undercuts
@@ -60,27 +61,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="start no method after these (default: %(default)s)"
     )
+    parser.add_argument(
+        "--most-tokens",
+        help="comma-separated, of products by codes: `qzo by kernels` once for each (default: qzo's own)",
+    )
+    parser.add_argument("--add", action="store_true", help="keep the rows of earlier sessions that the file holds")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args(arguments)
     end = time.monotonic() + options.seconds
-    rows: list[dict[str, Any]] = []
+    sessions, rows = _earlier(options.out) if options.add else ([], [])
+    sessions.append(environment())
+    limits = list(map(int, options.most_tokens.split(","))) if options.most_tokens else [None]
     for model in options.models.split(","):
         for method in options.methods.split(",") if options.methods else CELLS.get(model, EVERY):
-            if time.monotonic() > end:
-                print(f"{model} {method}: not measured, the time is over", file=sys.stderr, flush=True)
-                continue
-            rows.append(_row(model, method, options.device))
-            print(json.dumps(rows[-1])[:400], file=sys.stderr, flush=True)
-            write_json(options.out, {"environment": environment(), "rows": rows})
+            for most in limits if method == BY_KERNELS else [None]:
+                if time.monotonic() > end:
+                    print(f"{model} {method}: not measured, the time is over", file=sys.stderr, flush=True)
+                    continue
+                rows.append({"session": len(sessions), **_row(model, method, options.device, most)})
+                print(json.dumps(rows[-1])[:400], file=sys.stderr, flush=True)
+                write_json(options.out, {"sessions": sessions, "rows": rows})
     return int(any(row["status"] == "error" for row in rows))
 
 
-def _row(model: str, method: str, device: str) -> dict[str, Any]:
-    """One method on one model; what went wrong is its message."""
+def _earlier(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    found = read_json(file) if file.exists() else {"sessions": [], "rows": []}
+    return found["sessions"], found["rows"]
+
+
+def _row(model: str, method: str, device: str, most: int | None) -> dict[str, Any]:
+    """One method on one model, by codes for up to so many tokens; what went wrong is its message."""
     row: dict[str, Any] = {"model": model, "method": method, "status": "ok", "message": None, "shapes": []}
+    row |= {} if most is None else {"most_tokens": most}
     start = time.monotonic()
     try:
-        with asked.by_triton() if row["method"] == BY_KERNELS else nullcontext():
+        with asked.by_triton(method == BY_KERNELS), nullcontext() if most is None else fused.most_tokens_of(most):
             _measure(row, device)
     except ImportError as error:
         row |= {"status": "unsupported", "message": f"{method} needs the package {error.name}"}

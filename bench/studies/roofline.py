@@ -42,8 +42,10 @@ from qzo.optim.table import Table
 
 MODELS = ("llama2-7b", "llama2-13b")
 SHAPES = ((1, 32), (16, 40))
-FORWARDS, OPERATORS, REBUILT, CODES = "two bf16 forward passes", "operators", "rebuilt weights", "codes"
-WAYS = (FORWARDS, OPERATORS, REBUILT, CODES)
+FORWARDS, MEZO = "two bf16 forward passes", "MeZO as released"
+OPERATORS, REBUILT, CODES = "operators", "rebuilt weights", "codes"
+WAYS = (FORWARDS, MEZO, OPERATORS, REBUILT, CODES)
+METHODS_OF = {FORWARDS: "mezo", MEZO: "mezo-reference"}  # others are qzo
 KERNELS = (REBUILT, CODES)
 ONE_TILE = 64  # rows of x, for which codes are read once
 FIGURES = ("launches", "forward_launches", "bytes", "forward_bytes", "operations", "reads")
@@ -130,9 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def counted(model: str, way: str, batch_size: int, seq_len: int) -> Traffic:
-    """What one step of QZO takes, or two forward passes of the 16-bit model."""
+    """What one step takes, or two forward passes of the 16-bit model."""
     case = BenchCase(
-        model, "mezo" if way == FORWARDS else "qzo", device="sim", gpu="h100-80gb", batch_size=batch_size,
+        model, METHODS_OF.get(way, "qzo"), device="sim", gpu="h100-80gb", batch_size=batch_size,
         seq_len=seq_len, noise="philox" if way in KERNELS else "generator",
     )  # fmt: skip
     source = resolve(case.model)

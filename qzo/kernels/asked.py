@@ -1,7 +1,7 @@
 """Whether kernels in Triton are asked for, and which tensors they may work on.
 
-`QZO_KERNELS=triton` in the environment asks for them, or `by_triton()`. No GPU has run them yet, so nothing uses them
-unasked.
+`QZO_KERNELS=triton` in the environment asks for them, or `by_triton()`. Of all cards an H100 alone has run them yet, so
+nothing uses them unasked.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Otherwise, and for what they do not take, PyTorch's operators do the work (qzo/kernels/asked.py). A product of few rows
 is computed from the codes, and the weight never exists; for more rows it is rebuilt in one launch, as whole as
-REBUILT_ELEMENTS allow, for cuBLAS to multiply with. Weights have the bits of the operators, in Triton's interpreter,
-and the kernels compile for GPUs that are not there.
+REBUILT_ELEMENTS allow, for cuBLAS to multiply with. Weights have the bits of the operators, in Triton's interpreter and
+on an H100.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ ELEMENTS = 2**31  # of a weight: kernels count in int32
 # Weights that are rebuilt at a time, 128 MiB in 16 bits: every layer of a 7B model at once, the largest of a 13B model
 # in two parts. A multiple of 64 rows, so that each part begins where a word of codes does.
 REBUILT_ELEMENTS, REBUILT_ROWS = 2**26, 64
-# Rows of x up to which a product is computed from the codes, by (layout, n_bits): as measured on an H100 (`make gpu`,
-# part "kernels"), where for more, and for all others, the rebuilt weight is faster on some shape of a 7B or 13B model.
-TOKENS: dict[tuple[int, int], int] = {(WORDS, 2): 32, (WORDS, 4): 32, (WORDS, 8): 32, (INTERLEAVED, 4): 32}
+# Rows of x up to which a product is computed from the codes, by (layout, n_bits); none of others, whose rebuilt weight
+# is faster for any number (`make gpu`, part "kernels", on an H100). Of these it is so above some 40 rows, but a step of
+# a 7B model waits for launches up to 128, of which codes need half: there it takes a fifth less.
+TOKENS: dict[tuple[int, int], int] = {(WORDS, 2): 128, (WORDS, 4): 128, (WORDS, 8): 128, (INTERLEAVED, 4): 128}
 _most: int | None = None
 
 

@@ -1,8 +1,8 @@
 """What a GPU says: `python -m reports.studies.gpu.page` writes gpu.md from what `make gpu` left behind.
 
 Of one card: `NAME.jsonl` (records, each with what was predicted before), `NAME.facts.json`, `NAME.seconds.json`,
-`NAME.recipes.jsonl`, and `NAME.left-out.json` (records that count for nothing, each with the reason). What
-is calculated is in `roofline.json` beside this file, made by `python -m bench.studies.roofline`.
+`NAME.kernels.json`, `NAME.recipes.jsonl`, and `NAME.left-out.json` (records that count for nothing, each with the
+reason). What is calculated is in `roofline.json` beside this file, made by `python -m bench.studies.roofline`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reports.errors import ReportError
+from reports.studies.gpu.seconds import launches, products, steps
 from reports.tables.sizes import GIB
 from reports.tables.table import Table
 
@@ -22,11 +23,10 @@ HERE = Path(__file__).parent
 MEASUREMENTS = HERE.parents[1] / "measurements"
 METRICS = ("allocated", "reserved", "process")
 MIB = 1 << 20
+FORWARDS = "two bf16 forward passes"
+# Bytes and dense bf16 operations (sums in fp32) a second, of the data sheets.
+CARDS = {"RTX 4090": (1.008e12, 165.2e12), "A100 80GB": (2.039e12, 312e12)}
 Row = Mapping[str, Any]
-ORDER = (
-    "two forward passes", "qzo", "qzo by kernels", "qzo-full", "qzo-2bit", "qzo-reference", "mezo", "mezo-reference",
-    "lora", "qlora", "ft-sgd",
-)  # fmt: skip
 HEAD = """# Measured on a GPU
 
 `make gpu` on a machine with the card, then `make gpu-report`. Every number here is measured-cuda but those that are
@@ -37,10 +37,13 @@ table, which are calculated. Models have random weights and random tokens: memor
 
 def page(
     name: str, records: Sequence[Row], facts: Row, seconds: Row, left_out: Sequence[Row], measured: Sequence[Row],
-    counted: Row,
+    multiplied: Row, counted: Row,
 ) -> str:  # fmt: skip
-    """The Markdown of one card's measurements; `measured` are recipes, `counted` launches and bytes of a step."""
-    tables = [card(name, facts, records), errors(records), cells(records, left_out), steps(seconds), kernels(seconds)]
+    """The Markdown of one card's measurements; `measured` are recipes, `multiplied` products with packed weights,
+    `counted` launches and bytes of a step.
+    """
+    tables = [card(name, facts, records), errors(records), cells(records, left_out), steps(seconds)]
+    tables += [launches(seconds), products(multiplied)]
     if measured:
         tables.append(recipes(measured))
     tables.append(calculated(counted, facts))
@@ -87,7 +90,8 @@ def errors(records: Sequence[Row]) -> Table:
         "Errors are (predicted - measured) / measured.",
         "Session 1 predicted all process bytes too low: nobody had measured the CUDA context of this card, and the "
         "estimate took the kernels of a T4 for those of every card. Session 2 has cells that were not measured in "
-        "session 1, predicted anew with that context.",
+        "session 1, predicted anew with that context; session 3 two that kernels in Triton computed, with z of Philox, "
+        "where what no tensor takes (the rest of blocks that are not divided) lay otherwise than predicted.",
         "What is predicted today, of all of them: [validation.md](../validation/validation.md).",
     ]
     headers = ["session", "predicted before", "mean", "median", "worst", "mean, signed", "within 64 KiB"]
@@ -102,7 +106,8 @@ def cells(records: Sequence[Row], left_out: Sequence[Row]) -> Table:
         size = f"{case['batch_size']} x {case['seq_len']}" + (", checkpointing" * case["gradient_checkpointing"])
         peaks = [f"{record['peak'][metric] / MIB:,.0f}" for metric in METRICS]
         far = [f"{error(record, metric):+.2f} %" for metric in METRICS]
-        rows.append([case["model"], case["method"], _format(case), size, *peaks, *far])
+        method = case["method"] + (" by kernels" if record["environment"].get("kernels") else "")
+        rows.append([case["model"], method, _format(case), size, *peaks, *far])
     notes = [
         "In most cells of session 1 16 KiB more were allocated than predicted: the tokens of the two steps to come, "
         "which were on the GPU already (they no longer are).",
@@ -110,42 +115,6 @@ def cells(records: Sequence[Row], left_out: Sequence[Row]) -> Table:
     ]  # fmt: skip
     headers = ["model", "method", "format", "tokens", *(f"{metric}, MiB" for metric in METRICS), *METRICS]
     return Table("Cells: measured peaks, and how far the prediction was", headers, rows, notes, text_columns=4)
-
-
-def steps(seconds: Row) -> Table:
-    """Seconds of a step by model, method and shape of the batch."""
-    shapes = list(dict.fromkeys((s["batch_size"], s["seq_len"]) for row in seconds["rows"] for s in row["shapes"]))
-    rows = []
-    for row in in_order(seconds["rows"]):
-        median = {(s["batch_size"], s["seq_len"]): s["median"] for s in row["shapes"]}
-        cells = [f"{median[shape]:.3f}" if shape in median else "" for shape in shapes]
-        rows.append([row["model"], row["method"], *cells])
-    headers = ["model", "method", *(f"{batch} x {tokens}, s" for batch, tokens in shapes)]
-    notes = [
-        "Medians of steps, each ended by a synchronization; nothing else ran on the card.",
-        "Two forward passes: of the bf16 model, logits at the label alone; no method that evaluates twice can be "
-        "faster on this model without kernels of its own.",
-        "A QZO step is slower here than MeZO as released. It is bound by the launches of its operators, not by the "
-        "GPU: see below.",
-    ]
-    return Table("Seconds of a step", headers, rows, notes, text_columns=2)
-
-
-def kernels(seconds: Row) -> Table:
-    """Launches of a step, and how much of its time the GPU worked."""
-    rows = []
-    for row in in_order(seconds["rows"]):
-        profile = row["profile"]
-        if profile is None:
-            continue
-        last = row["shapes"][-1]
-        rows.append(
-            [row["model"], row["method"], f"{last['batch_size']} x {last['seq_len']}", f"{profile['launches']:,}",
-             f"{profile['device_seconds']:.3f}", f"{last['median']:.3f}",
-             f"{100 * profile['device_seconds'] / last['median']:.0f} %"]
-        )  # fmt: skip
-    headers = ["model", "method", "tokens", "launches", "kernels, s", "step, s", "GPU busy"]
-    return Table("Kernels of a step", headers, rows, text_columns=3)
 
 
 def recipes(measured: Sequence[Row]) -> Table:
@@ -172,33 +141,32 @@ def recipes(measured: Sequence[Row]) -> Table:
 
 
 def calculated(counted: Row, facts: Row) -> Table:
-    """What a step launches and moves, counted without a GPU, and the least seconds that this card takes for it."""
+    """What a step launches and moves, counted without a GPU, and the least seconds that cards take for it."""
+    cards = {**CARDS, facts["name"]: (facts["copy_bytes_a_second"], facts["bf16_operations_a_second"])}
+    plain = {_place(row): row for row in counted["rows"] if row["way"] == FORWARDS}
     rows = []
     for row in counted["rows"]:
-        memory = row["bytes"] / facts["copy_bytes_a_second"]
-        arithmetic = row["operations"] / facts["bf16_operations_a_second"]
         figures = [f"{row['launches']:,}", f"{row['forward_launches']:,}", f"{row['bytes'] / 1e9:.1f}"]
-        figures += [f"{row['forward_bytes'] / 1e9:.1f}", f"{memory:.3f}", f"{arithmetic:.3f}"]
+        figures.append(f"{row['bytes'] / plain[_place(row)]['bytes']:.2f}")
+        figures += [f"{max(row['bytes'] / speed, row['operations'] / rate):.3f}" for speed, rate in cards.values()]
         rows.append([row["model"], f"{row['batch_size']} x {row['seq_len']}", row["way"], *figures])
     notes = [
         "Calculated, not measured: operators counted on tensors without data, each reading its inputs and writing its "
-        "outputs once (`python -m bench.studies.roofline`), at the card's measured bandwidth and rate of products.",
-        "A step of QZO by PyTorch's operators, as it runs today; by weights that a kernel in Triton rebuilds, for "
-        "cuBLAS to multiply with; and by kernels that multiply with the codes, which is for few tokens. The last two "
-        "need `QZO_KERNELS=triton`, and no GPU has run them. What is not of the forward passes perturbs and updates "
-        "scales.",
+        "outputs once (`python -m bench.studies.roofline`). Seconds: of the memory or of products, whichever takes "
+        "longer, on the H100 at its measured bandwidth and rate, on others as their data sheets have them.",
+        "QZO by PyTorch's operators; by weights that a kernel in Triton rebuilds, for cuBLAS to multiply with; and by "
+        "kernels that multiply with the codes, which is for few tokens. By kernels z is of Philox, and what is not of "
+        "the forward passes is two launches to perturb all scales, one to update them, and the reading of two losses.",
     ]
     headers = [
-        "model", "tokens", "way", "launches", "of the forwards", "GB", "of the forwards", "memory, s", "arithmetic, s",
+        "model", "tokens", "way", "launches", "of the forwards", "GB", "of two forwards",
+        *(f"{card}, s" for card in cards),
     ]  # fmt: skip
     return Table("Calculated: launches and bytes of a step", headers, rows, notes, text_columns=3)
 
 
-def in_order(rows: Iterable[Row]) -> list[Row]:
-    """Larger models first, methods as in `ORDER`; failed ones are left out."""
-    peaks = {row["model"]: max(s["peak_allocated"] or 0 for s in row["shapes"]) for row in rows if row["shapes"]}
-    good = [row for row in rows if row["status"] == "ok"]
-    return sorted(good, key=lambda row: (-peaks[row["model"]], row["model"], ORDER.index(row["method"])))
+def _place(row: Row) -> tuple[Any, ...]:
+    return row["model"], row["batch_size"], row["seq_len"]
 
 
 def error(record: Row, metric: str) -> float:
@@ -234,11 +202,11 @@ def render(folder: Path = MEASUREMENTS) -> str:
         raise ReportError(f"{folder} has no measurements; `make gpu` makes them on a machine with a GPU")
     name = files[0].stem
     records = lines_of(files[0])
-    facts, seconds = (load(folder / f"{name}.{part}.json") for part in ("facts", "seconds"))
+    facts, seconds, multiplied = (load(folder / f"{name}.{part}.json") for part in ("facts", "seconds", "kernels"))
     left_out, measured = folder / f"{name}.left-out.json", folder / f"{name}.recipes.jsonl"
     return page(
         name, records, facts, seconds, load(left_out) if left_out.exists() else [],
-        lines_of(measured) if measured.exists() else [], load(HERE / "roofline.json"),
+        lines_of(measured) if measured.exists() else [], multiplied, load(HERE / "roofline.json"),
     )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ CASES = [
 ]
 GRANULARITY = 512
 # opt-125m: for the small rises of a forward without gradients, and of one in fp32, the attention kernel counts
-TOLERANCE = {"mezo": 80 << 10, "qlora": 13 << 10}
+# qzo: its two losses stay on the GPU until both are read, since the streams were measured
+TOLERANCE = {"mezo": 80 << 10, "qlora": 13 << 10, "qzo": 2 * GRANULARITY}
 
 
 def rise(sizes):

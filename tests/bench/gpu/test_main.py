@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 from bench.gpu import __main__ as session
 from bench.gpu import events, facts, journal, seconds
@@ -67,6 +68,12 @@ def test_seconds_are_written_method_by_method(llama_folder, tmp_path, monkeypatc
     for row in rows:
         assert row["status"] == "ok" and [shape["batch_size"] for shape in row["shapes"]] == [1, 2]
         assert all(0 < shape["median"] < 60 for shape in row["shapes"])
+    more = ["--add", "--most-tokens", "0,64", "--methods", f"{seconds.BY_KERNELS},qzo"]
+    assert seconds.main([*arguments, *more, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert len(found["sessions"]) == 2 and found["rows"][: len(rows)] == rows
+    added = [(row["session"], row["method"], row.get("most_tokens")) for row in found["rows"][len(rows) :]]
+    assert added == [(2, seconds.BY_KERNELS, 0), (2, seconds.BY_KERNELS, 64), (2, "qzo", None)]
     assert seconds.main(["--device", "cpu", "--models", str(llama_folder), "--seconds", "-1", "--out", str(out)]) == 0
 
 
@@ -83,6 +90,13 @@ def test_a_method_that_fails_is_told_and_the_others_are_measured(llama_folder, t
 def test_facts_without_a_gpu_are_the_environment(tmp_path):
     assert facts.main(["--device", "cpu", "--out", str(tmp_path / "facts.json")]) == 0
     assert set(json.loads((tmp_path / "facts.json").read_text())) == {"environment"}
+
+
+def test_the_committed_journal_of_an_h100_is_replayed_here_to_the_same_bits(capsys):
+    (file,) = Path("reports/measurements").glob("*.journal.json")
+    assert json.loads(file.read_text())["device"] == "cuda"
+    assert journal.main(["--device", "cpu", "--replay", str(file)]) == 0
+    assert "40 steps of cuda on cpu: the same bits" in capsys.readouterr().out
 
 
 def test_a_journal_is_replayed_to_the_bits_it_was_written_with(tmp_path, capsys):

@@ -26,13 +26,14 @@ def test_a_step_by_kernels_launches_for_a_layer_one_product_or_a_rebuild_and_one
     layers = (
         2 * 7 * json.loads((llama_folder / "config.json").read_text())["num_hidden_layers"]
     )  # in two forward passes
-    forwards, operators, rebuilt, codes = (found[way] for way in roofline.WAYS)
+    forwards, mezo, operators, rebuilt, codes = (found[way] for way in roofline.WAYS)
     assert codes.forward_launches == forwards.launches == forwards.forward_launches
     assert rebuilt.forward_launches == forwards.launches + layers
     assert operators.forward_launches > rebuilt.forward_launches + 4 * layers
     assert codes.forward_bytes < rebuilt.forward_bytes < operators.forward_bytes
     assert len({way.operations for way in found.values()}) == 1
     assert operators.launches - operators.forward_launches > 5 * layers
+    assert forwards.launches < mezo.launches
     for way in (rebuilt, codes):
         # two perturbations, the update and its d', two losses and their stack; once a table, and which block is whose
         assert way.launches - way.forward_launches == 9
