@@ -7,6 +7,7 @@ sum, each rounded, and left out where a format has none of it. Bit for bit what 
 from __future__ import annotations
 
 import ctypes
+import math
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -15,7 +16,18 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from qzo.errors import QzoError
-from qzo.kernels.native import DTYPES, LEAST_WEIGHTS, Product, RowsStruct, library, multiplies, takes, threads_for
+from qzo.kernels.native import (
+    DTYPES,
+    LEAST_WEIGHTS,
+    NUMBERS,
+    NumbersStruct,
+    Product,
+    RowsStruct,
+    library,
+    multiplies,
+    takes,
+    threads_for,
+)
 
 RUN = 32  # weights that are unpacked together
 
@@ -68,10 +80,7 @@ class Rows(NamedTuple):
 
 def can_rebuild(rows: Rows, dtype: torch.dtype) -> bool:
     """Whether `rebuild` takes them; it computes no derivatives, backward or forward, and cannot be traced."""
-    given = (rows.codes, rows.scales, rows.zeros, rows.offsets, rows.table, rows.codebooks)
-    depth = rows.shape[1]
-    whole = depth % RUN == 0 and depth % (rows.scales.shape[1] * RUN) == 0
-    return dtype in DTYPES and whole and takes(*(tensor for tensor in given if tensor is not None))
+    return dtype in DTYPES and _has_whole_runs(rows) and takes(*_given(rows))
 
 
 def rebuild(rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -80,7 +89,7 @@ def rebuild(rows: Rows, dtype: torch.dtype) -> Tensor:
     Extra memory: scales, zeros and offsets in fp32. Fake tensors give a fake one. Raises QzoError for shapes that do
     not fit.
     """
-    kept = _laid_out(rows)
+    kept = _laid_out(_in_fp32(rows))
     weight = torch.empty(rows.shape, dtype=dtype, device=rows.codes.device)
     if not isinstance(weight, FakeTensor):
         threads = threads_for(weight.numel(), LEAST_WEIGHTS)
@@ -90,11 +99,14 @@ def rebuild(rows: Rows, dtype: torch.dtype) -> Tensor:
 
 def can_multiply(rows: Rows, x: Tensor) -> bool:
     """Whether `multiply` takes these, on this CPU; see `can_rebuild`."""
-    return x.shape[-1] == rows.shape[1] and multiplies(x) and takes(x) and can_rebuild(rows, x.dtype)
+    return x.shape[-1] == rows.shape[1] and _has_whole_runs(rows) and takes(x, *_given(rows)) and multiplies(x)
 
 
 def multiply(rows: Rows, x: Tensor) -> Tensor:
-    """y = x Wᵀ as `qzo.kernels.native.multiply`, with codes along the rows of W."""
+    """y = x Wᵀ as `qzo.kernels.native.multiply`, with codes along the rows of W, and numbers read where they are.
+
+    Extra memory: 48 columns of Wᵀ for each thread, and numbers of a dtype that is not one of NUMBERS in fp32.
+    """
     kept = _laid_out(rows)
     product = Product(x, rows.shape[1], rows.shape[0])
     if not isinstance(product.y, FakeTensor):
@@ -102,19 +114,31 @@ def multiply(rows: Rows, x: Tensor) -> Tensor:
     return product.y
 
 
+def _has_whole_runs(rows: Rows) -> bool:
+    depth = rows.shape[1]
+    return depth % RUN == 0 and depth % (rows.scales.shape[1] * RUN) == 0
+
+
+def _given(rows: Rows) -> list[Tensor]:
+    every = (rows.codes, rows.scales, rows.zeros, rows.offsets, rows.table, rows.codebooks)
+    return [tensor for tensor in every if tensor is not None]
+
+
 def _laid_out(rows: Rows) -> Rows:
     """With tensors as compiled code reads them, which does not know where they end."""
     count, depth = rows.shape
-    codes, (wanted, needed) = rows.codes.detach(), (count, rows.at + _run_bytes(rows) * (depth // RUN - 1))
+    codes, (wanted, needed) = rows.codes, (count, rows.at + _run_bytes(rows) * (depth // RUN - 1))
     if rows.order in (Order.PLANES, Order.WORD_PLANES):
         groups = rows.scales.shape[1]
         wanted = -(-(rows.first + count * groups) // rows.planes)
         needed = depth // groups * (4 if rows.order == Order.WORD_PLANES else 1)
-    codes = codes if codes[0].is_contiguous() else codes.contiguous()
-    if len(codes) < wanted or codes[0].numel() * codes.element_size() < needed + RUN_BYTES[rows.order]:
+    if not (codes.stride(1) == 1 if codes.dim() == 2 else codes[0].is_contiguous()):
+        codes = codes.contiguous()
+    row_bytes = math.prod(codes.shape[1:]) * codes.element_size()
+    if codes.shape[0] < wanted or row_bytes < needed + RUN_BYTES[rows.order]:
         raise QzoError(f"codes {tuple(codes.shape)} {codes.dtype} do not fit a weight {rows.shape}")
     for tensor in (rows.scales, rows.zeros, rows.offsets):
-        if tensor is not None and (tensor.shape != rows.scales.shape or len(tensor) != count):
+        if tensor is not None and (tensor.shape != rows.scales.shape or tensor.shape[0] != count):
             raise QzoError(f"scales, zeros or offsets {tuple(tensor.shape)} do not fit a weight {rows.shape}")
     if rows.table is not None and tuple(rows.table.shape) != (16,):
         raise QzoError(f"a table of {rows.table.numel()} numbers does not fit codes of 4 bits")
@@ -122,11 +146,11 @@ def _laid_out(rows: Rows) -> Rows:
         raise QzoError(f"codebooks do not fit a weight {rows.shape} with codes {tuple(rows.codes.shape)}")
     return rows._replace(
         codes=codes,
-        scales=_plain(rows.scales),
-        zeros=None if rows.zeros is None else _plain(rows.zeros),
-        offsets=None if rows.offsets is None else _plain(rows.offsets),
+        scales=_readable(rows.scales),
+        zeros=None if rows.zeros is None else _readable(rows.zeros),
+        offsets=None if rows.offsets is None else _readable(rows.offsets),
         table=None if rows.table is None else _plain(rows.table),
-        codebooks=None if rows.codebooks is None else rows.codebooks.detach().contiguous(),
+        codebooks=None if rows.codebooks is None else rows.codebooks.contiguous(),
     )
 
 
@@ -137,6 +161,15 @@ def _has_vectors(rows: Rows) -> bool:
     power_of_two = books.shape[1] & (books.shape[1] - 1) == 0 < books.shape[1]
     shape = (rows.shape[0], rows.shape[1] // 8, len(books))
     return power_of_two and tuple(codes.shape) == shape and codes.dtype in (torch.int8, torch.int16)
+
+
+def _in_fp32(rows: Rows) -> Rows:
+    zeros, offsets = (None if tensor is None else _plain(tensor) for tensor in (rows.zeros, rows.offsets))
+    return rows._replace(scales=_plain(rows.scales), zeros=zeros, offsets=offsets)
+
+
+def _readable(numbers: Tensor) -> Tensor:
+    return numbers if numbers.dtype in NUMBERS else _plain(numbers)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -151,13 +184,19 @@ def _run_bytes(rows: Rows) -> int:
 
 def _described(rows: Rows) -> ctypes.Structure:
     codes, (count, depth), groups = rows.codes, rows.shape, rows.scales.shape[1]
-    zeros, offsets, table = (None if t is None else t.data_ptr() for t in (rows.zeros, rows.offsets, rows.table))
+    table = None if rows.table is None else rows.table.data_ptr()
     places = (codes.data_ptr() + rows.at, rows.order, codes.stride(0) * codes.element_size(), _run_bytes(rows))
-    planes = (rows.plane_bits, rows.planes, len(codes))
+    planes = (rows.plane_bits, rows.planes, codes.shape[0])
     books = (None, 0, 0)
     if rows.codebooks is not None:
         books = (rows.codebooks.data_ptr(), *rows.codebooks.shape[:2])
-    numbers = (rows.scales.data_ptr(), zeros, offsets, depth // groups)
+    numbers = (_numbers(rows.scales), _numbers(rows.zeros), _numbers(rows.offsets), depth // groups)
     return RowsStruct(
         *places, *planes, *books, codes.element_size(), rows.first, table, rows.zero, *numbers, depth, count
     )
+
+
+def _numbers(tensor: Tensor | None) -> NumbersStruct:
+    if tensor is None:
+        return NumbersStruct(None)
+    return NumbersStruct(tensor.data_ptr(), NUMBERS[tensor.dtype], *tensor.stride())

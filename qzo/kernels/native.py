@@ -28,6 +28,7 @@ from qzo.kernels.instructions import has_bf16, has_tiles
 from qzo.kernels.rebuilt import keeps_weights
 
 DTYPES = (torch.bfloat16, torch.float32)  # of rebuilt weights
+NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # that compiled code reads
 KINDS = (Tensor, nn.Parameter, FakeTensor)  # other subclasses may keep their data elsewhere
 # Weights, and multiplications, from which on it is worth to wake the other threads; all of them, as PyTorch does, or
 # the OpenMP runtime would end and start them again and again.
@@ -86,7 +87,7 @@ def can_rebuild(words: Tensor, n_bits: int, scales: Tensor, dtype: torch.dtype) 
 
 def can_multiply(words: Tensor, n_bits: int, scales: Tensor, x: Tensor) -> bool:
     """Whether `multiply` takes these, on this CPU; see `can_rebuild`."""
-    return can_rebuild(words, n_bits, scales, x.dtype) and takes(x) and multiplies(x)
+    return words.dtype == torch.int32 and takes(words, scales, x) and multiplies(x)
 
 
 def multiplies_here() -> bool:
@@ -105,7 +106,7 @@ def rebuild(codes: Codes, dtype: torch.dtype) -> Tensor:
     Extra memory: the scales in fp32. Fake tensors give a fake one. Raises QzoError for shapes that do not fit and for
     a group that does not exist.
     """
-    kept = _laid_out(codes)
+    kept = _laid_out(codes._replace(scales=codes.scales.detach().float()))
     weight = torch.empty(_shape(kept), dtype=dtype, device=kept.words.device)
     if not isinstance(weight, FakeTensor):
         is_bf16 = dtype == torch.bfloat16
@@ -117,9 +118,9 @@ def rebuild(codes: Codes, dtype: torch.dtype) -> Tensor:
 def multiply(codes: Codes, x: Tensor) -> Tensor:
     """y = x Wᵀ with W rounded to bf16: x [..., K] and y [..., N] in bf16, sums in fp32.
 
-    A row of y does not depend on how many rows x has, nor on the number of threads. Extra memory: the scales in fp32,
-    and 48 columns of Wᵀ for each thread. Fake tensors give a fake y. Raises QzoError for shapes that do not fit and for
-    a group that does not exist.
+    A row of y does not depend on how many rows x has, nor on the number of threads. Extra memory: 48 columns of Wᵀ for
+    each thread, and scales that are not contiguous, or in fp64. Fake tensors give a fake y. Raises QzoError for shapes
+    that do not fit and for a group that does not exist.
     """
     kept = _laid_out(codes)
     depth, columns = _shape(kept)
@@ -137,14 +138,14 @@ class Product:
         rows = x.reshape(-1, depth)
         self.rows = rows if rows.stride(1) == 1 else rows.contiguous()
         self.y = x.new_empty(*x.shape[:-1], columns)
-        work = depth * columns * (16 + len(rows))  # rebuilding a weight takes as long as 16 multiplications with it
+        work = depth * columns * (16 + rows.shape[0])  # rebuilding a weight takes as long as 16 multiplications with it
         self.threads = threads_for(work, LEAST_MULTIPLICATIONS)
         self.panels = x.new_empty(self.threads, depth, _panel_columns())
 
     def arguments(self) -> tuple[int, ...]:
         """Pointers and sizes."""
         rows = self.rows
-        return rows.data_ptr(), rows.stride(0), len(rows), self.y.data_ptr(), self.panels.data_ptr(), self.threads
+        return rows.data_ptr(), rows.stride(0), rows.shape[0], self.y.data_ptr(), self.panels.data_ptr(), self.threads
 
 
 def threads_for(work: int, least: int) -> int:
@@ -168,15 +169,16 @@ def _laid_out(codes: Codes) -> Codes:
     """With tensors as compiled code reads them, which does not know where they end."""
     words, _, scales, zeros, g_idx, _ = codes
     depth, columns = _shape(codes)
-    fits = scales.dim() == 2 and scales.shape[1] == columns and len(scales) > 0
-    fits = fits and (g_idx is not None or depth % len(scales) == 0)
+    fits = scales.dim() == 2 and scales.shape[1] == columns and scales.shape[0] > 0
+    fits = fits and (g_idx is not None or depth % scales.shape[0] == 0)
     if not fits or (isinstance(zeros, Tensor) and zeros.shape != scales.shape):
         raise QzoError(f"scales {tuple(scales.shape)} or their zero points do not fit a weight [{columns}, {depth}]")
     if g_idx is not None and g_idx.shape != (depth,):
         raise QzoError(f"g_idx has shape {tuple(g_idx.shape)}, the weight {depth} columns")
+    scales = scales.contiguous()
     return codes._replace(
         words=words if words.stride(1) == 1 else words.contiguous(),
-        scales=scales.detach().float().contiguous(),
+        scales=scales if NUMBERS.get(scales.dtype, 3) < 3 else scales.float(),
         zeros=zeros.int().contiguous() if isinstance(zeros, Tensor) else zeros,
         g_idx=None if g_idx is None else g_idx.int().contiguous(),
     )
@@ -193,9 +195,30 @@ class _Codes(ctypes.Structure):
     _fields_ = (
         *(("words", ctypes.c_void_p), ("words_stride", ctypes.c_int64)),
         *(("awq", ctypes.c_int64), ("n_bits", ctypes.c_int64)),
-        *(("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("zero", ctypes.c_int64)),
+        *(("scales", ctypes.c_void_p), ("scale_kind", ctypes.c_int64)),
+        *(("zeros", ctypes.c_void_p), ("zero", ctypes.c_int64)),
         *(("g_idx", ctypes.c_void_p), ("groups", ctypes.c_int64), ("group_size", ctypes.c_int64)),
         *(("k", ctypes.c_int64), ("n", ctypes.c_int64)),
+    )
+
+
+class NumbersStruct(ctypes.Structure):
+    """`Numbers` of qzo/kernels/csrc/rows.h."""
+
+    _fields_ = (
+        *(("data", ctypes.c_void_p), ("kind", ctypes.c_int64)),
+        *(("of_row", ctypes.c_int64), ("of_group", ctypes.c_int64)),
+    )
+
+
+class MovedStruct(ctypes.Structure):
+    """`Moved` of qzo/kernels/csrc/moves.c."""
+
+    _fields_ = (
+        ("master", ctypes.c_void_p),
+        *(("live", ctypes.c_void_p), ("live_kind", ctypes.c_int64), ("live_stride", ctypes.c_int64)),
+        *(("offset", ctypes.c_void_p), ("offset_kind", ctypes.c_int64), ("offset_stride", ctypes.c_int64)),
+        *(("scale_start", ctypes.c_void_p), ("offset_start", ctypes.c_void_p)),
     )
 
 
@@ -209,7 +232,7 @@ class RowsStruct(ctypes.Structure):
         *(("plane_groups", ctypes.c_int64), ("codebooks", ctypes.c_void_p), ("count", ctypes.c_int64)),
         *(("size", ctypes.c_int64), ("code_bytes", ctypes.c_int64), ("first", ctypes.c_int64)),
         *(("table", ctypes.c_void_p), ("zero", ctypes.c_int64)),
-        *(("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("offsets", ctypes.c_void_p)),
+        *(("scales", NumbersStruct), ("zeros", NumbersStruct), ("offsets", NumbersStruct)),
         *(("group_size", ctypes.c_int64), ("k", ctypes.c_int64), ("n", ctypes.c_int64)),
     )
 
@@ -219,8 +242,10 @@ def _described(codes: Codes) -> _Codes:
     table, zero = (zeros.data_ptr(), 0) if isinstance(zeros, Tensor) else (None, zeros)
     order = None if g_idx is None else g_idx.data_ptr()
     depth, columns = _shape(codes)
-    pointers = (words.data_ptr(), words.stride(0), awq, n_bits, scales.data_ptr(), table, zero, order)
-    return _Codes(*pointers, len(scales), depth // len(scales), depth, columns)
+    numbers = (scales.data_ptr(), NUMBERS[scales.dtype], table, zero)
+    pointers = (words.data_ptr(), words.stride(0), awq, n_bits, *numbers, order)
+    groups = scales.shape[0]
+    return _Codes(*pointers, groups, depth // groups, depth, columns)
 
 
 def _check(failed: int, codes: Codes) -> None:
@@ -238,7 +263,8 @@ def library() -> Any:
     try:
         loaded = ctypes.CDLL(str(path))
         _ = loaded.qzo_draw
-        if (loaded.qzo_codes_bytes(), loaded.qzo_rows_bytes()) != (ctypes.sizeof(_Codes), ctypes.sizeof(RowsStruct)):
+        compiled = (loaded.qzo_codes_bytes(), loaded.qzo_rows_bytes(), loaded.qzo_moved_bytes())
+        if compiled != tuple(ctypes.sizeof(struct) for struct in (_Codes, RowsStruct, MovedStruct)):
             return None
     except (OSError, AttributeError):
         return None
@@ -253,6 +279,8 @@ def library() -> Any:
     word = ctypes.c_uint32
     loaded.qzo_draw.argtypes = [pointer, size, size, ctypes.c_uint64, word, word, word, number, number]
     loaded.qzo_draw.restype = None
+    of_move = (ctypes.POINTER(MovedStruct), pointer, ctypes.c_float, number, number, number, size, size, number)
+    loaded.qzo_move.argtypes, loaded.qzo_move.restype = list(of_move), None
     return loaded
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
+from qzo.kernels import moves
 from qzo.kernels.philox import Stream
 from qzo.optim import offsets, rules, table
 from qzo.optim.estimator import Estimator, usual_of
@@ -256,7 +257,11 @@ class QZO(SpsaOptimizer):
         for index, _, number, tensor in self._tensors():
             group, live, master = self.param_groups[number], flat(tensor), flat(self.state[tensor]["master"])
             distance, relative, follows = sign * group["eps"], group["relative"], tensor in self._offsets
+            moved = self._moved(tensor, live, master)
             for z, part in self._noise(index, tensor, direction):
+                if moved is not None:
+                    moved.move(part.start, len(z), z, distance, relative=relative)
+                    continue
                 chunk = master[part]
                 z.mul_(distance)
                 if relative:
@@ -275,6 +280,10 @@ class QZO(SpsaOptimizer):
     def _restore_by_operators(self) -> None:
         for _, _, _, tensor in self._tensors():
             master = self.state[tensor]["master"]
+            moved = self._moved(tensor, flat(tensor), flat(master))
+            if moved is not None:
+                moved.move(0, master.numel())
+                continue
             tensor.detach().copy_(master)
             if tensor in self._offsets:
                 for part in _parts(master.numel()):
@@ -294,15 +303,28 @@ class QZO(SpsaOptimizer):
             group, state, live = self.param_groups[number], self.state[tensor], flat(tensor)
             rules.prepare(group, state, state["master"])
             master, nonnegative, follows = flat(state["master"]), group["nonnegative"], tensor in self._offsets
+            moved = self._moved(tensor, live, master)
             for mixed, part in self._mixed(index, tensor, rules.factors(group, applied[number])):
                 chunk = master[part]
-                chunk.add_(rules.change(group, state, part, mixed, chunk))
+                change = rules.change(group, state, part, mixed, chunk)
+                if moved is not None:
+                    moved.move(part.start, len(change), change, nonnegative=nonnegative, keeps=True)
+                    continue
+                chunk.add_(change)
                 if nonnegative:
                     chunk.clamp_(min=0)
                 live[part].copy_(chunk)
                 if follows:
                     self._follow(tensor, part, mixed.copy_(chunk))
             del mixed
+
+    def _moved(self, tensor: Tensor, live: Tensor, master: Tensor) -> moves.Moved | None:
+        """What moves a tensor in one pass, or None, where operators do."""
+        following, state = None, self.state[tensor]
+        if tensor in self._offsets:
+            scale_start, offset_start = (flat(state[key]) for key in offsets.OFFSET_STATE)
+            following = (flat(self._offsets[tensor]), scale_start, offset_start)
+        return moves.Moved(live, master, following) if moves.can_move(live, master, following) else None
 
     def _follow(self, tensor: Tensor, part: slice, scale: Tensor) -> None:
         """Write the offset of a tensor's elements `part`, whose scales are `scale`, which is overwritten."""

@@ -141,8 +141,10 @@ class QuantLinear(RebuiltLinear):
     def _codes(self, start: int, stop: int, scales: Tensor) -> native.Codes:
         """What rows start:stop of W are made of."""
         zeros = self.zero_points(start, stop) if self.zero is None else self.zero
-        g_idx = self.g_idx if self.act_order or self.has_short_group else None
-        return native.Codes(self.qweight[:, start:stop], self.n_bits, scales[:, start:stop], zeros, g_idx)
+        g_idx, words = self.g_idx if self.act_order or self.has_short_group else None, self.qweight
+        if stop - start < self.out_features:
+            words, scales = words[:, start:stop], scales[:, start:stop]
+        return native.Codes(words, self.n_bits, scales, zeros, g_idx)
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype, scales: Tensor) -> Tensor:
         """Rows start:stop of W [stop - start, K], computed in fp32 and rounded once to `dtype`; Wᵀ is contiguous.

@@ -134,10 +134,10 @@ class AoInt8Linear(_AoLinear):
         return numbers.flatten(1).to(dtype)
 
     def _by_row(self, start: int, stop: int, scales: Tensor) -> by_row.Rows:
-        index, zeros = self._groups(start, stop), self.zero_points
-        zeros = None if zeros is None else zeros.index_select(0, index)
-        shape = stop - start, self.in_features
-        return by_row.Rows(self.codes[start:stop], by_row.Order.BYTES, shape, scales.index_select(0, index), zeros)
+        zeros, shape = self.zero_points, (stop - start, self.in_features)
+        index = slice(start, stop) if len(scales) == self.out_features else self._groups(start, stop)
+        zeros = None if zeros is None else zeros[index]
+        return by_row.Rows(self.codes[start:stop], by_row.Order.BYTES, shape, scales[index], zeros)
 
     def _groups(self, start: int, stop: int) -> Tensor:
         """For each row the number of its scales."""

@@ -6,12 +6,15 @@
 #include <stdint.h>
 #include <string.h>
 
+enum Kind { FP32, FP16, BF16, INT8 }; /* of numbers; as in native.py */
+
 typedef struct {
     const uint32_t *words; /* [k * n_bits / 32, n], rows words_stride apart; of AWQ [k, n / 8] */
     int64_t words_stride;
     int64_t awq; /* whether a word holds eight columns of 4 bits, in the order of AWQ, in place of rows */
     int64_t n_bits; /* 2, 3, 4 or 8 */
-    const float *scales; /* [groups, n] */
+    const void *scales; /* [groups, n] of scale_kind, not INT8; FP32 where rows are rebuilt */
+    int64_t scale_kind;
     const int32_t *zeros; /* [groups, n], or NULL: all are `zero` */
     int64_t zero;
     const int32_t *g_idx; /* [k], or NULL: k / group_size */
@@ -53,14 +56,16 @@ static inline __attribute__((always_inline)) void unpack_row(const Codes *codes,
         for (int j = 0; j < 8; j++) to[8 * i + j] = words[i] >> SHIFTS[j] & 15;
 }
 
+static inline int64_t group_of(const Codes *codes, int64_t row) {
+    return codes->g_idx ? (uint32_t)codes->g_idx[row] : (uint32_t)row / (uint32_t)codes->group_size;
+}
+
 /* The row that is number `place` of those in row `word` of the words. */
 static inline Row row_of(const Codes *codes, int64_t word, int64_t place, int64_t first) {
-    const uint32_t row = (uint32_t)(word * rows_per_word(codes) + place);
-    const int64_t group = codes->g_idx ? (uint32_t)codes->g_idx[row] : row / (uint32_t)codes->group_size;
-    const int64_t offset = group * codes->n + first;
+    const int64_t offset = group_of(codes, word * rows_per_word(codes) + place) * codes->n + first;
     return (Row){
         .words = codes->words + word * codes->words_stride + first,
-        .scales = codes->scales + offset,
+        .scales = (const float *)codes->scales + offset,
         .zeros = codes->zeros ? codes->zeros + offset : 0,
         .mask = (1u << codes->n_bits) - 1,
         .zero = (int32_t)codes->zero,

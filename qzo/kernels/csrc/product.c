@@ -9,13 +9,8 @@
 #include "rows.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
-#include <immintrin.h>
+#include "panels.h"
 
-#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
-#define INLINE AVX512_BF16 static inline __attribute__((always_inline))
-#define LANES 16
-#define VECTORS 3 /* panels are as wide */
-#define COLUMNS (VECTORS * LANES)
 #define ROWS 8 /* of x at a time: ROWS * VECTORS sums, VECTORS weights and one x fit into 32 registers */
 
 typedef struct {
@@ -29,92 +24,6 @@ typedef struct {
 /* Columns of W^T that a thread rebuilds at a time, or 0 on a CPU without these instructions. */
 int64_t qzo_panel_columns(void) {
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq") ? COLUMNS : 0;
-}
-
-/* Rows k and k + 1 of `columns` columns, as pairs. */
-INLINE void rebuild_pair(const Row *even, const Row *odd, uint32_t *restrict pairs, int64_t columns) {
-    const Row a = *even, b = *odd;
-    for (int64_t i = 0; i < columns; i++) {
-        const int32_t zero_a = a.zeros ? a.zeros[i] : a.zero, zero_b = b.zeros ? b.zeros[i] : b.zero;
-        pairs[i] = to_bf16(weight(a.words[i], a.shift, a.mask, zero_a, a.scales[i])) |
-                   to_bf16(weight(b.words[i], b.shift, b.mask, zero_b, b.scales[i])) << 16;
-    }
-}
-
-AVX512_BF16 static void panel_of_codes(const Codes *codes, int64_t first, int64_t columns, uint32_t *panel) {
-    const int64_t per_word = 32 / codes->n_bits, n_words = codes->k / per_word;
-    if (unpacks(codes)) {
-        uint32_t codes_a[COLUMNS], codes_b[COLUMNS];
-        for (int64_t k = 0; k < codes->k; k += 2, panel += COLUMNS) {
-            Row even = row_of(codes, k, 0, first), odd = row_of(codes, k + 1, 0, first);
-            unpack_row(codes, k, first, columns, codes_a);
-            unpack_row(codes, k + 1, first, columns, codes_b);
-            even.words = codes_a, odd.words = codes_b;
-            rebuild_pair(&even, &odd, panel, columns);
-        }
-        return;
-    }
-    for (int64_t word = 0; word < n_words; word++)
-        for (int64_t place = 0; place < per_word; place += 2, panel += COLUMNS) {
-            const Row even = row_of(codes, word, place, first), odd = row_of(codes, word, place + 1, first);
-            if (columns == COLUMNS)
-                rebuild_pair(&even, &odd, panel, COLUMNS); /* a number that the compiler knows */
-            else
-                rebuild_pair(&even, &odd, panel, columns);
-        }
-}
-
-/* 16 x 16 words, rows become columns. */
-INLINE void transpose(const uint32_t from[LANES][LANES], uint32_t *to, int64_t stride) {
-    __m512i a[LANES], b[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) a[i] = _mm512_loadu_si512(from[i]);
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < LANES; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) { /* quarters of the words i, i + 4, ..., of four rows each */
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(to + i * stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_storeu_si512(to + (i + 4) * stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-        _mm512_storeu_si512(to + (i + 8) * stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        _mm512_storeu_si512(to + (i + 12) * stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
-    }
-}
-
-INLINE void panel_of_order(const int order, const Rows *rows, int64_t first, int64_t columns, uint32_t *panel) {
-    float weights[RUN];
-    uint32_t pairs[LANES][LANES] = {{0}};
-    for (int64_t from = 0; from < columns; from += LANES) {
-        const int64_t count = columns - from < LANES ? columns - from : LANES;
-        for (int64_t run = 0; run < rows->k / RUN; run++) {
-            for (int64_t i = 0; i < count; i++) {
-                weights_of_run(rows, order, first + from + i, run, weights);
-                for (int pair = 0; pair < RUN / 2; pair++)
-                    pairs[i][pair] = to_bf16(weights[2 * pair]) | to_bf16(weights[2 * pair + 1]) << 16;
-            }
-            transpose(pairs, panel + run * RUN / 2 * COLUMNS + from, COLUMNS);
-        }
-    }
-}
-
-AVX512_BF16 static void panel_of_rows(const Rows *rows, int64_t first, int64_t columns, uint32_t *panel) {
-    WITH_ORDER(rows, panel_of_order, rows, first, columns, panel)
 }
 
 /* `rows` rows of y, in the columns of the panel that start at `first`. */
@@ -143,10 +52,8 @@ INLINE void multiply_rows(const int rows, const Product *product, int64_t row, c
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
         for (int v = 0; v < VECTORS; v++) {
-            const int64_t left = columns - v * LANES;
-            const __mmask16 there = left >= LANES ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
             uint16_t *y = product->y + (row + r) * product->n + first + v * LANES;
-            _mm256_mask_storeu_epi16(y, there, (__m256i)_mm512_cvtneps_pbh(sums[r][v]));
+            _mm256_mask_storeu_epi16(y, lanes_there(columns, v), (__m256i)_mm512_cvtneps_pbh(sums[r][v]));
         }
 }
 

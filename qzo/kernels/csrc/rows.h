@@ -13,6 +13,12 @@
 /* As in by_row.py, where each is told. */
 enum Order { HALVES, FIFTHS, BYTES, UNSIGNED, LOW_FIRST, HIGH_FIRST, PLANES, WORD_PLANES, VECTORS_OF_8 };
 
+/* One for each row and group. Where rows are rebuilt: FP32, and each row's behind the one before. */
+typedef struct {
+    const void *data; /* or NULL */
+    int64_t kind, of_row, of_group; /* elements from a row, and from a group, to the next */
+} Numbers;
+
 typedef struct {
     const uint8_t *codes;
     int64_t order, row_bytes, run_bytes; /* from a row, and from a run, to the next; of planes, from a group */
@@ -22,7 +28,7 @@ typedef struct {
     int64_t first; /* group, which of planes tells where it is; of others 0 */
     const float *table; /* [16], what the codes stand for, or NULL: for themselves, less `zero` */
     int64_t zero;
-    const float *scales, *zeros, *offsets; /* [n, k / group_size]; the last two may be NULL */
+    Numbers scales, zeros, offsets; /* there are always scales */
     int64_t group_size, k, n;
 } Rows;
 
@@ -31,11 +37,11 @@ static inline void look_up(const float *table, const int32_t *codes, float *valu
     for (int i = 0; i < RUN; i++) values[i] = table[codes[i]];
 }
 #else
-typedef float Numbers __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Places __attribute__((vector_size(64)));
 
 static inline __attribute__((always_inline)) void look_up(const float *table, const int32_t *codes, float *values) {
-    Numbers all, found;
+    Floats all, found;
     Places places;
     memcpy(&all, table, sizeof all);
     for (int i = 0; i < RUN; i += 16) {
@@ -119,7 +125,7 @@ static inline __attribute__((always_inline)) void weights_of_run(const Rows *row
                                                                  int64_t run, float *restrict weights) {
     int32_t codes[RUN];
     const int64_t at = row * (rows->k / rows->group_size) + run * RUN / rows->group_size;
-    const float scale = rows->scales[at];
+    const float scale = ((const float *)rows->scales.data)[at];
     if (order != VECTORS_OF_8) unpack_run(rows, order, row, run, codes);
     if (order == VECTORS_OF_8)
         vectors_of_run(rows, row, run, weights);
@@ -127,13 +133,13 @@ static inline __attribute__((always_inline)) void weights_of_run(const Rows *row
         look_up(rows->table, codes, weights);
     else
         for (int i = 0; i < RUN; i++) weights[i] = (float)(codes[i] - (int32_t)rows->zero);
-    if (rows->zeros) {
-        const float zero = rows->zeros[at];
+    if (rows->zeros.data) {
+        const float zero = ((const float *)rows->zeros.data)[at];
         for (int i = 0; i < RUN; i++) weights[i] -= zero;
     }
     for (int i = 0; i < RUN; i++) weights[i] *= scale;
-    if (rows->offsets) {
-        const float offset = rows->offsets[at];
+    if (rows->offsets.data) {
+        const float offset = ((const float *)rows->offsets.data)[at];
         for (int i = 0; i < RUN; i++) weights[i] += offset;
     }
 }

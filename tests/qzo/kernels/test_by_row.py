@@ -126,6 +126,23 @@ def test_a_change_of_the_scales_is_in_the_next_weight(layer):
     assert not torch.equal(part_of(layer, 0, N, dtype=torch.float32), before)
 
 
+@multiplies
+@pytest.mark.parametrize("name", ["scales", "zeros", "offsets"])
+def test_products_read_numbers_of_any_dtype_where_they_are(name):
+    """Of any stride or expansion, and of fp64 and int32 a copy in fp32."""
+    whole, x = torch.arange(-6, 2).repeat(N, 1)[:, 1:7], torch.randn(3, K).bfloat16()  # exact in every dtype
+    codes = torch.randint(256, (N, K // 2), dtype=torch.uint8)
+    ones = torch.ones(N, 6)
+    rows = by_row.Rows(codes, by_row.Order.HALVES, (N, K), ones, ones, ones, run_bytes=16)
+    expected = by_row.multiply(rows._replace(**{name: whole.float()}), x)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float64, torch.int32):
+        numbers = whole.to(dtype)
+        apart = torch.zeros(N, 6, 5, dtype=dtype)
+        apart[..., 2] = numbers
+        for same in (numbers, apart[..., 2], numbers.t().contiguous().t(), numbers[:1].expand(N, 6)):
+            assert torch.equal(by_row.multiply(rows._replace(**{name: same}), x), expected)
+
+
 def test_gradients_are_left_to_operators(layer):
     scales = layer.scales.detach().clone().requires_grad_()
     if isinstance(layer, GgufLinear):
