@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.files.folder import one_line
 from qzo.live.scales import quantized_layers, scales
+from qzo.models.towers import towers
 from qzo.models.walk import freeze
 from qzo.optim.mezo import MeZO
 from qzo.optim.phases import Phases
@@ -28,13 +30,20 @@ def add_adapters(
     quantized layer this is QLoRA, through peft's own way to register layers it does not know. A is drawn from PyTorch's
     global RNG. The defaults are the paper's. `dropout` must be 0 for training without gradients.
 
-    Raises QzoError where no layer has such a name.
+    Towers of a multimodal model get none. Raises QzoError where no layer has such a name.
     """
     with quiet_libraries():
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora.layer import Linear
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)
+    beside = "|".join(map(re.escape, towers(model)))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        lora_dropout=dropout,
+        exclude_modules=rf"({beside})\..*" if beside else None,
+    )
     kinds = {type(layer) for layer in quantized_layers(model).values() if not layer.is_table}
     config._register_custom_module(dict.fromkeys(kinds, Linear))
     with quiet_libraries(), warnings.catch_warnings():
@@ -43,7 +52,7 @@ def add_adapters(
         try:
             return get_peft_model(model, config)
         except ValueError as error:
-            raise QzoError(one_line(error)) from error
+            raise QzoError(f"{one_line(error)}; name layers of this model as targets") from error
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.formats.layer import Quantized
+from qzo.models.towers import of_text
 from qzo.optim.offsets import bind
 
 COMPONENT = {"qweight": "codes", "qzeros": "zero_points", "blocks": "codes"}  # other buffers are called what they are
@@ -29,6 +30,8 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None, vocabulary: 
         layers: (first, last), counted from 0 and both included, takes those of some decoder layers only.
         vocabulary: take those of a quantized vocabulary too; give them an eps of their own, or relative amounts.
 
+    Of a multimodal model those of the text part are taken: text moves no other, and noise would.
+
     The name is the module's path and ".scales". Shapes are those that the format has, see the docstrings of its layers:
     [K/g, N] for GPTQ, [V, K/g] for an embedding (once, where the head shares it); fp32, fp16 or bf16. They stay
     the same tensors, of the same dtype, in `model.to(...)`, `.half()` and `.float()`; only those of a packed GGUF file,
@@ -36,7 +39,7 @@ def scales(model: nn.Module, layers: tuple[int, int] | None = None, vocabulary: 
     quantized layers, for one that has K-quants only, whose scales are quantized themselves, or a vocabulary alone, and
     for layers that it does not have.
     """
-    quantized = quantized_layers(model)
+    quantized = of_text(model, quantized_layers(model))
     if not quantized:
         raise QzoError(f"{type(model).__name__} has no quantized layer; call qzo.quantize(model) first")
     every = {path: layer for path, layer in quantized.items() if layer.scales is not None}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qzo.errors import QzoError
 from qzo.live.scales import has_signed_scales, quantized_layers, scales
+from qzo.models.towers import of_text
 from qzo.optim.groups import TRAINABLE
 
 PARTS = ("scales", "offsets", "vocabulary", "codebooks", "unquantized")
@@ -100,7 +101,7 @@ def offsets(model: nn.Module) -> dict[str, Tensor]:
 def _unquantized(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in of_text(model, dict(model.named_parameters())).items()
         if parameter.dtype in TRAINABLE and "lora_" not in name
     }
 

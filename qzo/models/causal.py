@@ -50,13 +50,19 @@ def check_whole(place: Path, config: Any) -> None:
 
 def check_decoder(place: Path, config: Any) -> None:
     """Raise QzoError for a model of which transformers makes no causal language model: DistilBERT, CLIP, ViT."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return
+    if type(config) in AutoModelForImageTextToText._model_mapping:
         raise QzoError(
-            f'{place}: model_type "{_kind(config)}" has no causal language model in transformers, only an encoder or a '
-            f"model of something else; {REMEDY}"
+            f'{place}: model_type "{_kind(config)}" is a multimodal model, of which transformers makes no causal '
+            "language model; give its text model alone, or a quantized one, whose text part is read"
         )
+    raise QzoError(
+        f'{place}: model_type "{_kind(config)}" has no causal language model in transformers, only an encoder or a '
+        f"model of something else; {REMEDY}"
+    )
 
 
 def _kind(config: Any) -> str:

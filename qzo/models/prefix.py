@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo.errors import QzoError
+from qzo.models.towers import of_text
 
 
 class SharedPrefix:
@@ -73,8 +74,10 @@ class SharedPrefix:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules in the model's first list: others, of experts, are inside of them. Raises QzoError without one."""
-    found = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), None)
+    """The modules in the text part's first list: others, of experts, are inside of them. Raises QzoError without "
+    "one."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    found = next(iter(of_text(model, lists).values()), None)
     if found is None:
-        raise QzoError(f"{type(model).__name__} has no numbered layers")
+        raise QzoError(f"{type(model).__name__} has no numbered layers; leave --layers out (layers= in Python)")
     return list(found)

@@ -18,7 +18,7 @@ from qzo.formats.aqlm.layer import AqlmLayout, AqlmLinear
 from qzo.formats.layer import Device, frozen
 from qzo.models.walk import LinearShape, candidates, freeze, replace_sites
 from qzo.optim.noise import mix_seed
-from qzo.quantizers.selection import select_held
+from qzo.quantizers.selection import Selection, of_towers, select_held
 
 ITERATIONS = 8  # of k-means on the residual, a codebook
 ROUNDS = 4  # of fitting each codebook anew to what the others leave
@@ -33,12 +33,21 @@ def quantize_aqlm(model: nn.Module, layout: AqlmLayout | None = None, seed: int 
     name, before the first layer is replaced.
     """
     layout = layout or AqlmLayout(2, 8)
-    held = select_held(candidates(model), layout.check)
-    held.tell()
+    held = _held(model, layout)
     replace_sites(
         model, held.sites, lambda index, weight, bias: from_weight(weight, bias, layout, mix_seed(seed, index))
     )
     return freeze(model)
+
+
+def _held(model: nn.Module, layout: AqlmLayout) -> Selection:
+    """The layers that are replaced, of a multimodal model those of the text part; what is left is told."""
+    sites = candidates(model)
+    beside = of_towers(model, sites)
+    held = select_held([site for site in sites if site.paths[0] not in beside], layout.check)
+    held = Selection(held.sites, {**beside, **held.left})
+    held.tell()
+    return held
 
 
 @torch.no_grad()
@@ -137,8 +146,7 @@ def quantize_random(model: nn.Module, seed: int = 0) -> nn.Module:
     Each layer keeps the standard deviation of its weight (0.02 on `meta`), its bias, dtype and device. What remains
     is frozen, with layers that 1x16 cannot hold. Raises QzoError before the first layer is replaced.
     """
-    held = select_held(candidates(model), AqlmLayout().check)
-    held.tell()
+    held = _held(model, AqlmLayout())
     replace_sites(model, held.sites, partial(_random_like, seed))
     return freeze(model)
 

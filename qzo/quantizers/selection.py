@@ -16,6 +16,7 @@ from torch import nn
 from qzo.errors import QzoError, named
 from qzo.kernels.rounding.sizes import check_layout
 from qzo.models.experts import check_experts, looks_like_experts
+from qzo.models.towers import towers, within
 from qzo.models.walk import LinearShape, Site, candidates, computes_as_linear, is_conv1d
 
 Patterns = str | Iterable[str] | None
@@ -60,14 +61,17 @@ class Selection:
 def select(model: nn.Module, n_bits: int, group_size: int, skip: Patterns, only: Patterns) -> Selection:
     """The layers of a model that are to be quantized; see `qzo.quantize` for the patterns.
 
-    Raises QzoError for patterns that name nothing, for values that are not finite, and where the layout can hold less
-    than half of the weights that are asked for.
+    Of a multimodal model the text part is quantized alone, unless `only` names more. Raises QzoError for patterns that
+    name nothing, for values that are not finite, and where the layout can hold less than half of the weights that are
+    asked for.
     """
     sites = candidates(model)
     keep, take = _matcher("skip", skip, sites), _matcher("only", only, sites)
     left = {
         site.paths[0]: "" for site in sites if keep(site.paths[0]) or (only is not None and not take(site.paths[0]))
     }
+    if only is None:
+        left = {**of_towers(model, sites), **left}
     asked = [site for site in sites if site.paths[0] not in left]
     if not asked:
         raise QzoError("skip and only leave no layer to quantize; name fewer layers in skip, or others in only")
@@ -85,6 +89,12 @@ def select(model: nn.Module, n_bits: int, group_size: int, skip: Patterns, only:
         with named(site.paths[0]):
             _check_finite(site.module)
     return Selection(held.sites, left | held.left)
+
+
+def of_towers(model: nn.Module, sites: list[Site]) -> dict[str, str]:
+    """Path of each layer beside the text part of a multimodal model -> why it stays in 16 bits."""
+    beside = towers(model)
+    return {site.paths[0]: "no part of the language model" for site in sites if within(site.paths[0], beside)}
 
 
 def select_held(asked: list[Site], check: Check) -> Selection:
@@ -118,7 +128,9 @@ def _matcher(what: str, patterns: Patterns, sites: list[Site]) -> Callable[[str]
     tests = {pattern: _test(what, pattern) for pattern in given}
     for pattern, test in tests.items():
         if not any(test(part) for site in sites for path in site.paths for part in _with_parents(path)):
-            raise QzoError(f"{what}: {pattern!r} names no layer that is quantized here, such as {sites[0].paths[0]}")
+            raise QzoError(
+                f"{what}: {pattern!r} names no layer that is quantized here, such as {sites[0].paths[0]}; name one"
+            )
     return lambda path: any(test(part) for test in tests.values() for part in _with_parents(path))
 
 

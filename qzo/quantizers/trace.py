@@ -46,7 +46,9 @@ class Trace:
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """One forward pass without a key-value cache; a mapping gives keyword arguments, of which `labels` is left out."""
     device = next(model.parameters()).device
-    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a multimodal model
+    options = {"use_cache": False} if hasattr(text, "use_cache") else {}
     if isinstance(batch, Tensor):
         return model(batch.to(device), **options)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -66,7 +68,10 @@ def trace(model: nn.Module, sites: list[Site], batch: Batch) -> Trace:
             hook.remove()
     for site in sites:
         if id(site.module) not in watch.visits:
-            raise QzoError(f"{site.paths[0]}: the model never calls this layer on the calibration text")
+            raise QzoError(
+                f"{site.paths[0]}: the model never calls this layer on the calibration text; give more text, or leave "
+                "the layer out by skip (--skip)"
+            )
     if not watch.is_chain():
         layers = []
     return Trace(watch.stages(model, layers), layers, watch.tuples)

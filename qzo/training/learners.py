@@ -17,6 +17,7 @@ from qzo.journal.journal import Journal
 from qzo.live.adapters import adapters, put_adapters
 from qzo.live.scales import in_layers, quantized_layers, scales
 from qzo.live.trainable import scale_group
+from qzo.models.towers import of_text
 from qzo.models.walk import freeze
 from qzo.optim.guards import eps
 from qzo.optim.mezo import MeZO
@@ -210,8 +211,10 @@ def make_learner(model: nn.Module, settings: TrainSettings, folder: Path, source
         freeze(model)
         return ZerothOrder(model, _zeroth_order(model, settings), folder)
     if settings.method == "ft":
-        model.requires_grad_(True)
-        named: dict[str, Tensor] = {**dict(model.named_parameters())}
+        freeze(model)
+        named: dict[str, Tensor] = {**of_text(model, dict(model.named_parameters()))}
+        for tensor in named.values():
+            tensor.requires_grad_(True)
     else:
         put_adapters(model, settings.seed)
         named = adapters(model)
@@ -231,7 +234,7 @@ def trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:
     """Name -> live tensor, of what a zeroth-order method trains: for QZO, the scales of linear layers."""
     if settings.method == "qzo":
         return scales(model, settings.layer_range)
-    named: dict[str, Tensor] = {**dict(model.named_parameters())}
+    named: dict[str, Tensor] = {**of_text(model, dict(model.named_parameters()))}
     return named if settings.layer_range is None else in_layers(named, *settings.layer_range)
 
 
