@@ -98,7 +98,10 @@ def whole_folder(out: Path, write: Callable[[Path], object]) -> None:
                 parent.rmdir()
         if isinstance(error, QzoError) or not isinstance(error, Exception):
             raise
-        raise QzoError(f"{out} could not be written: {reason(error)}; nothing of it is left") from error
+        raise QzoError(
+            f"{out} could not be written: {reason(error)}; nothing of it is left: free some space, or choose another "
+            "place"
+        ) from error
 
 
 @contextmanager
@@ -232,7 +235,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise QzoError(f"{path} cannot be read: {reason(error)}") from error
+        raise QzoError(f"{path} cannot be read: {reason(error)}; restore it from a copy") from error
     sealed = metadata.pop(SEAL, None)
     if (sealed is not None or MARK in metadata) and sealed != seal(tensors, metadata):
         raise QzoError(f"{path} is damaged, its seal does not fit what it holds; restore it from a copy")

@@ -57,6 +57,7 @@ def is_failure(error: BaseException) -> bool:
 # Remedies that refusals of a checkpoint have in common; a remedy stands behind the last semicolon of a message.
 AGAIN = "copy or download all of its files again, or take config.json and weights from one checkpoint"
 OTHER = "take a checkpoint of a kind that the README names, or quantize the original with qzo quantize"
+ACCESS = "check its name and who may read it"  # of any file; whoever knows what it is for has a better one
 RULES = ("need ", "only ", "there are ", "they do not ", "it is ")  # what may stand there and is none
 
 
@@ -66,10 +67,11 @@ def advised(remedy: str) -> Iterator[None]:
     try:
         yield
     except QzoError as error:
-        _, has_clause, last = str(error).rpartition("; ")
+        text = str(error).removesuffix(f"; {ACCESS}")
+        _, has_clause, last = text.rpartition("; ")
         if has_clause and not last.startswith(RULES):
             raise
-        raise type(error)(f"{error}; {remedy}") from error
+        raise type(error)(f"{text}; {remedy}") from error
 
 
 def required(module: str, install: str) -> Any:

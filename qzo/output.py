@@ -23,7 +23,7 @@ def check_output(path: str | os.PathLike[str], option: str = "--json") -> None:
     if _number(place) is not None:
         return
     if not place.absolute().parent.is_dir():
-        raise QzoError(f"{option} {place}: there is no such folder")
+        raise QzoError(f"{option} {place}: there is no such folder; make it first")
     if place.is_dir():
         raise QzoError(f"{option} {place} is a folder; name a file")
     if place.is_symlink() and (place.is_file() or not place.exists()):
@@ -48,9 +48,9 @@ def write_output(path: str | os.PathLike[str], text: str, option: str = "--json"
         with open(opened, "w", encoding="utf-8") as file:
             file.write(text)
     except NobodyReads as error:
-        raise QzoError(f"{option} {place} {error}") from error
+        raise QzoError(f"{option} {place} {error}; start its reader first") from error
     except OSError as error:
-        raise QzoError(f"{option} {place} could not be written: {reason(error)}") from error
+        raise QzoError(f"{option} {place} could not be written: {reason(error)}; name another place") from error
 
 
 class NobodyReads(Exception):

@@ -52,7 +52,7 @@ def _write_atomically(path: Path, content: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ReportError(f"cannot write {path}: {error.strerror}") from error
+        raise ReportError(f"cannot write {path}: {error.strerror}; free some space, or name another folder") from error
 
 
 def _markdown(document: Document, records: Sequence[Record]) -> bytes:

@@ -55,31 +55,33 @@ def _read(path: Path) -> Record:
         record = json.loads(path.read_text(encoding="utf-8-sig"))
         _check(record)
         if method_of(record) != path.stem:
-            raise ReportError(f"the method is {method_of(record)!r}; a file is named after its method")
+            raise ValueError(f"the method is {method_of(record)!r}, and a file is named after its method")
     except OSError as error:
-        raise ReportError(f"cannot read {path}: {error.strerror}") from error
-    except (ReportError, ValueError) as error:
-        raise ReportError(f"{path} is not a record of schema version {_VERSION}: {error}") from error
+        raise ReportError(f"cannot read {path}: {error.strerror}; name another folder") from error
+    except ValueError as error:
+        raise ReportError(
+            f"{path} is not a record of schema version {_VERSION}: {error}; run `python -m bench run` again"
+        ) from error
     return record
 
 
 def _check(record: Any) -> None:
-    """Enough that no table can stumble; the full schema is checked where records are written."""
+    """Raise ValueError for what a table would stumble over; the full schema is checked where records are written."""
     for name, keys in _KEYS.items():
         part = record[name] if name else record
         missing = [key for key in keys if not isinstance(part, dict) or key not in part]
         if missing:
-            raise ReportError(f"{name or 'it'} has no {missing[0]!r}")
+            raise ValueError(f"{name or 'it'} has no {missing[0]!r}")
     if record["schema_version"] != _VERSION:
-        raise ReportError(f"schema_version is {record['schema_version']!r}")
+        raise ValueError(f"schema_version is {record['schema_version']!r}")
     sizes = {**record["peak"], "floor": record["floor"]}
     if is_ok(record):
         if record["peak"]["allocated"] is None or not isinstance(record["at_peak"], dict):
-            raise ReportError("status is ok, but peak.allocated or at_peak is null")
+            raise ValueError("status is ok, but peak.allocated or at_peak is null")
         sizes.update({role: record["at_peak"].get(role, "missing") for role in ROLES})
     for name, nbytes in sizes.items():
         if nbytes is not None and (not isinstance(nbytes, int) or nbytes < 0):
-            raise ReportError(f"{name} is {nbytes!r}, not integer bytes")
+            raise ValueError(f"{name} is {nbytes!r}, not integer bytes")
 
 
 def method_of(record: Record) -> str:

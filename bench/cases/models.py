@@ -37,6 +37,7 @@ ATTENTIONS = ("sdpa", "eager")
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HINT = "python -m bench list models"
+ANOTHER = "name another model"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ def build_empty(source: ModelSource, dtype: torch.dtype, attention: str = "sdpa"
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
     except Exception as error:
-        raise QzoError(f"the config of {source.name} does not build: {one_line(error)}") from error
+        raise QzoError(
+            f"the config of {source.name} does not build: {one_line(error)}; correct it, or take another version of "
+            "transformers"
+        ) from error
     if not all(parameter.is_meta for parameter in model.parameters()):  # torch.normal asks nobody (DiffLlama)
         model.to("meta")
     check_parameters(source, model)
@@ -143,7 +147,9 @@ def _from_gguf(path: Path) -> ModelSource:
 def _from_folder(folder: Path) -> ModelSource:
     file = folder / "config.json"
     if not file.is_file():
-        raise QzoError(f"folder {folder} has no config.json; a model's folder needs one (the weights are optional)")
+        raise QzoError(
+            f"folder {folder} has no config.json; a model's folder needs one: add it (the weights are optional)"
+        )
     try:
         fields = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -164,7 +170,7 @@ def _from_hub(hub: str) -> ModelSource:
     try:
         config = _load_config(hub, hub, local_files_only=not reachable)
     except QzoError as error:
-        reason = str(error) if reachable else f"the hub cannot be reached for the id {hub}"
+        reason = str(error).removesuffix(f"; {ANOTHER}") if reachable else f"the hub cannot be reached for the id {hub}"
         remedy = f"check the spelling and the network, or give a folder with a config.json or a name of `{HINT}`"
         raise QzoError(f"no folder {hub} here, and {reason}; {remedy}") from error
     return ModelSource(_folder_name(hub), _causal(config, hub), hub=hub, weights=hub)
@@ -187,7 +193,7 @@ def _load_config(origin: str, *place: str, **options: Any) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(*place, trust_remote_code=False, **options)
     except Exception as error:
-        raise QzoError(f"no usable config in {origin}: {one_line(error)}") from error
+        raise QzoError(f"no usable config in {origin}: {one_line(error)}; {ANOTHER}") from error
 
 
 def _causal(config: PreTrainedConfig, origin: str) -> PreTrainedConfig:

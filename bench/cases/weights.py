@@ -106,7 +106,9 @@ def _tokenizer(weights: Path | str) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(**_place(weights), trust_remote_code=False)
     except Exception as error:
-        raise QzoError(f"the tokenizer of {weights} does not load: {one_line(error)}") from error
+        raise QzoError(
+            f"the tokenizer of {weights} does not load: {one_line(error)}; copy or download its files again"
+        ) from error
 
 
 def _place(weights: Path | str) -> dict[str, Any]:
@@ -146,7 +148,9 @@ def _read(source: ModelSource, weights: Path | str, dtype: torch.dtype, attentio
                 **options,
             )
     except Exception as error:
-        raise QzoError(f"the weights of {source.name} do not load: {one_line(error)}") from error
+        raise QzoError(
+            f"the weights of {source.name} do not load: {one_line(error)}; copy or download its files again"
+        ) from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:

@@ -83,7 +83,7 @@ def chosen(options: argparse.Namespace) -> Chosen:
         kind, given = read_peft_config(options.peft_config)
         adapted = [name for name, recipe in recipes.items() if recipe.peft is not None and name != LORA_FA.name]
         if not adapted:
-            raise QzoError("--peft-config concerns none of the methods; it is for lora, qlora and qlora-lean")
+            raise QzoError("--peft-config concerns none of the methods; add lora, qlora or qlora-lean to --methods")
         recipes |= {name: replace(recipes[name], peft=given, peft_class=kind) for name in adapted}
     recipes = apply(parse_settings(options.settings), recipes)
     changed = {name: recipe for name, recipe in recipes.items() if recipe != RECIPES[name]}

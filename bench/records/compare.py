@@ -77,7 +77,7 @@ def _check_phases(fail: Sequence[Threshold], records: Sequence[Record]) -> None:
     for threshold in fail:
         if threshold.metric.startswith(PHASE) and threshold.metric not in known:
             choices = ", ".join(sorted(known)) or "none"
-            raise QzoError(f"--fail {threshold}: no record has the phase; the records have {choices}")
+            raise QzoError(f"--fail {threshold}: no record has the phase; the records have {choices}: choose one")
 
 
 def _compare_cell(method: str, baseline: Record, current: Record, fail: Sequence[Threshold]) -> list[Row]:

@@ -37,11 +37,11 @@ def load_cells(path: str | Path) -> dict[str, Record]:
     cells: dict[str, Record] = {}
     try:
         if not isinstance(records, list) or not records:
-            raise QzoError("holds no records")
+            raise QzoError("holds no records; write it by `python -m bench run`")
         for record in map(validate_record, records):
             method = record["case"]["method"]
             if method in cells:
-                raise QzoError(f"two records of the method {method!r}; cells are matched by method")
+                raise QzoError(f"two records of the method {method!r}; remove one, cells are matched by method")
             cells[method] = record
     except QzoError as error:
         raise QzoError(f"{path}: {error}") from error
@@ -60,7 +60,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise QzoError(f"cannot read {path}: {error.strerror}") from error
+        raise QzoError(f"cannot read {path}: {error.strerror}; name another file") from error
     except ValueError as error:  # also bytes that are not UTF-8
         raise QzoError(f"{path} is damaged, not JSON ({error}); delete it and run that cell again") from error
 
@@ -121,7 +121,9 @@ def load_results(folder: str | Path) -> dict[str, Record]:
             continue
         record = read_record(path)
         if record["case"]["method"] != path.stem:
-            raise QzoError(f"{path} holds the method {record['case']['method']!r}; a file is named after its method")
+            raise QzoError(
+                f"{path} holds the method {record['case']['method']!r}; rename it, a file is named after its method"
+            )
         records[path.stem] = record
     if not records:
         raise QzoError(f"no records in {folder}; run `python -m bench run MODEL --out {folder}` first")

@@ -183,7 +183,7 @@ def failed_record(
         QzoError: `status` is "ok", `message` is empty, or a value breaks the schema.
     """
     if status == "ok":
-        raise QzoError("status is 'ok'; a failed record needs one of " + ", ".join(STATUSES[1:]))
+        raise QzoError("status is 'ok'; give one of " + ", ".join(STATUSES[1:]))
     return validate_record(
         dict.fromkeys(SCHEMA)
         | {
@@ -215,7 +215,10 @@ def validate_record(record: Any) -> Record:
         needed |= {name: record[name] for name in ("at_peak", "floor")}
         missing = [name for name, value in needed.items() if value is None]
         if missing:
-            raise QzoError(f"{missing[0]} is null in a record whose status is ok; only a failed cell may leave it out")
+            raise QzoError(
+                f"{missing[0]} is null in a record whose status is ok; give a number, only a failed cell may leave it "
+                "out"
+            )
         total, allocated = sum(record["at_peak"].values()), record["peak"]["allocated"]
         if total != allocated:
             raise QzoError(f"at_peak sums to {total}, but peak.allocated is {allocated}; they must agree to the byte")
@@ -228,7 +231,8 @@ def validate_record(record: Any) -> Record:
     known = [name for name, value in measured.items() if value is not None]
     if known:
         raise QzoError(
-            f"{known[0]} has a value, but the status is {record['status']}; only ok cells have measured values"
+            f"{known[0]} has a value, but the status is {record['status']}; leave it null, only ok cells have "
+            "measured values"
         )
     return record
 
@@ -251,7 +255,7 @@ def _check(name: str, value: Any, schema: Any) -> None:
         needed = {key for key, inner in schema.items() if not isinstance(inner, Optional)}
         for problem, keys in (("lacks", needed - value.keys()), ("has the unknown key", value.keys() - schema.keys())):
             if keys:
-                raise QzoError(f"{name} {problem} {min(keys)!r}; its keys are {', '.join(schema)}")
+                raise QzoError(f"{name} {problem} {min(keys)!r}; give the keys {', '.join(schema)}")
         for key, inner in schema.items():
             if isinstance(inner, Optional):
                 if key not in value:

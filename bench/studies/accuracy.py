@@ -234,7 +234,7 @@ def _chosen(names: str | None) -> list[Row]:
     wanted = list(known) if names is None else names.split(",")
     for name in wanted:
         if name not in known:
-            raise QzoError(f'unknown row "{name}"; rows are {", ".join(known)}')
+            raise QzoError(f'unknown row "{name}"; rows are {", ".join(known)}: choose one')
     return [known[name] for name in wanted]
 
 
@@ -242,7 +242,7 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise QzoError(f'--seeds "{text}" is not a comma-separated list of whole numbers') from error
+        raise QzoError(f'--seeds "{text}" is not a comma-separated list of whole numbers; give e.g. 0,1,2') from error
 
 
 if __name__ == "__main__":

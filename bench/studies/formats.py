@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in names:
             choose("format", name, NAMES)
         if options.steps < 2 or options.examples < 1:
-            raise QzoError(f"steps={options.steps}, examples={options.examples}: at least 2 steps and 1 example")
+            raise QzoError(f"steps={options.steps}, examples={options.examples}; give at least 2 steps and 1 example")
         if options.threads:
             torch.set_num_threads(options.threads)
         settings = Settings(steps=options.steps, examples=options.examples)

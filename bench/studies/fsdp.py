@@ -269,7 +269,7 @@ def decoder_layers(network: nn.Module) -> list[nn.Module]:
     """The children of the model's outermost nn.ModuleList; QzoError for a model without one."""
     holder = next((module for module in network.modules() if isinstance(module, nn.ModuleList)), None)
     if holder is None:
-        raise QzoError(f"{type(network).__name__} has no list of layers that FSDP could wrap")
+        raise QzoError(f"{type(network).__name__} has no list of layers that FSDP could wrap; take a decoder model")
     return list(holder)
 
 

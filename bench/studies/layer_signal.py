@@ -75,7 +75,7 @@ def measure(model: nn.Module, encoder: tasks.Encoder, examples: Sequence[Example
     The scales become leaves that require a gradient. Raises QzoError for other tasks and unquantized models.
     """
     if len(encoder.task.words) != 2:
-        raise QzoError(f"{encoder.task.name} has not two label words")
+        raise QzoError(f"{encoder.task.name} has not two label words; take a task with two, such as sst2")
     leaves = _leaves(model)
     with torch.no_grad():
         margins = torch.cat([_margins(model, encoder, [example]) for example in examples])

@@ -111,7 +111,10 @@ def measure(source: str, settings: TrainSettings, work: Path) -> dict[str, Any]:
     trained, test = train_task(source, None, settings, folder, resume=folder.exists(), own=own)
     after = scores(read_tuned(folder).load(), objective, rows)
     if after["reward"] != test["reward"]:
-        raise QzoError(f"{folder}: the run's test says {test['reward']}, and its best state gives {after['reward']}")
+        raise QzoError(
+            f"{folder}: the run's test says {test['reward']}, and its best state gives {after['reward']}; remove the "
+            "run and train it again"
+        )
     curve = [{"step": step, "reward": found["reward"]} for step, found in validations(folder / METRICS)]
     machine = {**environment(), "processor": platform.processor() or platform.machine()}
     return {
@@ -169,7 +172,7 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise QzoError(f'--seeds "{text}" is not a comma-separated list of whole numbers') from error
+        raise QzoError(f'--seeds "{text}" is not a comma-separated list of whole numbers; give e.g. 0,1,2') from error
 
 
 if __name__ == "__main__":

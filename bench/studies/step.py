@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         if options.turns < 1:
-            raise QzoError(f"--turns {options.turns} is not a positive number")
+            raise QzoError(f"--turns {options.turns} is not a positive number; give 1 or more")
         kept = [other for other in _read(options.out) if kind(other) != (has_bf16(), has_tiles())]
         qzo.keep_freed_memory()  # of what follows none takes memory from the system that it had before
         record = {

@@ -101,7 +101,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise QzoError(f"cannot read {path}: {error.strerror}") from error
+        raise QzoError(f"cannot read {path}: {error.strerror}; name another file") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -109,7 +109,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise QzoError(f"{path}, line {number} is not JSON: {error}") from error
+            raise QzoError(f"{path}, line {number} is not JSON: {error}; correct the line") from error
         if not isinstance(row, dict) or not (is_record(row) or isinstance(row.get("measured_mib"), dict)):
             raise QzoError(
                 f"{path}, line {number} has no object 'measured_mib'; see bench/validation/measurement.py for the keys"
@@ -123,7 +123,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
                 raise QzoError(f"{path}, line {number}: {error}") from error
         rows.append(row)
     if not rows:
-        raise QzoError(f"{path} holds no measurement")
+        raise QzoError(f"{path} holds no measurement; add a line for each")
     return rows
 
 
@@ -142,20 +142,20 @@ def parse(row: Mapping[str, Any]) -> Measurement:
     try:
         method, attention, dtype = row["method"], row["attention"], row["base_dtype"]
         if method not in METHODS:
-            raise QzoError(f"method {method!r} of a measurement is not known; {' and '.join(METHODS)} are")
+            raise QzoError(f"method {method!r} of a measurement is not known; choose {' or '.join(METHODS)}")
         if attention not in ATTENTIONS:
-            raise QzoError(f"attention {attention!r} of a measurement is not known; {', '.join(ATTENTIONS)} are")
+            raise QzoError(f"attention {attention!r} of a measurement is not known; choose {' or '.join(ATTENTIONS)}")
         if dtype not in DTYPES:
-            raise QzoError(f"base_dtype {dtype!r} of a measurement is not known; {', '.join(DTYPES)} are")
+            raise QzoError(f"base_dtype {dtype!r} of a measurement is not known; choose {' or '.join(DTYPES)}")
         if row["optimizer"] != "adamw":
-            raise QzoError(f"optimizer {row['optimizer']!r} of a measurement is not known; adamw is")
+            raise QzoError(f"optimizer {row['optimizer']!r} of a measurement is not known; leave it out for adamw")
         return Measurement(
             source_of(row["model_id"], row["architecture"]), gpus.find(row["gpu"]), method, dtype,
             ATTENTIONS[attention], row["batch_size"], row["seq_len"], row["lora_rank"], tuple(row["lora_targets"]),
             row["gradient_checkpointing"], measured_bytes(row),
         )  # fmt: skip
     except KeyError as error:
-        raise QzoError(f"a measurement has no {error}") from error
+        raise QzoError(f"a measurement has no {error}; add it") from error
 
 
 def source_of(model_id: str, architecture: Mapping[str, Any]) -> models.ModelSource:

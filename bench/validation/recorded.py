@@ -46,7 +46,10 @@ def figures(record: Record) -> dict[str, int]:
 def simulated_case(record: Record) -> BenchCase:
     """The case that a measured record is compared with. Raises QzoError for a record that is no measurement."""
     if record["status"] != "ok" or record["world"] == "simulated":
-        raise QzoError(f"a record that is {record['world']} and {record['status']} is no measurement")
+        raise QzoError(
+            f"a record that is {record['world']} and {record['status']} is no measurement; give one of a cell that "
+            "was run and ended well"
+        )
     case, quantization = record["case"], record["case"]["quantization"] or {}
     name = named(quantization) if case["method"] in QUANTIZABLE else None
     chosen = name is not None and FORMATS[name].any_group_size
@@ -79,5 +82,5 @@ def predict(record: Record, change: Callable[[Recipe], Recipe] = lambda recipe: 
     with asked.by_triton(record["environment"].get("kernels") == "triton"):  # whatever is asked for here
         predicted = run(case)
     if predicted["status"] != "ok":
-        raise QzoError(predicted["message"])
+        raise QzoError(f"the simulation did not end: {predicted['message']}; give another record")
     return figures(predicted)

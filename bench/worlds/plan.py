@@ -75,7 +75,10 @@ def check(case: BenchCase, source: ModelSource) -> None:
     attention_of(case, source, gpus.get(case.gpu or gpus.DEFAULT_GPU).compute_capability if simulated else None)
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and case.seq_len > longest:
-        raise QzoError(f"seq_len={case.seq_len} is more than the {longest} positions of {source.name}")
+        raise QzoError(
+            f"seq_len={case.seq_len} is more than the {longest} positions of {source.name}; give at most as many by "
+            "--seq-len"
+        )
     if case.group_size is not None:
         widths = sorted(linear_widths(build_empty(source, torch.bfloat16, "eager")))
         odd = [width for width in widths if width % case.group_size]

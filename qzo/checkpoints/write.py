@@ -126,7 +126,7 @@ def check_numbers(tensors: dict[str, Tensor], signed: bool = True) -> None:
         if name.endswith(LIVE[0]) and not signed and float(numbers.min()) < 0:
             raise QzoError(
                 f"{name} has negative numbers ({float(numbers.min()):.3g}), and scales of this format are not "
-                "negative; the state is damaged, or was trained with nonnegative=False"
+                "negative; restore the state, or train it again without nonnegative=False"
             )
 
 

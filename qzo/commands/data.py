@@ -121,4 +121,4 @@ def device(name: str) -> Any:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # PyTorch has no kind of its own for it
-        raise QzoError(f"--device {name} cannot be used: {one_line(error)}") from error
+        raise QzoError(f"--device {name} cannot be used: {one_line(error)}; name another, such as cpu") from error

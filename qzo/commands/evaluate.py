@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     tuned = read_tuned(source, model=options.moved) if is_tuned(source) else None
     task, splits = _task(options)  # before the model: wrong data costs no time
     if options.calibrated and not task.words:
-        raise QzoError(f"--calibrated needs a task with label words; {task.name} has none")
+        raise QzoError(f"--calibrated needs a task with label words; {task.name} has none: leave it out")
     objective: Any = tasks.objective(task, load_tokenizer(tuned.model if tuned else options.model), options.max_length)
     objective.rows(splits[options.split])  # what is too short is told before the model is loaded
     dtype = getattr(torch, options.dtype) if options.dtype else None
@@ -112,7 +112,7 @@ def _task(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         raise QzoError(f"{own.data} has other rows than {options.model} was trained on; name the data by --data")
     options.split = options.split or ("test" if "test" in splits else "validation")
     if options.split not in splits:
-        raise QzoError(f"there is no {options.split} split of {own.data}; it has {', '.join(splits)}")
+        raise QzoError(f"there is no {options.split} split of {own.data}; choose {' or '.join(splits)}")
     return task, {**splits, options.split: splits[options.split][: options.samples]}
 
 

@@ -105,7 +105,9 @@ def _templated(tokenizer: Any, messages: list[Message]) -> str:
     except BaseException as error:  # templates are programs, and raise what they like
         if not is_failure(error):
             raise
-        raise QzoError(f"the chat template refuses these messages: {one_line(error)}") from error
+        raise QzoError(
+            f"the chat template refuses these messages: {one_line(error)}; change them, or leave --chat out"
+        ) from error
 
 
 def _say(model: Any, tokenizer: Any, text: str, sampling: Any, whole: bool) -> str:

@@ -97,7 +97,7 @@ def _calibration(options: argparse.Namespace, place: str) -> list[Tensor] | None
     """Batches of calibration text for GPTQ, in the tokens of the model at `place`; progress then goes to stderr."""
     if options.method != "gptq":
         if options.calibration is not None:
-            raise QzoError("--calibration needs --method gptq")
+            raise QzoError("--calibration needs --method gptq; give both, or neither")
         return None
     from qzo.checkpoints.tokenizer import load_tokenizer
     from qzo.quantizers.calibration import calibration_text, token_batches

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     check_header(journal, header)
     device = device_of(journal, header)
     if options.out and header["optimizer"] != "QZO":
-        raise QzoError(f"{journal} is of {header['optimizer']}; only a quantized model can be written, leave OUT away")
+        raise QzoError(f"{journal} is of {header['optimizer']}; only a quantized model can be written: leave OUT away")
     if options.out:
         check_target(Path(options.out))
     packed = header["optimizer"] == "QZO"  # a .gguf file's blocks, where its scales were tuned

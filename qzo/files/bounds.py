@@ -95,7 +95,9 @@ def check_json(file: Path, text: str) -> None:
     most = next((most for pattern, most in MOST_VALUES.items() if fnmatch(file.name, pattern)), None)
     values = text.count(",") + text.count(":")
     if most is not None and values > most:
-        raise QzoError(f"{file} has {values:,} values; no real file of its kind has more than {most:,}")
+        raise QzoError(
+            f"{file} has {values:,} values; no real file of its kind has more than {most:,}: copy or download it again"
+        )
 
 
 def check_numbers(file: Path, content: Any) -> None:
@@ -116,7 +118,7 @@ def check_numbers(file: Path, content: Any) -> None:
                 below += [(key, inner) for inner in value]
         level = below
     if level:
-        raise QzoError(f"{file} nests its values deeper than {DEEPEST} levels")
+        raise QzoError(f"{file} nests its values deeper than {DEEPEST} levels; copy or download it again")
 
 
 def check_header(file: Path) -> int:

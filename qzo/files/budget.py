@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as registration
 
-from qzo.errors import QzoError
+from qzo.errors import AGAIN, QzoError
 
 SLACK = 4  # a parameter may be made twice, and tied or shared ones are stored once
 LEAST = 1_000  # parts that any model may have
@@ -41,11 +41,11 @@ def check_counts(folder: Path, config: dict[str, Any], tensors: int) -> None:
         if COUNTS.fullmatch(key) and isinstance(value, int) and not 0 <= value <= tensors:
             raise QzoError(
                 f"{folder}: config.json has {key}={value}, but there are only {tensors} tensors; "
-                "they do not belong together"
+                f"they do not belong together; {AGAIN}"
             )
     for key, value in _whole_numbers(config):
         if value > MOST and MANY.search(key) and not SIZES.search(key):
-            raise QzoError(f"{folder}: config.json has {key}={value}; no model has more than {MOST:,}")
+            raise QzoError(f"{folder}: config.json has {key}={value}; no model has more than {MOST:,}; {AGAIN}")
 
 
 def _whole_numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
@@ -75,7 +75,7 @@ def at_most(numbers: int, tensors: int) -> Iterator[None]:
             if counts[what] > limits[what]:
                 raise QzoError(
                     f"its configuration implies more than {limits[what]:,} {what}, but the files hold {tensors:,} "
-                    "tensors; they do not belong together"
+                    f"tensors; they do not belong together; {AGAIN}"
                 )
 
     def parameter(_module: nn.Module, _name: str, value: nn.Parameter | None) -> None:
@@ -100,7 +100,7 @@ def check_buffers(model: nn.Module, stored: int) -> None:
     """Raise QzoError where tables that no file holds, such as causal masks, are far larger than the files."""
     size = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
     if size > BUFFERS + stored:
-        raise QzoError(f"config.json implies tables of {size:,} bytes, and the files have {stored:,}")
+        raise QzoError(f"config.json implies tables of {size:,} bytes, and the files have {stored:,}; {AGAIN}")
 
 
 def check_factors(model: Any) -> None:
@@ -114,4 +114,4 @@ def check_factors(model: Any) -> None:
                 continue
             sound = isinstance(factors, list) and all(isinstance(one, int | float) for one in factors)
             if not sound or len(factors) != frequencies.numel() or not all(0 < one < math.inf for one in factors):
-                raise QzoError(f"config.json has a {key} that is not {frequencies.numel()} positive numbers")
+                raise QzoError(f"config.json has a {key} that is not {frequencies.numel()} positive numbers; {AGAIN}")

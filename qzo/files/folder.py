@@ -120,7 +120,10 @@ def headers_in(files: list[Path]) -> dict[str, Header]:
     """
     count = sum(check_header(file) for file in files)
     if count > MOST_TENSORS:
-        raise QzoError(f"{files[0].parent} has {count:,} tensors; no real checkpoint has more than {MOST_TENSORS:,}")
+        raise QzoError(
+            f"{files[0].parent} has {count:,} tensors; no real checkpoint has more than {MOST_TENSORS:,}: copy or "
+            "download it again"
+        )
     headers: dict[str, Header] = {}
     for file in files:
         with opened(file) as tensors:

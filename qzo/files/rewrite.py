@@ -31,7 +31,10 @@ def rewriting(source: Path, tensors: Tensors, stored: dict[str, Tensors] | None 
     for name, tensor in replaced.items():
         if shapes.get(name) != tuple(tensor.shape):
             has = f"with shape {shapes[name]}" if name in shapes else "not at all"
-            raise QzoError(f"{source} has {name} {has}, the tuned one has shape {tuple(tensor.shape)}")
+            raise QzoError(
+                f"{source} has {name} {has}, the tuned one has shape {tuple(tensor.shape)}; give the checkpoint "
+                "that these tensors were tuned on"
+            )
     for own in stored.values():
         replaced |= own
 
@@ -54,6 +57,9 @@ def _rewrite(file: Path, tensors: Tensors, target: Path) -> None:
     new = {name: tensors.get(name, tensor).to("cpu", tensor.dtype).contiguous() for name, tensor in old.items()}
     for name in new.keys() & tensors.keys():
         if new[name].is_floating_point() and not bool(new[name].isfinite().all()):
-            raise QzoError(f"{name} has numbers that {new[name].dtype}, which {file.name} keeps it in, cannot hold")
+            raise QzoError(
+                f"{name} has numbers that {new[name].dtype}, which {file.name} keeps it in, cannot hold; go back to a "
+                "state before it diverged"
+            )
     save_file(new, target, metadata)
     target.chmod(file.stat().st_mode)

@@ -73,7 +73,10 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
         if name not in header:
             raise QzoError(f"{path}: the header has no {name}; restore the file from a copy")
         if not isinstance(header[name], kind) or isinstance(header[name], bool):
-            raise QzoError(f"{path}: the header says {name}={header[name]!r}, which is of the wrong kind")
+            raise QzoError(
+                f"{path}: the header says {name}={header[name]!r}, which is of the wrong kind; restore the file from "
+                "a copy"
+            )
     for name, known in (("optimizer", tuple(MADE_BY)), ("dtype", DTYPES), ("device", ("cpu", "cuda", "mps", "xpu"))):
         if header[name] not in known:
             raise QzoError(f"{path}: the header says {name}={header[name]!r}; known are {', '.join(known)}")
@@ -166,7 +169,7 @@ def check_same(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
         )
     for key in ("optimizer", "seed", "estimator"):
         if saved[key] != own[key]:
-            raise QzoError(f"{path} was begun with {key}={saved[key]}, not {own[key]}")
+            raise QzoError(f"{path} was begun with {key}={saved[key]}, not {own[key]}; give the optimizer the same")
     _check_offsets(path, saved["offsets"], own["offsets"])
     fixed = [[_fixed(group) for group in header["groups"]] for header in (saved, own)]
     if fixed[0] != fixed[1]:
@@ -194,7 +197,9 @@ def rebuild(model: nn.Module, header: dict[str, Any]) -> SpsaOptimizer:
     for saved in header["groups"]:
         missing = [name for name in saved["names"] if name not in known]
         if missing:
-            raise QzoError(f"the journal trains {missing[0]}, which the model does not have")
+            raise QzoError(
+                f"the journal trains {missing[0]}, which the model does not have; give the one it was begun with"
+            )
         group = {key: value for key, value in saved.items() if key != "names"}
         group["params"] = {name: known[name] for name in saved["names"]}
         following = [name for name in saved["names"] if name in header["offsets"]]

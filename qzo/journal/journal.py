@@ -61,7 +61,7 @@ class Journal:
     ) -> None:
         for name, value in (("snapshot_every", snapshot_every), ("sync_every", sync_every)):
             if value is not None and not value >= 1:
-                raise QzoError(f"{name}={value} is not positive")
+                raise QzoError(f"{name}={value} is not positive; give 1 or more")
         if optimizer.steps:
             raise QzoError(f"the optimizer has taken {optimizer.steps} steps; open the journal before the first one")
         self.path, self.optimizer = Path(path), optimizer
@@ -107,9 +107,14 @@ class Journal:
             raise QzoError("steps were recorded already; resume() comes before them")
         step = contents.steps if step is None else step
         if not 0 <= step <= contents.steps:
-            raise QzoError(f"{self.path} holds {contents.steps} steps; step {step} is not among them")
+            raise QzoError(
+                f"{self.path} holds {contents.steps} steps; step {step} is not among them: give one of them, or 0"
+            )
         if self.optimizer.steps not in (0, step):
-            raise QzoError(f"the optimizer stands at step {self.optimizer.steps}, neither at 0 nor at {step}")
+            raise QzoError(
+                f"the optimizer stands at step {self.optimizer.steps}, neither at 0 nor at {step}; make it anew, and "
+                "resume before its first step"
+            )
         notices = [contents.notice, *differences("the journal", contents.header)]
         if not self.optimizer.steps:
             notices.append(advance(self.path, self.optimizer, contents, step))

@@ -100,7 +100,7 @@ def read(path: Path) -> Contents:
     check_regular(path, MOST_MIB)
     data = path.read_bytes()
     if not data.startswith(b'{"qzo_journal"'):
-        raise QzoError(f"{path} is not a journal of qzo")
+        raise QzoError(f"{path} is not a journal of qzo; give a file that qzo.Journal or qzo train wrote")
     contents: Contents | None = None
     start, crc, number = 0, 0, 1
     while start < len(data):
@@ -116,7 +116,7 @@ def read(path: Path) -> Contents:
         try:
             contents = _take(contents, body.decode(), end, crc)
         except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
-            raise QzoError(f"{path}: line {number} cannot be read: {error}") from error
+            raise QzoError(f"{path}: line {number} cannot be read: {error}; restore it from a copy") from error
         start, number = end, number + 1
     assert contents is not None
     contents.size = len(data)

@@ -24,7 +24,10 @@ def replay_steps(optimizer: SpsaOptimizer, entries: Sequence[Step | Change]) -> 
                 group.update(options)
             continue
         if entry.seed != optimizer.seed:
-            raise QzoError(f"step {entry.step} was drawn with seed {entry.seed}, the journal says {optimizer.seed}")
+            raise QzoError(
+                f"step {entry.step} was drawn with seed {entry.seed}, the journal says {optimizer.seed}; restore it "
+                "from a copy"
+            )
         for group, lr in zip(optimizer.param_groups, entry.lrs, strict=True):
             group["lr"] = lr
         optimizer.replay(entry.applied)

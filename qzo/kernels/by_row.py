@@ -136,14 +136,23 @@ def _laid_out(rows: Rows) -> Rows:
         codes = codes.contiguous()
     row_bytes = math.prod(codes.shape[1:]) * codes.element_size()
     if codes.shape[0] < wanted or row_bytes < needed + RUN_BYTES[rows.order]:
-        raise QzoError(f"codes {tuple(codes.shape)} {codes.dtype} do not fit a weight {rows.shape}")
+        raise QzoError(
+            f"codes {tuple(codes.shape)} {codes.dtype} do not fit a weight {rows.shape}; take all of them from one "
+            "layer"
+        )
     for tensor in (rows.scales, rows.zeros, rows.offsets):
         if tensor is not None and (tensor.shape != rows.scales.shape or tensor.shape[0] != count):
-            raise QzoError(f"scales, zeros or offsets {tuple(tensor.shape)} do not fit a weight {rows.shape}")
+            raise QzoError(
+                f"scales, zeros or offsets {tuple(tensor.shape)} do not fit a weight {rows.shape}; take all of them "
+                "from one layer"
+            )
     if rows.table is not None and tuple(rows.table.shape) != (16,):
-        raise QzoError(f"a table of {rows.table.numel()} numbers does not fit codes of 4 bits")
+        raise QzoError(f"a table of {rows.table.numel()} numbers does not fit codes of 4 bits; give 16")
     if rows.order == Order.VECTORS_OF_8 and not _has_vectors(rows):
-        raise QzoError(f"codebooks do not fit a weight {rows.shape} with codes {tuple(rows.codes.shape)}")
+        raise QzoError(
+            f"codebooks do not fit a weight {rows.shape} with codes {tuple(rows.codes.shape)}; take all of them from "
+            "one layer"
+        )
     return rows._replace(
         codes=codes,
         scales=_readable(rows.scales),

@@ -172,9 +172,12 @@ def _laid_out(codes: Codes) -> Codes:
     fits = scales.dim() == 2 and scales.shape[1] == columns and scales.shape[0] > 0
     fits = fits and (g_idx is not None or depth % scales.shape[0] == 0)
     if not fits or (isinstance(zeros, Tensor) and zeros.shape != scales.shape):
-        raise QzoError(f"scales {tuple(scales.shape)} or their zero points do not fit a weight [{columns}, {depth}]")
+        raise QzoError(
+            f"scales {tuple(scales.shape)} or their zero points do not fit a weight [{columns}, {depth}]; take all of "
+            "them from one layer"
+        )
     if g_idx is not None and g_idx.shape != (depth,):
-        raise QzoError(f"g_idx has shape {tuple(g_idx.shape)}, the weight {depth} columns")
+        raise QzoError(f"g_idx has shape {tuple(g_idx.shape)}, the weight {depth} columns; take both from one layer")
     scales = scales.contiguous()
     return codes._replace(
         words=words if words.stride(1) == 1 else words.contiguous(),
@@ -250,7 +253,9 @@ def _described(codes: Codes) -> _Codes:
 
 def _check(failed: int, codes: Codes) -> None:
     if failed:
-        raise QzoError(f"g_idx names a group outside 0 ... {len(codes.scales) - 1}")
+        raise QzoError(
+            f"g_idx names a group outside 0 ... {len(codes.scales) - 1}; copy or download the checkpoint again"
+        )
 
 
 @cache

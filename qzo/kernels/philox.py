@@ -66,7 +66,10 @@ class Stream(NamedTuple):
         """(c1, c2, c3). Raises QzoError for a number that no word holds."""
         words = (self.tensor, self.direction, self.step)
         if not all(0 <= word <= WORD for word in words):
-            raise QzoError(f"tensor, direction, step = {words} are not in 0 ... {WORD}, of which Philox counts")
+            raise QzoError(
+                f"tensor, direction, step = {words} are not in 0 ... {WORD}, of which Philox counts; start a new run "
+                "with another seed"
+            )
         return words
 
 
@@ -121,7 +124,10 @@ def check_end(end: int, distribution: str) -> None:
     """Raise QzoError for more elements than 2**32 blocks make."""
     most = (WORD + 1) * BLOCK_BITS // BITS[distribution]
     if end > most:
-        raise QzoError(f"a tensor of {end} elements has more than the {most} that there are random numbers for")
+        raise QzoError(
+            f"a tensor of {end} elements has more than the {most} that there are random numbers for; choose "
+            'noise="torch"'
+        )
 
 
 def blocks(first: int, count: int, stream: Stream, device: torch.device) -> Tensor:

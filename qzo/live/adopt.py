@@ -42,7 +42,9 @@ def release(model: nn.Module) -> nn.Module:
     """
     layers = _each(model, _released)
     if not layers:
-        raise QzoError(f"{type(model).__name__} has no layer to give back; it is not of qzo.adopt")
+        raise QzoError(
+            f"{type(model).__name__} has no layer to give back; it is not of qzo.adopt: leave qzo.release out"
+        )
     _replace(model, layers)
     restore_save_pretrained(model)
     if getattr(model, "hf_quantizer", None) is not None:

@@ -52,7 +52,7 @@ def label_loss(
         columns = (labels[:, 1:] != IGNORED).any(dim=0).nonzero()
         keep = length - 1 - int(columns[0]) if len(columns) else 0
     if not 1 <= keep < length:
-        raise QzoError(f"keep={keep} label columns of {length}; need at least 1 label, after the first column")
+        raise QzoError(f"keep={keep} label columns of {length}; give at least 1 label, after the first column")
     options: dict[str, Any] = position_options(model, attention_mask, length)
     with last_columns_only(model, keep + 1):
         output = model(

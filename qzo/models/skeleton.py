@@ -84,7 +84,7 @@ def check_architecture(folder: Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     methods = sorted(name for name in config if callable(getattr(PreTrainedConfig, name, None)))
     if methods:  # transformers would put the value in its place, and call it
-        raise QzoError(f"{folder}: config.json has {methods[0]}, which is no setting of a model")
+        raise QzoError(f"{folder}: config.json has {methods[0]}, which is no setting of a model; remove it")
     if "auto_map" in config and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise QzoError(
             f'{folder}: config.json asks for code of its own (auto_map), which is never run, and model_type="{kind}" '

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qzo.errors import AGAIN, QzoError, advised, named
+from qzo.errors import AGAIN, OTHER, QzoError, advised, named
 from qzo.files.budget import check_counts
 from qzo.files.finite import SMALL, check_stored, check_tensor
 from qzo.files.folder import Header
@@ -343,9 +343,9 @@ class StoredModel(Stored):
         layer = self.layers[path]
         shape, wanted = (layer.out_features, layer.in_features), tuple(weight.shape)
         if shape != wanted:
-            raise QzoError(f"it is quantized as {shape}, but config.json implies {wanted}")
+            raise QzoError(f"it is quantized as {shape}, but config.json implies {wanted}; {AGAIN}")
         if bias is not None and layer.bias is None:
-            raise QzoError("its bias is missing")
+            raise QzoError(f"its bias is missing; {AGAIN}")
         layer.compute_dtype = weight.dtype  # of all around it
         return layer
 
@@ -383,7 +383,7 @@ def on_meta(name: str, header: Header) -> Tensor:
     """A tensor without data of what a header says. Raises QzoError for a dtype that no format here has."""
     dtype = next((dtype for dtype, word in DTYPES.items() if word == header.dtype), None)
     if dtype is None:
-        raise QzoError(f"{header.file}: {name} is {header.dtype}, which is not known here")
+        raise QzoError(f"{header.file}: {name} is {header.dtype}, which is not known here; {OTHER}")
     return torch.empty(header.shape, dtype=dtype, device="meta")
 
 

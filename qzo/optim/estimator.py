@@ -49,7 +49,7 @@ class Estimator:
 
     def __post_init__(self) -> None:
         if not isinstance(self.directions, int) or self.directions < 1:
-            raise QzoError(f"directions={self.directions!r} is not a positive whole number")
+            raise QzoError(f"directions={self.directions!r} is not a positive whole number; choose 1 or more")
         usual, other = usual_of(self.noise), NOISE[self.noise][1]
         if self.distribution not in (usual, other):
             raise QzoError(
@@ -58,10 +58,14 @@ class Estimator:
         if self.sides not in SIDES:
             raise QzoError(f'estimator="{self.sides}" is not known; choose "two-sided" or "one-sided"')
         if self.sides == "population" and self.directions < 2:
-            raise QzoError('estimator="population" compares directions with one another and needs directions >= 2')
+            raise QzoError(
+                'estimator="population" compares directions with one another and needs directions >= 2; choose 8, as '
+                "--preset auto does"
+            )
         if self.normalize and (self.sides == "two-sided" or self.directions < 2):
             raise QzoError(
-                'normalize=True needs estimator="one-sided" or "population" and directions >= 2, for a spread of losses'
+                'normalize=True needs estimator="one-sided" or "population" and directions >= 2, for a spread of '
+                "losses: choose them, or leave it out"
             )
 
     def options(self) -> dict[str, Any]:

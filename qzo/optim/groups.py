@@ -41,7 +41,10 @@ def check_tensor(item: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise QzoError(f"{name} is a {type(tensor).__name__}, not a tensor; pass e.g. qzo.scales(model)")
     if tensor.dtype not in TRAINABLE:
-        raise QzoError(f"{name} has dtype {tensor.dtype}; only float32, float16 and bfloat16 tensors can be trained")
+        raise QzoError(
+            f"{name} has dtype {tensor.dtype}; only float32, float16 and bfloat16 tensors can be trained: convert it, "
+            "or leave it out"
+        )
     if tensor.is_inference():
         raise QzoError(f"{name} was made under torch.inference_mode and cannot change; use torch.no_grad instead")
     try:

@@ -80,7 +80,10 @@ class MeZO(SpsaOptimizer):
         """As the base class."""
         own = self.truth()
         if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in own.items()}:
-            raise QzoError(f"{len(tensors)} saved tensors do not fit the {len(own)} that this optimizer trains")
+            raise QzoError(
+                f"{len(tensors)} saved tensors do not fit the {len(own)} that this optimizer trains; load the state "
+                "of one that trains the same"
+            )
         for name, value in tensors.items():
             own[name].copy_(value)
 

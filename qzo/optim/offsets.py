@@ -48,7 +48,9 @@ def take_offsets(named: dict[str, Tensor] | None, group: dict[str, Any]) -> dict
         named = {name: getattr(scale, BOUND) for name, scale in scales.items() if hasattr(scale, BOUND)}
     for name, offset in named.items():
         if name not in scales:
-            raise QzoError(f'offsets["{name}"] belongs to no scale of that name in the same parameter group')
+            raise QzoError(
+                f'offsets["{name}"] belongs to no scale of that name in the same parameter group; name it as its scale'
+            )
         check_tensor((f'offsets["{name}"]', offset))
         if offset.shape != scales[name].shape:
             found, wanted = tuple(offset.shape), tuple(scales[name].shape)

@@ -32,7 +32,7 @@ class Phases:
     def __init__(self, phases: Sequence[tuple[SpsaOptimizer, int]]) -> None:
         self.phases = [Phase(*phase) for phase in phases]
         if not self.phases or any(phase.steps < 1 for phase in self.phases):
-            raise QzoError("every phase needs an optimizer and at least one step")
+            raise QzoError("every phase needs an optimizer and at least one step; leave empty ones out")
         groups = [group for phase in self.phases for group in phase.optimizer.param_groups]
         trained = [id(tensor) for group in groups for tensor in group["params"]]
         if len(set(trained)) < len(trained):
@@ -44,7 +44,9 @@ class Phases:
         for optimizer, steps in self.phases:
             if optimizer.steps < steps:
                 return optimizer
-        raise QzoError(f"all {self.steps} steps of the {len(self.phases)} phases are taken")
+        raise QzoError(
+            f"all {self.steps} steps of the {len(self.phases)} phases are taken; make a longer schedule to go on"
+        )
 
     @property
     def steps(self) -> int:
@@ -76,6 +78,9 @@ class Phases:
         """Take over what `state_dict` gave. Raises QzoError where it does not fit."""
         saved = state_dict.get("phases", [])
         if len(saved) != len(self.phases):
-            raise QzoError(f"the state dict holds {len(saved)} phases, the schedule {len(self.phases)}")
+            raise QzoError(
+                f"the state dict holds {len(saved)} phases, the schedule {len(self.phases)}; make the schedule that "
+                "it was saved from"
+            )
         for phase, state in zip(self.phases, saved, strict=True):
             phase.optimizer.load_state_dict(state)

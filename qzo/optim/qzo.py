@@ -365,11 +365,16 @@ def _saved_states(state_dict: dict[str, Any], owned: list[dict[str, Any]]) -> li
     except KeyError as error:
         raise QzoError("the state dict has no master scales; load one that QZO.state_dict() made") from error
     if len(saved) != len(owned):
-        raise QzoError(f"the state dict holds {len(saved)} scale tensors, the optimizer {len(owned)}")
+        raise QzoError(
+            f"the state dict holds {len(saved)} scale tensors, the optimizer {len(owned)}; load one of the same scales"
+        )
     for number, (values, shape, state) in enumerate(zip(saved, shapes, owned, strict=True)):
         wanted = state["master"].shape
         if any(value.shape not in (wanted, torch.Size()) for value in values.values()) or shape != wanted:
-            raise QzoError(f"scale {number} has shape {tuple(shape)} in the state dict, {tuple(wanted)} in the model")
+            raise QzoError(
+                f"scale {number} has shape {tuple(shape)} in the state dict, {tuple(wanted)} in the model; load one "
+                "of the same model"
+            )
         for key in offsets.OFFSET_STATE:
             if (key in values) != (key in state):
                 raise QzoError(_unlike_offsets(number, key in values))

@@ -74,7 +74,7 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         self.last: LastStep | None = None
         self._reach: list[Reach] = []
         if not isinstance(seed, int):
-            raise QzoError(f"seed={seed!r} is not an integer")
+            raise QzoError(f"seed={seed!r} is not an integer; give a whole number")
         if max_skipped is not None and not max_skipped >= 1:
             raise QzoError(f"max_skipped={max_skipped} is not positive; choose e.g. 10, or None to go on for ever")
         if isinstance(params, Tensor | set):
@@ -87,7 +87,9 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: Group) -> None:
         """Add tensors with options of their own (`lr`, `eps`, `clip_threshold`). Raises QzoError."""
         if "params" not in param_group:
-            raise QzoError(f'a parameter group needs "params"; this one has {sorted(param_group)}')
+            raise QzoError(
+                f'a parameter group needs "params"; this one has {sorted(param_group)}: put its tensors there'
+            )
         group = {**param_group, "params": unique(param_group["params"])}
         check_options({**self.defaults, **group})
         for item in group["params"]:
@@ -95,7 +97,7 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         try:
             super().add_param_group(group)
         except (TypeError, ValueError) as error:
-            raise QzoError(str(error)) from error
+            raise QzoError(f"{error}; give each tensor once, by its name") from error
 
     @torch.no_grad()
     def step(self, closure: Closure | Iterable[Closure] | None = None) -> float:  # type: ignore[override]
@@ -211,7 +213,10 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         """
         wanted = [self.estimator.directions] * len(self.param_groups)
         if applied and [len(group) for group in applied] != wanted:
-            raise QzoError(f"d' of {[len(group) for group in applied]} directions a group; this optimizer has {wanted}")
+            raise QzoError(
+                f"d' of {[len(group) for group in applied]} directions a group; this optimizer has {wanted}: replay "
+                "steps of one like it"
+            )
         self._take(applied)
         for reach in self._reach:
             reach.forget()
@@ -226,7 +231,9 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         if self.steps == 0:
             raise QzoError("no step was taken yet; call step(closure) first")
         if not 0 <= number < self.estimator.directions:
-            raise QzoError(f"direction {number} of {self.estimator.directions}; they count from 0")
+            raise QzoError(
+                f"direction {number} of {self.estimator.directions}; they count from 0: choose a smaller one"
+            )
         key, of = (self.seed, self.steps - 1), self.estimator
         return {
             name: full_noise(tensor.shape, *key, index, tensor.device, number, of.distribution, of.noise)
@@ -302,7 +309,7 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
-            raise QzoError(str(error)) from error
+            raise QzoError(f"{error}; load the state of an optimizer of the same groups") from error
         for group in self.param_groups:  # a dict of an older version lacks the newer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

@@ -36,17 +36,20 @@ def read_batches(model: nn.Module, calibration: Iterable[Batch]) -> list[Batch]:
 def _check_ids(number: int, ids: Tensor, model: nn.Module, vocabulary: int) -> None:
     if ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
         raise QzoError(
-            f"calibration batch {number} is {ids.dtype} {tuple(ids.shape)}; need input_ids [batch, tokens] of integers"
+            f"calibration batch {number} is {ids.dtype} {tuple(ids.shape)}; need input_ids [batch, tokens] of "
+            "integers: give those of a tokenizer"
         )
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None and ids.shape[1] > longest:
         raise QzoError(
-            f"calibration batch {number} has {ids.shape[1]} tokens a sequence, but the model reads {longest}"
+            f"calibration batch {number} has {ids.shape[1]} tokens a sequence, but the model reads {longest}; give "
+            "shorter ones (--seq-len)"
         )
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= vocabulary:
         raise QzoError(
-            f"calibration batch {number} has tokens {low} ... {high}, but the model knows 0 ... {vocabulary - 1}"
+            f"calibration batch {number} has tokens {low} ... {high}, but the model knows 0 ... {vocabulary - 1}; "
+            "give those of its own tokenizer"
         )
 
 

@@ -112,9 +112,14 @@ def quantize_embeddings(model: nn.Module, n_bits: int, group_size: int) -> None:
     getter = getattr(model, "get_input_embeddings", None)
     embedding, head = None if getter is None else getter(), output_head(model)
     if type(embedding) is not nn.Embedding:
-        raise QzoError(f"embeddings={n_bits}: the input embedding is a {type(embedding).__name__}, not nn.Embedding")
+        raise QzoError(
+            f"embeddings={n_bits}: the input embedding is a {type(embedding).__name__}, not nn.Embedding; leave "
+            "embeddings out"
+        )
     if head is not None and type(head) is not nn.Linear:
-        raise QzoError(f"embeddings={n_bits}: the output head is a {type(head).__name__}, not nn.Linear")
+        raise QzoError(
+            f"embeddings={n_bits}: the output head is a {type(head).__name__}, not nn.Linear; leave embeddings out"
+        )
     paths = {id(module): path for path, module in model.named_modules()}
     for module in (embedding, head):
         if module is not None:

@@ -100,4 +100,4 @@ def get(name: str, data_dir: str | os.PathLike[str] | None = None) -> Task:
             return replace(task, data_dir=None if data_dir is None else Path(data_dir))
     near = get_close_matches(name.lower(), names(), n=2, cutoff=0.5)
     guess = f"did you mean {' or '.join(near)}? " if near else ""
-    raise QzoError(f'unknown task "{name}"; {guess}tasks are {", ".join(names())}')
+    raise QzoError(f'unknown task "{name}"; {guess}tasks are {", ".join(names())}: choose one')

@@ -49,7 +49,7 @@ def evaluate(
             `NotFinite` where logits are NaN or infinite, for then nothing was chosen.
     """
     if not examples:
-        raise QzoError(f"there are no {encoder.task.name} examples to evaluate")
+        raise QzoError(f"there are no {encoder.task.name} examples to evaluate; give some")
     _check_prior(encoder, prior)
     with evaluating(model):
         if encoder.task.generates:
@@ -79,9 +79,12 @@ def label_prior(model: nn.Module, encoder: Encoder, examples: Sequence[Example],
         QzoError: a task without label words, or no examples.
     """
     if not encoder.task.words:
-        raise QzoError(f"{encoder.task.name} has no label words whose prior could be calibrated")
+        raise QzoError(
+            f"{encoder.task.name} has no label words whose prior could be calibrated; leave the prior out "
+            "(--calibrated)"
+        )
     if not examples:
-        raise QzoError("a label prior needs at least one text")
+        raise QzoError("a label prior needs at least one text; give some")
     with evaluating(model):
         return _scores(model, encoder, examples, batch_size).log_softmax(1).mean(0).tolist()
 
@@ -90,7 +93,8 @@ def _check_prior(encoder: Encoder, prior: Sequence[float] | None) -> None:
     words = encoder.task.words
     if prior is not None and len(prior) != len(words):
         raise QzoError(
-            f"a prior of {len(prior)} values does not fit {encoder.task.name}, which has {len(words)} label words"
+            f"a prior of {len(prior)} values does not fit {encoder.task.name}, which has {len(words)} label words; "
+            "take that of qzo.tasks.label_prior on this task"
         )
 
 

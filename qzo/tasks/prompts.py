@@ -93,6 +93,6 @@ def squad(row: Row) -> list[Example]:
     """The answer is to be written; a new line ends it."""
     answers = row.inner(row.get("answers", dict), "answers").get("text", list)
     if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise QzoError(f"{row.where}: answers have no text")
+        raise QzoError(f"{row.where}: answers have no text; write one, or remove the row")
     ask = f"\nQuestion: {row.get('question').strip()}\nAnswer:"
     return [Example(row.get("context").strip(), ask, tuple(f" {answer.strip()}" for answer in answers), 0)]

@@ -28,18 +28,24 @@ def draw(source: Pools, sizes: dict[str, int], seed: int) -> Pools:
     """
     for split, size in sizes.items():
         if size < 1:
-            raise QzoError(f"{split}={size}: at least 1 example is needed")
+            raise QzoError(f"{split}={size}: at least 1 example is needed; give more")
     taken = {example.key() for split, found in source.items() if split != "train" for example in found}
     rest = [example for example in source["train"] if example.key() not in taken]
     if source["train"] and not rest:
         count = len(source["train"])
-        raise QzoError(f"all {count:,} training examples also stand in another split, so none is left to train on")
+        raise QzoError(
+            f"all {count:,} training examples also stand in another split, so none is left to train on; give other "
+            "rows for the splits"
+        )
     cut = {split: size for split, size in sizes.items() if split == "train" or split not in source}
     pools = {**source, **_deal(rest, cut, random.Random(f"{seed}/deal"))}
     drawn = {split: _take(pools[split], size, random.Random(f"{seed}/{split}")) for split, size in sizes.items()}
     for split, found in drawn.items():
         if not found:
-            raise QzoError(f"the {split} split is empty: its source has {len(pools[split])} examples that it can use")
+            raise QzoError(
+                f"the {split} split is empty: its source has {len(pools[split])} examples that it can use; add some, "
+                "or ask for fewer in the other splits"
+            )
     return drawn
 
 

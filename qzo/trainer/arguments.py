@@ -39,9 +39,9 @@ IRRELEVANT = _names(  # to a single process, or read by scripts and not by Train
     local_rank do_train do_eval do_predict resume_from_checkpoint
     """
 )
-BETTER = 'QZO has rules of its own: qzo_options={"momentum": 0.9} or {"betas": (0.9, 0.999), "adam_eps": 1e-8}'
+BETTER = 'QZO has rules of its own; give qzo_options={"momentum": 0.9} or {"betas": (0.9, 0.999), "adam_eps": 1e-8}'
 ADAM = ("adamw_torch", "adamw_torch_fused")  # the defaults of transformers' versions
-SHARDED = "zeroth-order steps need a single process with the whole model"
+SHARDED = "zeroth-order steps need a single process with the whole model; leave it out, and start one process"
 CAST = "it casts the live scales for an evaluation and does not cast them back; load the model with that dtype"
 NO_ACTIVATIONS = "it changes nothing: no activations are kept for a backward pass"
 
@@ -59,7 +59,7 @@ REFUSED = {  # the result would be another than what is asked for: name -> why, 
     "bf16_full_eval": CAST,
     "use_liger_kernel": "its fused loss computes gradients in the forward pass, for nothing; leave it out",
     "liger_kernel_config": "Liger's kernels are made for a backward pass; leave it out",
-    "auto_find_batch_size": "it begins anew after steps that were taken already; find a batch size that fits",
+    "auto_find_batch_size": "it begins anew after steps that were taken already; choose a batch size that fits",
     "enable_jit_checkpoint": "QZOTrainer saves a checkpoint on SIGTERM by itself; leave it out",
     "deepspeed": SHARDED,
     "fsdp": SHARDED,

@@ -71,7 +71,9 @@ def _formatted(row: Row, formatting_func: Formatting) -> Row:
     except BaseException as error:  # it is the user's own
         if not is_failure(error):
             raise
-        raise QzoError(f"{row.where}: formatting_func raises {type(error).__name__}: {one_line(error)}") from error
+        raise QzoError(
+            f"{row.where}: formatting_func raises {type(error).__name__}: {one_line(error)}; correct it, or the row"
+        ) from error
     if not isinstance(text, str):
         raise QzoError(f"{row.where}: formatting_func returns {shown(text)}; it must return the text of one row")
     return Row(row.where, {"text": text})

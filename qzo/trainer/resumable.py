@@ -100,11 +100,13 @@ class ResumableTrainer(Trainer):
             place = Path(str(wish))
             reason = self._unfit(place, check(place))
             if reason is not None:
-                raise QzoError(f"{place} cannot be resumed: {reason}")
+                raise QzoError(f"{place} cannot be resumed: {reason}, or take another checkpoint")
             return place
         found, notices = newest(self._out, self._unfit)
         if found is None and any(CUT_SHORT not in notice for notice in notices):
-            raise QzoError(f"{self._out} has no checkpoint to go on from; {notices[0]}")
+            raise QzoError(
+                f"{self._out} has no checkpoint to go on from; begin anew in another folder, or mend this: {notices[0]}"
+            )
         if found is None:
             notices.append(f"{self._out} holds no whole checkpoint; training starts at step 0")
         for notice in notices:
@@ -172,7 +174,7 @@ class ResumableTrainer(Trainer):
             publish(out / SAVING / name, out / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = f"{one_line(error)}; those before it are whole"
-            raise QzoError(f"{out / name} could not be written: {reason}") from error
+            raise QzoError(f"{out / name} could not be written: {reason}; free some space, and resume") from error
         finally:
             self._saving = False
             shutil.rmtree(out / SAVING, ignore_errors=True)

@@ -79,7 +79,7 @@ class RowEncoding:
         """The rows of a data set; the first that comes tells kind and labels. Raises QzoError with the row."""
         rows = self._renamed(rows_of(dataset, name, self.formatting_func))
         if not rows:
-            raise QzoError(f"{name} has no rows")
+            raise QzoError(f"{name} has no rows; give some")
         if self.task is None:
             self.task = self._recognised(rows, name)
         made = objective(self.task, self.tokenizer, self.options.max_length).fitted(self._longest())

@@ -73,7 +73,9 @@ def data_options(arguments: Any, asked: Mapping[str, Any], given: Mapping[str, A
     for name, nothing in PLAIN.items():
         value = given.get(name, getattr(arguments, name, nothing[0]))
         if value not in nothing:
-            raise QzoError(f"{name} is for tokenised rows; raw ones have the loss and the metrics of their kind")
+            raise QzoError(
+                f"{name} is for tokenised rows, and raw ones have the loss and the metrics of their kind; leave it out"
+            )
     return DataOptions(**{**{"columns": {}}, **_of_config(arguments), **asked})
 
 

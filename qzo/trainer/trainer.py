@@ -147,7 +147,7 @@ class QZOTrainer(RowsTrainer):
 
     def _open_journal(self, model: nn.Module, optimizer: SpsaOptimizer) -> None:
         if not isinstance(optimizer, QZO):
-            raise QzoError(f"a Trainer's journal is for QZO, not for {type(optimizer).__name__}")
+            raise QzoError(f"a Trainer's journal is for QZO, not for {type(optimizer).__name__}; leave it out")
         assert self.journal_path is not None
         self.journal = Journal(self.journal_path, model, optimizer)
         if self._begins_anew:
@@ -307,7 +307,10 @@ class QZOTrainer(RowsTrainer):
         if not (folder / TRAINED).is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif not (folder / OPTIMIZER).is_file():
-            raise QzoError(f"{folder} has no {OPTIMIZER} (save_only_model=True?), so a run cannot go on from it")
+            raise QzoError(
+                f"{folder} has no {OPTIMIZER} (save_only_model=True?), so a run cannot go on from it; take another "
+                "checkpoint"
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As Trainer's, which restores the scales too; the journal is cut where the checkpoint was made."""
@@ -339,11 +342,13 @@ class QZOTrainer(RowsTrainer):
 def _for_mixed(kind: type, signature: inspect.Signature, formatting_func: Any, data_options: Any) -> dict[str, Any]:
     """What a trainer that is mixed in gets of the arguments for raw rows, which it encodes by itself."""
     if data_options:
-        raise QzoError(f"data_options={data_options}: {kind.__name__} encodes rows as its configuration says")
+        raise QzoError(
+            f"data_options={data_options}: {kind.__name__} encodes rows as its configuration says; leave them out"
+        )
     if formatting_func is None:
         return {}
     if "formatting_func" not in signature.parameters:
-        raise QzoError(f"{kind.__name__} takes no formatting_func")
+        raise QzoError(f"{kind.__name__} takes no formatting_func; leave it out")
     return {"formatting_func": formatting_func}
 
 

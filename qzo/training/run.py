@@ -290,7 +290,10 @@ def read_run(folder: Path) -> Result:
     except AmbiguousKey as error:
         raise QzoError(f"{folder / RUN}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise QzoError(f"{folder} is not the folder of a run ({RUN} is missing or cannot be read)") from error
+        raise QzoError(
+            f"{folder} is not the folder of a run ({RUN} is missing or cannot be read); give one that qzo train "
+            "wrote, or restore it from a copy"
+        ) from error
     settings = content["settings"]
     wrong = {
         "model": not isinstance(content.get(MODEL), str) and MODEL in content,
@@ -324,7 +327,7 @@ def begun_with(folder: Path) -> Result:
         values = TrainSettings.from_json(settings)
         TrainSettings(**values)
         if values.get("preset", "paper") not in [*PRESETS]:
-            raise QzoError(f"preset={values['preset']!r} is not known; there are {', '.join(PRESETS)}")
+            raise QzoError(f"preset={values['preset']!r} is not known; choose {' or '.join(PRESETS)}")
     except (TypeError, ValueError, AttributeError) as error:  # QzoError is one
         raise QzoError(f"{folder / RUN}: settings: {reason(error)}; restore the file from a copy") from error
     return values

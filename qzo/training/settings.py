@@ -124,11 +124,13 @@ class TrainSettings:
             if name == "batch_size" and value == AUTO:
                 continue
             if value is not None and not (isinstance(value, int) and value >= 1):
-                raise QzoError(f"{name}={value} is not a positive whole number")
+                raise QzoError(f"{name}={value} is not a positive whole number; choose e.g. 8")
         if not 0 <= self.centering < 1:
             raise QzoError(f"centering={self.centering} is not in [0, 1); choose e.g. 0.7, or 0 for none")
         if list(self.legs) != sorted(set(self.legs)) or not all(0 < end < self.steps for end in self.legs):
-            raise QzoError(f"legs={self.legs} are not growing numbers of steps below {self.steps}")
+            raise QzoError(
+                f"legs={self.legs} are not growing numbers of steps below {self.steps}; restore run.json from a copy"
+            )
         self._check_method()
         self._check_estimator()
         _ = self.layer_range
@@ -152,7 +154,10 @@ class TrainSettings:
         for name, methods in unused.items():
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default and self.method not in methods:
-                raise QzoError(f'{name}={getattr(self, name)} is for {" and ".join(methods)}, not for "{self.method}"')
+                raise QzoError(
+                    f'{name}={getattr(self, name)} is for {" and ".join(methods)}, not for "{self.method}"; leave it '
+                    "out"
+                )
         if measured := [name for name in (*MEASURED, "layers") if getattr(self, name) == AUTO]:
             needs = {"method": "qzo", "relative": True, **({"update": "sgd"} if "lr" in measured else {})}
             wrong = [f"{name}={getattr(self, name)}" for name, value in needs.items() if getattr(self, name) != value]
@@ -162,7 +167,9 @@ class TrainSettings:
                     f"{', '.join(wrong)}; give a number, or --preset paper"
                 )
         if self.method not in ZEROTH_ORDER and not math.isinf(self.clip_threshold or 0):  # type: ignore[arg-type]
-            raise QzoError(f'clip_threshold={self.clip_threshold} is for qzo and mezo, not for "{self.method}"')
+            raise QzoError(
+                f'clip_threshold={self.clip_threshold} is for qzo and mezo, not for "{self.method}"; leave it out'
+            )
 
     def _check_estimator(self) -> None:
         """Ways to measure d that do not fit together."""

@@ -29,9 +29,9 @@ def read_peft_config(path: str | Path) -> tuple[str, dict[str, Any]]:
     try:
         stated = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise QzoError(f"cannot read {path}: {error.strerror}") from error
+        raise QzoError(f"cannot read {path}: {error.strerror}; name another file") from error
     except (ValueError, RecursionError) as error:
-        raise QzoError(f"{path} is no JSON: {' '.join(str(error).split())[:100]}") from error
+        raise QzoError(f"{path} is no JSON: {' '.join(str(error).split())[:100]}; correct it") from error
     if not isinstance(stated, dict) or not isinstance(stated.get(KIND), str):
         raise QzoError(f"{path} has no {KIND}; give the adapter_config.json of a PEFT method")
     with quiet_libraries():
@@ -40,7 +40,9 @@ def read_peft_config(path: str | Path) -> tuple[str, dict[str, Any]]:
     name = known.get(stated[KIND].upper())
     if name is None:
         near = difflib.get_close_matches(stated[KIND].upper(), known, n=3, cutoff=0.4)
-        raise QzoError(f"{path}: {KIND} {stated[KIND]!r} is unknown to the installed PEFT; nearest: {', '.join(near)}")
+        raise QzoError(
+            f"{path}: {KIND} {stated[KIND]!r} is unknown to the installed PEFT; nearest: {', '.join(near)}; choose one"
+        )
     given = {key: value for key, value in stated.items() if key not in NOT_OF_TRAINING and value is not None}
     return name, checked(name, given, str(path))
 
@@ -57,7 +59,7 @@ def checked(peft_class: str, options: Mapping[str, Any], source: str) -> dict[st
     for key, value in options.items():
         if key not in kinds:
             near = difflib.get_close_matches(key, kinds, n=3, cutoff=0.5)
-            raise QzoError(f"{source}: {peft_class} has no {key}; nearest: {', '.join(near) or 'none'}")
+            raise QzoError(f"{source}: {peft_class} has no {key}; choose another, such as {', '.join(near) or 'r'}")
         _check_kind(source, key, value, kinds[key])
     found = dict(options) | {"task_type": TASK}
     for key in NAMES:
@@ -69,7 +71,9 @@ def checked(peft_class: str, options: Mapping[str, Any], source: str) -> dict[st
         with quiet_libraries():
             getattr(peft, peft_class)(**found)
     except Exception as error:
-        raise QzoError(f"{source}: {peft_class} refuses this: {' '.join(str(error).split())[:200]}") from error
+        raise QzoError(
+            f"{source}: {peft_class} refuses this: {' '.join(str(error).split())[:200]}; correct it"
+        ) from error
     return found
 
 

@@ -102,7 +102,8 @@ def parse(stated: Mapping[str, Any]) -> Recipe:
     unknown = sorted(set(stated) - known)
     if unknown or "name" not in stated:
         raise QzoError(
-            f"a recipe has no {unknown[0] if unknown else 'name'}; its fields are {', '.join(sorted(known))}"
+            f"a recipe has no {unknown[0] if unknown else 'name'}; its fields are {', '.join(sorted(known))}: correct "
+            "it"
         )
     values: dict[str, Any] = dict(stated)
     if "lengths" in values:

@@ -194,14 +194,20 @@ def _unknown(key: str, value: Any, recipes: Mapping[str, Recipe]) -> QzoError:
     whose = [name for name, recipe in RECIPES.items() if _concerns(key, recipe)]
     if whose:
         methods = ", ".join(recipes) or "the methods of this run"
-        return QzoError(f"--set {key}={value} does not concern {methods}; it is for {', '.join(whose)}")
+        return QzoError(
+            f"--set {key}={value} does not concern {methods}; it is for {', '.join(whose)}: leave it "
+            "out, or add one of these to --methods"
+        )
     if key in trainer.SILENT.split():
         return QzoError(f"--set {key}={value} changes no byte of a step; leave it out")
     if key in trainer.NOT_SIMULATED:
-        return QzoError(f"--set {key}={value} is not simulated: {trainer.NOT_SIMULATED[key]}")
+        return QzoError(f"--set {key}={value} is not simulated: {trainer.NOT_SIMULATED[key]}; leave it out")
     names = {*ARGUMENTS, *QUANTIZATION, *PREPARATION, *FIELDS, *ELSEWHERE}
     for recipe in {recipe.peft_class: recipe for recipe in (*RECIPES.values(), *recipes.values())}.values():
         names |= set(known_keys(recipe.peft_class))
     near = difflib.get_close_matches(key, sorted(names), n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
-    return QzoError(f"--set {key}: no option of the Trainer, PEFT or bitsandbytes that concerns memory{hint}")
+    return QzoError(
+        f"--set {key}: no option of the Trainer, PEFT or bitsandbytes that concerns memory{hint}; correct it, or "
+        "leave it out"
+    )

@@ -89,10 +89,10 @@ def galore_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     arguments = recipe.arguments
     targets = arguments.get("optim_target_modules")
     if not targets:
-        raise QzoError(f"optim={arguments['optim']} needs optim_target_modules; for example all-linear")
+        raise QzoError(f"optim={arguments['optim']} needs optim_target_modules; give it, for example all-linear")
     low = _targets(model, targets)
     if not low:
-        raise QzoError(f"optim_target_modules={targets!r} matches no linear layer; for example all-linear")
+        raise QzoError(f"optim_target_modules={targets!r} matches no linear layer; give it, for example all-linear")
     options = _options(str(arguments.get("optim_args") or ""))
     trained = [(name, item) for name, item in model.named_parameters() if item.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -114,7 +114,7 @@ def _options(stated: str) -> dict[str, Any]:
     pairs = dict(pair.partition("=")[::2] for pair in stated.replace(" ", "").split(",") if pair)
     projection = pairs.get("proj_type", PROJECTION)
     if projection != PROJECTION:
-        raise QzoError(f"optim_args=proj_type={projection} is not simulated; GaLore's default, {PROJECTION}, is")
+        raise QzoError(f"optim_args=proj_type={projection} is not simulated; take GaLore's default, {PROJECTION}")
     try:
         return {name: type(value)(pairs.get(name, value)) for name, value in DEFAULTS.items()}
     except ValueError as error:

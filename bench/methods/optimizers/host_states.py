@@ -55,10 +55,14 @@ def host_states_of(recipe: Recipe, model: nn.Module) -> HostStates:
     if asked not in OFFLOADS:
         raise QzoError(f"optimizer_offload={asked!r} of a recipe is unknown; choose {' or '.join(OFFLOADS)}")
     if optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise QzoError(f"optimizer_offload is simulated with adamw_torch, not with optim={optim}")
+        raise QzoError(
+            f"optimizer_offload is simulated with adamw_torch, not with optim={optim}; leave one of them out"
+        )
     if asked == "gradients" and recipe.arguments.get("gradient_accumulation_steps", 1) > 1:
         raise QzoError("gradients that are offloaded cannot be accumulated; choose optimizer_offload=states")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if any(parameter.device.type == "cpu" for parameter in trained):
-        raise QzoError("optimizer_offload needs a model on a GPU; on the CPU there is nowhere to offload to")
+        raise QzoError(
+            "optimizer_offload needs a model on a GPU; on the CPU there is nowhere to offload to: leave it out"
+        )
     return HostStates(trained, asked == "gradients")

@@ -42,7 +42,9 @@ def optimizer_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         AttributeError,
     ) as error:  # of the libraries, for what was asked of them
         name = recipe.arguments.get("optim")
-        raise QzoError(f"optim={name!r} cannot be simulated here: {one_line(error)}; adamw_torch_fused can") from error
+        raise QzoError(
+            f"optim={name!r} cannot be simulated here: {one_line(error)}; choose another, such as adamw_torch_fused"
+        ) from error
 
 
 def _made(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

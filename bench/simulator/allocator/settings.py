@@ -74,7 +74,7 @@ class AllocatorSettings:
             raise QzoError(f"per_process_memory_fraction:{self.per_process_memory_fraction} must be from 0 to 1")
         if len(self.roundup_power2_divisions) != INTERVALS:
             raise QzoError(
-                f"roundup_power2_divisions needs {INTERVALS} numbers, one for each power of two from 1 MiB on"
+                f"roundup_power2_divisions needs {INTERVALS} numbers: give one for each power of two from 1 MiB on"
             )
         for divisions in self.roundup_power2_divisions:
             if divisions & (divisions - 1):
@@ -95,7 +95,7 @@ class AllocatorSettings:
                 fields[key] = READERS[key](key, value)
             elif key in ONLY:
                 if value != ONLY[key]:
-                    raise QzoError(f"{key}:{value} cannot be replayed, only {key}:{ONLY[key]}")
+                    raise QzoError(f"{key}:{value} cannot be replayed, only {key}:{ONLY[key]}; leave it out")
             elif key not in WITHOUT_EFFECT:
                 known = ", ".join(sorted({*READERS, *ONLY, *WITHOUT_EFFECT}))
                 raise QzoError(f"allocator setting {key!r} is unknown; known are {known}")

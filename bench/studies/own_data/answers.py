@@ -40,7 +40,7 @@ def llamacpp(node: Path, file: Path, asked: Sequence[Asked], count: int, likelie
     command = ["node", str(SCRIPT), str(node.resolve())]
     done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise QzoError(f"llama.cpp ends with {done.returncode}: {done.stderr.strip()[-300:]}")
+        raise QzoError(f"llama.cpp ends with {done.returncode}: {done.stderr.strip()[-300:]}; run it by hand to see")
     return list(json.loads(done.stdout)["answers"])
 
 
@@ -53,7 +53,9 @@ def compared(node: Path, file: Path, asked: Sequence[Asked]) -> dict[str, Any]:
     for prompt, answer in zip(asked, llamacpp(node, file, asked, COUNT), strict=True):
         before = _tokens(tokenizer, prompt)
         if answer["tokens"] != before:
-            raise QzoError(f"{file}: llama.cpp reads {answer['tokens']} where qzo reads {before}")
+            raise QzoError(
+                f"{file}: llama.cpp reads {answer['tokens']} where qzo reads {before}; correct the tokenizer first"
+            )
         said = [step["token"] for step in answer["steps"]]
         likelihoods = model(torch.tensor([[*before, *said[:-1]]])).logits[0, len(before) - 1 :].log_softmax(-1)
         own = likelihoods.argmax(-1)
@@ -85,5 +87,5 @@ def _generated(file: Path, prompt: Asked) -> str:
         command += ["--prompt", prompt["text"]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise QzoError(f"qzo generate ends with {done.returncode}: {done.stderr.strip()}")
+        raise QzoError(f"qzo generate ends with {done.returncode}: {done.stderr.strip()}; run it by hand to see")
     return done.stdout.strip()

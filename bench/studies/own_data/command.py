@@ -45,12 +45,15 @@ def trained(model: str, data: Path, run: Path, more: Sequence[str] = ()) -> Spen
         notes.write_text(json.dumps(vars(spent)), encoding="utf-8")
         told = subprocess.run(command, capture_output=True, text=True, check=False)
         if told.returncode != 2 or "--resume" not in told.stderr:
-            raise QzoError(f"{run}: the command after a SIGKILL ends with {told.returncode}: {told.stderr.strip()}")
+            raise QzoError(
+                f"{run}: the command after a SIGKILL ends with {told.returncode}: {told.stderr.strip()}; run it by "
+                "hand to see"
+            )
     if not (run / RESULT).exists():
         code = _watched([*command, "--resume"], log, spent, lambda: False)
         notes.write_text(json.dumps(vars(spent)), encoding="utf-8")
         if code:
-            raise QzoError(f"{run}: gone on with, the command ends with {code}; {log} has what it said")
+            raise QzoError(f"{run}: gone on with, the command ends with {code}; read what it said in {log}")
     return spent
 
 
@@ -58,7 +61,7 @@ def _killed(command: list[str], run: Path, log: Path, spent: Spent) -> int:
     """Kill a run when half of its steps are taken; returns how many were."""
     code = _watched(command, log, spent, lambda: _is_half(run))
     if code != -signal.SIGKILL:
-        raise QzoError(f"{run}: ended with {code} before half of its steps; {log} has what it said")
+        raise QzoError(f"{run}: ended with {code} before half of its steps; read what it said in {log}")
     return _steps(run)
 
 

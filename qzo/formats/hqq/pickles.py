@@ -89,7 +89,7 @@ def check_sums(file: Path) -> None:
 
 def _damaged(file: Path, error: Exception) -> QzoError:
     reason = one_line(error).removeprefix(f"{file}: ")
-    return QzoError(f"{file} is damaged, or holds more than tensors: {reason}")
+    return QzoError(f"{file} is damaged, or holds more than tensors: {reason}; copy or download it again")
 
 
 def _checked_list(file: Path) -> Path:

@@ -69,7 +69,10 @@ def scale_and_zero(grouped: Tensor, n_bits: int, symmetric: bool, dtype: torch.d
     # by a tensor: by a plain number CUDA multiplies with the reciprocal, whose last bit differs from a CPU's quotient
     scale = (spread / spread.new_full((), top)).to(dtype).clamp_(min=smallest)
     if not bool(torch.isfinite(scale).all()):
-        raise QzoError(f"the weight has values that are not finite, or too large for {dtype} scales")
+        raise QzoError(
+            f"the weight has values that are not finite, or too large for {dtype} scales; load the model in bfloat16 "
+            "or float32, or copy its files again"
+        )
     if symmetric:
         return scale, torch.full_like(spread, 2 ** (n_bits - 1))
     return scale, (-low / scale.float()).round_().clamp_(0, top)

@@ -36,7 +36,7 @@ def labels_of(rows: Sequence[Row]) -> tuple[str, ...]:
     if len(found) < 2:
         raise QzoError(
             f"{rows[0].where} and all other training rows have the label {shown(min(found))}; two different labels "
-            "are needed at least"
+            "are needed at least: add rows with another"
         )
     if len(found) > MOST_LABELS:
         raise QzoError(
@@ -63,7 +63,9 @@ def read_words(file: str | None, labels: Sequence[str]) -> tuple[str, ...]:
     words = _words_file(Path(file))
     missing = [label for label in labels if not words.get(label, "").strip()]
     if missing:
-        raise QzoError(f"{file} has no words for the label {shown(missing[0])}; every label needs some")
+        raise QzoError(
+            f"{file} has no words for the label {shown(missing[0])}; every label needs some: add a line for it"
+        )
     chosen = tuple(f" {words[label].strip()}" for label in labels)
     twice = next((word for word in chosen if chosen.count(word) > 1), None)
     if twice is not None:
@@ -77,7 +79,7 @@ def _words_file(file: Path) -> Mapping[str, str]:
         try:
             content: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise QzoError(f"{file} is not JSON: {error}") from error
+            raise QzoError(f"{file} is not JSON: {error}; correct it, or name a .tsv file") from error
         if not all(isinstance(word, str) for word in content.values()):
             raise QzoError(f"{file} must give text for every label")
         return dict(content)
@@ -97,10 +99,13 @@ def example_of(row: Row, numbers: Mapping[str, int], words: tuple[str, ...], ask
     """
     text, label = row.get("text").strip(), label_of(row)
     if not text:
-        raise QzoError(f'{row.where}: "text" is empty')
+        raise QzoError(f'{row.where}: "text" is empty; write one, or remove the row')
     if label not in numbers:
         known = ", ".join(map(shown, list(numbers)[:10])) + (", ..." if len(numbers) > 10 else "")
-        raise QzoError(f"{row.where}: no training row has the label {shown(label)}; they have {known}")
+        raise QzoError(
+            f"{row.where}: no training row has the label {shown(label)}; they have {known}: correct it, or add such "
+            "rows to the training data"
+        )
     return Example(text, f"\n{asked}:", words, numbers[label])
 
 

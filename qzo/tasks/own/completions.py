@@ -124,7 +124,7 @@ class RewardObjective:
         Raises QzoError for no rows, and as `written`.
         """
         if not rows:
-            raise QzoError("there are no rows to evaluate")
+            raise QzoError("there are no rows to evaluate; give some")
         written = self._all_written(model, rows, batch_size, self.reward, watch)
         rewards = [completion.reward for completion in written]
         result: dict[str, Any] = {

@@ -190,7 +190,9 @@ class SequenceEncoder:
         except BaseException as error:  # templates are programs, and raise what they like
             if not is_failure(error):
                 raise
-            raise QzoError(f"{where}: the chat template refuses these messages: {one_line(error)}") from error
+            raise QzoError(
+                f"{where}: the chat template refuses these messages: {one_line(error)}; change their roles or order"
+            ) from error
         return str(text)
 
 

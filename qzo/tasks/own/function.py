@@ -70,7 +70,10 @@ class RewardFunction:
                 f"{', '.join(columns) or 'none'} beside the prompt; name the column so, or give the argument a default"
             )
         if any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in signature.parameters.values()):
-            raise QzoError(f"{self.name} takes arguments by position alone, and rewards are given theirs by name")
+            raise QzoError(
+                f"{self.name} takes arguments by position alone, and rewards are given theirs by name; remove the / "
+                "from its signature"
+            )
 
     def rewards(
         self,
@@ -99,7 +102,9 @@ class RewardFunction:
             if not is_failure(error):
                 raise
             where = self._blamed(given, rows)
-            raise QzoError(f"{where}: {self.name} raised {_told(error, self.source)}") from error
+            raise QzoError(
+                f"{where}: {self.name} raised {_told(error, self.source)}; correct the function, or the row"
+            ) from error
         return [self._number(value, where) for value, where in zip(self._listed(found, len(rows)), rows, strict=True)]
 
     def _called(self, given: Mapping[str, Any]) -> Any:
@@ -162,7 +167,8 @@ def load_function(name: str) -> RewardFunction:
     if not callable(call):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
         raise QzoError(
-            f"{module_name} has no function {attribute}; it has {', '.join(functions[:10]) or 'no functions at all'}"
+            f"{module_name} has no function {attribute}; it has "
+            f"{', '.join(functions[:10]) or 'no functions at all'}: name one, or add it"
         )
     return RewardFunction(call, name, getattr(module, "__file__", None))
 
@@ -223,7 +229,9 @@ def _importing(module: str, folder: Path) -> Iterator[None]:
     except BaseException as error:  # a user's module may do anything
         if not (is_failure(error) or isinstance(error, SystemExit)):
             raise
-        raise QzoError(f"{module} cannot be imported: {_told(error, None)}") from error
+        raise QzoError(
+            f"{module} cannot be imported: {_told(error, None)}; correct it, or install what it needs"
+        ) from error
     finally:
         if str(folder) in sys.path:
             sys.path.remove(str(folder))

@@ -62,7 +62,9 @@ def parse_columns(text: str | None) -> dict[str, str]:
             continue
         field, equals, name = (piece.strip() for piece in part.partition("="))
         if not (equals and name) or field not in FIELDS:
-            raise QzoError(f'--columns "{part.strip()}" is not FIELD=COLUMN with a field of {", ".join(FIELDS)}')
+            raise QzoError(
+                f'--columns "{part.strip()}" is not FIELD=COLUMN with a field of {", ".join(FIELDS)}: correct it'
+            )
         if field in columns or name in columns.values():
             raise QzoError(f'--columns "{text}" names {field if field in columns else name} twice; name each once')
         columns[field] = name
@@ -78,7 +80,8 @@ def renamed(rows: Iterable[Row], columns: Mapping[str, str]) -> list[Row]:
         missing = next((name for name in columns.values() if name not in row.fields), None)
         if missing is not None:
             raise QzoError(
-                f"{row.where} has no column {shown(missing)}; it has {', '.join(map(shown, row.fields)) or 'none'}"
+                f"{row.where} has no column {shown(missing)}; it has "
+                f"{', '.join(map(shown, row.fields)) or 'none'}: name one of them"
             )
         rest = {name: value for name, value in row.fields.items() if name not in columns.values()}
         changed.append(Row(row.where, {**rest, **{field: row.fields[name] for field, name in columns.items()}}))

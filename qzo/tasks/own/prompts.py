@@ -50,9 +50,12 @@ def prompt_row(row: Row) -> Prompt:
     """Of a row with a prompt. Raises QzoError for an empty one, and one that ends with an answer."""
     prompt = text_or_messages(row, "prompt")
     if not prompt:
-        raise QzoError(f'{row.where}: "prompt" is empty')
+        raise QzoError(f'{row.where}: "prompt" is empty; write one, or remove the row')
     if not isinstance(prompt, str) and prompt[-1].role == "assistant":
-        raise QzoError(f"{row.where}: the last message of the prompt is the assistant's, so there is nothing to answer")
+        raise QzoError(
+            f"{row.where}: the last message of the prompt is the assistant's, so there is nothing to answer: remove "
+            "that message"
+        )
     rest = {name: value for name, value in row.fields.items() if name != "prompt"}
     return Prompt(row.where, prompt, json.dumps(rest, default=str))
 
@@ -120,7 +123,10 @@ class PromptEncoder:
         if prompt not in self._kept:
             self._kept[prompt] = tuple(self._encode(prompt))
             if not self._kept[prompt]:
-                raise QzoError(f"{prompt.where}: the prompt has no tokens, so there is nothing to go on from")
+                raise QzoError(
+                    f"{prompt.where}: the prompt has no tokens, so there is nothing to go on from; write more, or "
+                    "remove the row"
+                )
         return self._kept[prompt]
 
     def _most(self) -> int | None:
@@ -145,5 +151,8 @@ class PromptEncoder:
         except BaseException as error:  # templates are programs, and raise what they like
             if not is_failure(error):
                 raise
-            raise QzoError(f"{prompt.where}: the chat template refuses these messages: {one_line(error)}") from error
+            raise QzoError(
+                f"{prompt.where}: the chat template refuses these messages: {one_line(error)}; change their roles or "
+                "order"
+            ) from error
         return tokens_of(self.tokenizer, str(text))

@@ -48,7 +48,7 @@ class Reward:
         for name in ("max_new_tokens", "generations"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
-                raise QzoError(f"{name}={value} is not a positive whole number")
+                raise QzoError(f"{name}={value} is not a positive whole number; choose e.g. 64")
         if self.temperature == 0 and self.generations > 1:
             raise QzoError(
                 f"generations={self.generations} at temperature 0 are all the same text; give a temperature, e.g. 1"

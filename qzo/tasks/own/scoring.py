@@ -104,7 +104,7 @@ def evaluate_sequences(
     Raises QzoError for no rows; NotFinite for logits that are not finite.
     """
     if not rows:
-        raise QzoError("there are no rows to evaluate")
+        raise QzoError("there are no rows to evaluate; give some")
     totals: dict[str, float] = dict.fromkeys(("loss", "tokens", "accuracy", "margin", "exact_match", "f1"), 0.0)
     done, pairs = 0, len(rows[0]) == 2
     device = next(model.parameters()).device

@@ -77,14 +77,19 @@ def preference_row(row: Row) -> Sequence:
     else:
         both = [text_or_messages(row, name) for name in ("chosen", "rejected")]
         if isinstance(both[0], str) is not isinstance(both[1], str):
-            raise QzoError(f'{row.where}: of "chosen" and "rejected", one is text and one is messages')
+            raise QzoError(
+                f'{row.where}: of "chosen" and "rejected", one is text and one is messages; write both alike'
+            )
         count = _common(both[0], both[1])
         prompt, pair = both[0][:count], [text[count:] for text in both]
     if pair[0] == pair[1]:
-        raise QzoError(f'{row.where}: "chosen" and "rejected" are the same')
+        raise QzoError(f'{row.where}: "chosen" and "rejected" are the same; remove the row')
     for name, answer in zip(("chosen", "rejected"), pair, strict=True):
         if not answer:
-            raise QzoError(f'{row.where}: nothing of "{name}" is left behind what both begin with')
+            raise QzoError(
+                f'{row.where}: nothing of "{name}" is left behind what both begin with; make the answers differ from '
+                'their first word on, or give "prompt"'
+            )
     return Sequence(row.where, prompt, (pair[0], pair[1]))
 
 
@@ -111,21 +116,24 @@ def _answer(row: Row, name: str, text: bool) -> Text:
 def _spoken(row: Row, name: str) -> tuple[Message, ...]:
     found = _messages(row, name)
     if not any(message.role == "assistant" and message.content.strip() for message in found):
-        raise QzoError(f'{row.where}: "{name}" has no turn of the role "assistant", so there is nothing to learn')
+        raise QzoError(
+            f'{row.where}: "{name}" has no turn of the role "assistant", so there is nothing to learn; add one, or '
+            "remove the row"
+        )
     return found
 
 
 def _string(row: Row, name: str, may_be_empty: bool = False) -> str:
     text: str = row.get(name)
     if not (text.strip() or may_be_empty):
-        raise QzoError(f'{row.where}: "{name}" is empty')
+        raise QzoError(f'{row.where}: "{name}" is empty; fill it, or remove the row')
     return text
 
 
 def _messages(row: Row, name: str) -> tuple[Message, ...]:
     turns = row.get(name, list)
     if not turns:
-        raise QzoError(f'{row.where}: "{name}" is empty')
+        raise QzoError(f'{row.where}: "{name}" is empty; fill it, or remove the row')
     return tuple(_message(row.inner(turn, f"{name} {number}")) for number, turn in enumerate(turns, 1))
 
 
@@ -147,4 +155,6 @@ def _message(turn: Row) -> Message:
 def _part(turn: Row, part: Any) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise QzoError(f"{turn.where}: a part of the content is {shown(part)}; only text is trained here")
+    raise QzoError(
+        f"{turn.where}: a part of the content is {shown(part)}; only text is trained here: remove it, or the row"
+    )

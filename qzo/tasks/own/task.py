@@ -161,7 +161,9 @@ def from_data(
     rows = _rows({"train": data, "validation": validation, "test": test}, columns)
     if reward is not None:
         if label_words is not None:
-            raise QzoError("label words are for texts with labels, and a reward scores what the model writes")
+            raise QzoError(
+                "label words are for texts with labels, and a reward scores what the model writes; leave them out"
+            )
         prompts: Any = reward_prompts(rows, reward, metric)
         return RewardTask(Path(data).name, reward, _Splits(data, sizes or {}, prompts))
     task = recognised(rows["train"], Path(data).name, columns, label_words, metric)
@@ -185,7 +187,7 @@ def recognised(
     if chosen not in METRICS[kind]:
         raise QzoError(f'metric "{metric}" is not measured on {kind.text}; choose {", ".join(METRICS[kind])}')
     if label_words is not None and kind is not kinds.CLASSES:
-        raise QzoError(f"label words are for texts with labels, and {name} holds {kind.text}")
+        raise QzoError(f"label words are for texts with labels, and {name} holds {kind.text}; leave them out")
     if kind is not kinds.CLASSES:
         return SequenceTask(name, kind, chosen, packed=kind is kinds.TEXT)
     labels = labels_of(rows)

@@ -83,7 +83,9 @@ def _json(file: Path) -> Iterator[Row]:
         if getattr(error, "msg", "") == "Extra data" and text.lstrip().startswith("{"):
             yield from json_lines(file)
             return
-        raise QzoError(f"{file} is not JSON: {error}") from error
+        raise QzoError(
+            f"{file} is not JSON: {error}; correct it, or name it .jsonl where each line is an object"
+        ) from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list) or not content:
@@ -128,11 +130,13 @@ def _table(file: Path, first: str, lines: Iterator[str], delimiter: str) -> Iter
                 raise QzoError(f"{where} has {len(values)} values under a header of {len(header)}; quote the delimiter")
             yield Row(where, dict(zip(header, values, strict=True)))
     except csv.Error as error:
-        raise QzoError(f"{file}, line {reader.line_num} cannot be read as a table: {error}") from error
+        raise QzoError(
+            f"{file}, line {reader.line_num} cannot be read as a table: {error}; correct the line"
+        ) from error
     finally:
         csv.field_size_limit(before)
     if not count:
-        raise QzoError(f"{file} has no row below its header")
+        raise QzoError(f"{file} has no row below its header; add rows")
 
 
 def _check_header(file: Path, header: list[str]) -> None:

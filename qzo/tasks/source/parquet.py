@@ -37,9 +37,11 @@ def parquet_rows(file: Path) -> Iterator[Row]:
     except QzoError:
         raise
     except Exception as error:  # pyarrow raises many kinds
-        raise QzoError(f"{file} cannot be read: {one_line(error)}; is it damaged?") from error
+        raise QzoError(
+            f"{file} cannot be read: {one_line(error)}; is it damaged? Then copy or download it again"
+        ) from error
     if not rows:
-        raise QzoError(f"{file} has no rows")
+        raise QzoError(f"{file} has no rows; give a file with some")
     for number, row in enumerate(rows, 1):
         fields = {column: _named(value, names.get(column)) for column, value in row.items()}
         yield Row(f"{file}, row {number}", fields)
@@ -73,7 +75,10 @@ def hub_files(name: str) -> dict[str, list[Path]]:
             raise QzoError(f"hub:{repo} has the configurations {', '.join(configs)}; choose one, hub:{repo}:NAME")
         found = {split: [f for f in files if f.startswith(f"{chosen}/{split}/")] for split in SPLITS}
         if not found["train"]:
-            raise QzoError(f"hub:{repo}, {chosen}, has no split named train")
+            raise QzoError(
+                f"hub:{repo}, {chosen}, has no split named train; name another configuration, or download its files "
+                "and give them by --data"
+            )
         return {
             split: [Path(hf_hub_download(repo, file, **options)) for file in sorted(of_split)]
             for split, of_split in found.items()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qzo.errors import QzoError
+from qzo.errors import ACCESS, QzoError
 from qzo.files.bounds import AmbiguousKey, check_file, said_once
 from qzo.tasks.source.row import Row, shown
 
@@ -48,7 +48,7 @@ def lines_of(file: Path) -> Iterator[str]:
         with opener(file, "rb") as raw:
             yield from _decoded(raw, file)
     except (OSError, EOFError, zlib.error) as error:
-        raise QzoError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise QzoError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}; {ACCESS}") from error
 
 
 def _decoded(raw: Any, file: Path) -> Iterator[str]:
@@ -74,16 +74,19 @@ def _check_line(file: Path, count: int, length: int, total: int, limit: int) -> 
         raise QzoError(f"{file} has more than {MOST_LINES:,} lines; cut it, a run needs far fewer examples")
     if length >= LONGEST_LINE:
         raise QzoError(
-            f"{file}, line {count} has more than {LONGEST_LINE:,} characters; an example needs far fewer, so break or "
-            "cut it"
+            f"{file}, line {count} has more than {LONGEST_LINE:,} characters; an example needs far fewer: cut "
+            "it, or break it up"
         )
     if total > limit:
-        raise QzoError(f"{file} holds more than {limit:,} characters, {PACKED} times its size; is it damaged?")
+        raise QzoError(
+            f"{file} holds more than {limit:,} characters, {PACKED} times its size; is it damaged? Then copy or "
+            "download it again"
+        )
 
 
 def _text(line: bytes, file: Path, number: int) -> str:
     if b"\0" in line:
-        raise QzoError(f"{file}, line {number} holds zero bytes; it is no text file")
+        raise QzoError(f"{file}, line {number} holds zero bytes; it is no text file: give JSON lines, CSV, TSV or text")
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:

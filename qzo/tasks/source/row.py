@@ -19,7 +19,9 @@ class Row:
     def get(self, name: str, kind: type | tuple[type, ...] = str) -> Any:
         """A field of this type. Raises QzoError where it is missing or something else."""
         if name not in self.fields:
-            raise QzoError(f'{self.where} has no field "{name}"; it has {", ".join(map(str, self.fields)) or "none"}')
+            raise QzoError(
+                f'{self.where} has no field "{name}"; it has {", ".join(map(str, self.fields)) or "none"}; add it'
+            )
         value = self.fields[name]
         if not isinstance(value, kind):
             wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))

@@ -39,7 +39,8 @@ def _file(folder: Path, stems: tuple[str, ...]) -> Path:
             if (file := folder / f"{stem}{suffix}").is_file():
                 return file
     raise QzoError(
-        f"{folder} has no {stems[0]}.jsonl, nor {stems[0]}.jsonl.gz; a task needs train and validation files"
+        f"{folder} has no {stems[0]}.jsonl, nor {stems[0]}.jsonl.gz; a task needs train and validation files: add "
+        "them, or name another folder by --data"
     )
 
 

@@ -190,7 +190,9 @@ def put(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     own = live_named(model)
     for name, value in tensors.items():
         if name not in own or own[name].shape != value.shape:
-            raise QzoError(f"{source} has {name} {tuple(value.shape)}, for which the model has no place")
+            raise QzoError(
+                f"{source} has {name} {tuple(value.shape)}, for which the model has no place; restore it from a copy"
+            )
         own[name].copy_(value)
 
 

@@ -192,14 +192,14 @@ def load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as problem:
-        raise ReportError(f"cannot read {path}: {problem}") from problem
+        raise ReportError(f"cannot read {path}: {problem}; run `make gpu` again") from problem
 
 
 def render(folder: Path = MEASUREMENTS) -> str:
     """The page of the first card whose measurements are in the folder. Raises ReportError."""
     files = sorted(folder.glob("*.jsonl"))
     if not files:
-        raise ReportError(f"{folder} has no measurements; `make gpu` makes them on a machine with a GPU")
+        raise ReportError(f"{folder} has no measurements; run `make gpu` on a machine with a GPU")
     name = files[0].stem
     records = lines_of(files[0])
     facts, seconds, multiplied = (load(folder / f"{name}.{part}.json") for part in ("facts", "seconds", "kernels"))

@@ -154,7 +154,9 @@ def load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ReportError(f"cannot read {path}: {error}; `python -m bench.studies.paper` makes the records") from error
+        raise ReportError(
+            f"cannot read {path}: {error}; run `python -m bench.studies.paper`, which makes the records"
+        ) from error
 
 
 def main() -> int:

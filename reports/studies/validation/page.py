@@ -235,9 +235,9 @@ def load(path: str) -> Row:
     try:
         part = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ReportError(f"cannot read {path}: {error}") from error
+        raise ReportError(f"cannot read {path}: {error}; run `python -m bench validate FILE --json` again") from error
     if not isinstance(part, dict) or not {"statistics", "verdicts", "rows"} <= set(part):
-        raise ReportError(f"{path} is not what `python -m bench validate FILE --json` writes")
+        raise ReportError(f"{path} is not what `python -m bench validate FILE --json` writes; run that")
     return part
 
 
@@ -246,7 +246,9 @@ def main(paths: Sequence[str] | None = None) -> int:
     paths = sys.argv[1:] if paths is None else paths
     try:
         if not paths:
-            raise ReportError("name at least one file that `python -m bench validate FILE --json` wrote")
+            raise ReportError(
+                "nothing to show; name at least one file that `python -m bench validate FILE --json` wrote"
+            )
         compared = [load(path) for path in paths]
         text, image = page(compared), picture(compared)
     except ReportError as error:

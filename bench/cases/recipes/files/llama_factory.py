@@ -74,7 +74,7 @@ def recipe(stated: Stated) -> tuple[Recipe, str | None, int | None, int | None]:
     stated.tell(NOT_SIMULATED)
     stage = stated.text("stage", "sft")
     if stage not in ("sft", "pt"):
-        raise stated.wrong("stage", "is another kind of training than sft and pt, which are simulated")
+        raise stated.wrong("stage", "is another kind of training than those simulated; choose sft or pt")
     arguments, batch_size = trainer.arguments_of(stated)
     for key in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # the model's own switch decides
         arguments.pop(key, None)

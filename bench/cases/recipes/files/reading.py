@@ -56,7 +56,7 @@ def read_recipe(path: str | Path) -> ReadRecipe:
     if tool is None:
         raise QzoError(
             f"{path}: no key in it is one of TRL, TrainingArguments, axolotl or LLaMA-Factory; "
-            f"such files state for instance {', '.join(tool.SIGNS[0] for tool in TOOLS)}"
+            f"add one, such as {', '.join(tool.SIGNS[0] for tool in TOOLS)}"
         )
     recipe, model, seq_len, batch_size = tool.recipe(stated)
     return ReadRecipe(tool.VERSION, recipe, model, seq_len, batch_size, tuple(stated.not_honoured), stated.rest())
@@ -70,12 +70,14 @@ def _values(path: Path) -> Mapping[str, Any]:
             raise QzoError(f"{path} has {path.stat().st_size:,} bytes; a recipe has at most {LARGEST_FILE:,}")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise QzoError(f"recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise QzoError(
+            f"recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}; name another file"
+        ) from error
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise QzoError(f"{path} is no {'JSON' if path.suffix == '.json' else 'YAML'}: {reason}") from error
+        raise QzoError(f"{path} is no {'JSON' if path.suffix == '.json' else 'YAML'}: {reason}; correct it") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise QzoError(f"{path} holds no keys with values; a recipe is a list of lines like `bf16: true`")
+        raise QzoError(f"{path} holds no keys with values; write lines like `bf16: true`")
     return values

@@ -59,7 +59,7 @@ class Stated:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-            raise self.wrong(key, f"is no whole number from {least} to {LARGEST:,}")
+            raise self.wrong(key, f"is no whole number from {least} to {LARGEST:,}; write one")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -72,7 +72,7 @@ class Stated:
                 raise ValueError
             return float(value)
         except (ValueError, OverflowError):
-            raise self.wrong(key, "is no number") from None
+            raise self.wrong(key, "is no number; write one") from None
 
     def text(self, key: str, default: str | None = None, choices: Iterable[str] = ()) -> str | None:
         """A text, one of `choices` where there are some."""
@@ -83,7 +83,7 @@ class Stated:
         if not isinstance(value, str) or (allowed and value not in allowed):
             near = difflib.get_close_matches(str(value), allowed, n=1)
             raise self.wrong(key, f"is unknown; choose {near[0] if near else ', '.join(allowed)}" if allowed
-                             else "is no text")  # fmt: skip
+                             else "is no text; write one")  # fmt: skip
         return value
 
     def names(self, key: str) -> list[str] | str | None:
@@ -92,7 +92,7 @@ class Stated:
         if isinstance(value, str):
             return [name.strip() for name in value.split(",")] if "," in value else value
         if value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-            raise self.wrong(key, "is no list of names")
+            raise self.wrong(key, "is no list of names; write [a, b]")
         return value or None
 
     def mapping(self, key: str) -> dict[str, Any] | None:
@@ -118,7 +118,7 @@ class Stated:
         """Keys that make another kind of training of it. Raises QzoError where one is switched on."""
         for key, reason in reasons.items():
             if self.value(key) not in (None, False, "", "false"):
-                raise self.wrong(key, reason)
+                raise self.wrong(key, f"{reason}; leave it out")
 
     def rest(self) -> tuple[str, ...]:
         """The keys that nobody asked for."""
