@@ -306,11 +306,11 @@ class QZO(SpsaOptimizer):
             moved = self._moved(tensor, live, master)
             for mixed, part in self._mixed(index, tensor, rules.factors(group, applied[number])):
                 chunk = master[part]
-                change = rules.change(group, state, part, mixed, chunk)
+                rules.change(group, state, part, mixed, chunk)
                 if moved is not None:
-                    moved.move(part.start, len(change), change, nonnegative=nonnegative, keeps=True)
+                    moved.move(part.start, len(mixed), mixed, nonnegative=nonnegative, keeps=True)
                     continue
-                chunk.add_(change)
+                chunk.add_(mixed)
                 if nonnegative:
                     chunk.clamp_(min=0)
                 live[part].copy_(chunk)
