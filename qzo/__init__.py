@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qzo.optim.mezo import MeZO
     from qzo.optim.phases import Phases
     from qzo.optim.qzo import QZO
+    from qzo.optim.ranks import Ranks
     from qzo.quantizers.quantize import quantize
     from qzo.trainer.trainer import QZOTrainer
     from qzo.training.tuned.export import export
@@ -40,6 +41,7 @@ __all__ = [
     "QZOTrainer",
     "QuantLinear",
     "QzoError",
+    "Ranks",
     "adapters",
     "adapters_then_scales",
     "add_adapters",
@@ -70,6 +72,7 @@ _PLACES = {
     "QZOTrainer": "qzo.trainer.trainer",
     "QuantLinear": "qzo.formats.gptq.layer",
     "QzoError": "qzo.errors",
+    "Ranks": "qzo.optim.ranks",
     "adapters": "qzo.live.adapters",
     "adapters_then_scales": "qzo.live.adapters",
     "add_adapters": "qzo.live.adapters",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qzo.errors import QzoError
 from qzo.live.scales import has_signed_scales, quantized_layers, scales
 from qzo.models.towers import of_text
-from qzo.optim.groups import TRAINABLE
+from qzo.optim.guards.groups import TRAINABLE
 
 PARTS = ("scales", "offsets", "vocabulary", "codebooks", "unquantized")
 CALLED = {"vocabulary": "quantized vocabulary", "codebooks": "codebook", "unquantized": "unquantized parameter"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -141,9 +142,9 @@ def held(loss: Tensor | float) -> Tensor | float:
     return float(loss) if loss.device.type == "cpu" else loss.detach().reshape(()).to(torch.float64, copy=True)
 
 
-def read(losses: list[list[Tensor | float]]) -> list[float]:
+def read(losses: Sequence[Sequence[Tensor | float | None]]) -> list[float]:
     """The sum of each list of losses; the CPU waits for a GPU once, for all of them."""
     there = [loss for part in losses for loss in part if isinstance(loss, Tensor)]
     together = len({loss.device for loss in there}) == 1
     values = iter(torch.stack(there).tolist() if together else map(float, there))
-    return [sum(next(values) if isinstance(loss, Tensor) else loss for loss in part) for part in losses]
+    return [sum(next(values) if isinstance(loss, Tensor) else loss or 0.0 for loss in part) for part in losses]

@@ -11,6 +11,7 @@ from qzo.errors import QzoError
 from qzo.optim.estimator import Estimator, usual_of
 from qzo.optim.guards.reach import LARGEST_Z, largest_of
 from qzo.optim.noise import chunk_elements
+from qzo.optim.ranks import Ranks
 from qzo.optim.spsa import Applied, Parameters, SpsaOptimizer, flat
 
 BITS_OF = {2: torch.int16, 4: torch.int32}  # integer dtype of the same size, in bytes
@@ -41,7 +42,7 @@ class MeZO(SpsaOptimizer):
         named_parameters: `model.named_parameters()`, or tensors, name -> tensor, parameter groups. All are trained,
             whatever their `requires_grad`; a tensor named twice is trained once.
         lr, eps, clip_threshold, seed: as in QZO; clipping is off by default.
-        directions, distribution, estimator, normalize, noise, max_skipped: as in QZO.
+        directions, distribution, estimator, normalize, noise, max_skipped, ranks: as in QZO.
         exact: False leaves the undo list out: the classic arithmetic, whose rounding errors stay in the weights (3.7e-5
             rms after ten steps in bf16, as above). It reads no data, so it is the one that runs on `meta`.
 
@@ -64,12 +65,19 @@ class MeZO(SpsaOptimizer):
         normalize: bool = False,
         noise: str = "generator",
         max_skipped: int | None = 10,
+        ranks: Ranks | None = None,
     ) -> None:
+        if ranks is not None and not exact:
+            raise QzoError(
+                "exact=False leaves other bits behind on each rank, which evaluate other things; give exact=True"
+            )
         self.exact = exact
         self._moved: dict[tuple[int, int], Moved] = {}  # by tensor index and first element; empty between steps
         self._along = 0  # the direction that the moved chunks stand on
         measured = Estimator(directions, distribution or usual_of(noise), estimator, normalize, noise)
-        super().__init__(named_parameters, seed, measured, max_skipped, lr=lr, eps=eps, clip_threshold=clip_threshold)
+        super().__init__(
+            named_parameters, seed, measured, max_skipped, ranks, lr=lr, eps=eps, clip_threshold=clip_threshold
+        )
 
     def truth(self) -> dict[str, Tensor]:
         """The trained tensors themselves, as "index.value"."""

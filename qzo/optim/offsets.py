@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.optim.groups import check_tensor
+from qzo.optim.guards.groups import check_tensor
 
 OFFSET_STATE = ("scale_start", "offset_start")
 BOUND = "qzo_offset"  # attribute of a live scale

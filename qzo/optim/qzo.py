@@ -13,12 +13,13 @@ from qzo.kernels import moves
 from qzo.kernels.philox import Stream
 from qzo.optim import offsets, rules, table
 from qzo.optim.estimator import Estimator, usual_of
-from qzo.optim.groups import Group, check_sign, has_negative
 from qzo.optim.guards.eps import check_eps, typical
+from qzo.optim.guards.groups import Group, check_sign, has_negative
 from qzo.optim.guards.idle import Idle
 from qzo.optim.guards.reach import largest_of
 from qzo.optim.guards.stride import Stride
 from qzo.optim.noise import chunk_elements
+from qzo.optim.ranks import Ranks
 from qzo.optim.spsa import Applied, Closure, Parameters, SpsaOptimizer, flat
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,6 +58,7 @@ class QZO(SpsaOptimizer):
             than on CUDA. "philox": "binomial" by default or "rademacher", the same to the bit on every device, for a
             sixth of the time on a CPU; a journal then replays anywhere, see `qzo.kernels.philox`.
         max_skipped: losses in a row that are not finite before training stops with an error; None, never.
+        ranks: `qzo.Ranks()`, where several processes take each step together, see `qzo.optim.ranks`.
 
     `last` tells what the last step saw, `direction()` its z. Extra memory in a step: one chunk of z, a second one with
     several directions.
@@ -89,6 +91,7 @@ class QZO(SpsaOptimizer):
         normalize: bool = False,
         noise: str = "generator",
         max_skipped: int | None = 10,
+        ranks: Ranks | None = None,
     ) -> None:
         self._offsets: dict[Tensor, Tensor] = {}  # scale -> the live offset that follows it
         self._limits: dict[int, float] = {}  # of each group, see qzo.optim.guards.reach
@@ -99,6 +102,7 @@ class QZO(SpsaOptimizer):
             seed,
             Estimator(directions, distribution or usual_of(noise), estimator, normalize, noise),
             max_skipped,
+            ranks,
             lr=lr,
             eps=eps,
             clip_threshold=clip_threshold,

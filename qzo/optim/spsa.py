@@ -13,16 +13,17 @@ from torch import Tensor
 
 from qzo.errors import QzoError
 from qzo.optim.estimator import Estimator, Losses, all_finite, held, read
-from qzo.optim.groups import Group, check_options, check_tensor, unique
+from qzo.optim.guards.groups import Group, check_options, check_tensor, unique
 from qzo.optim.guards.reach import Reach, has_data
 from qzo.optim.guards.still import count_still
 from qzo.optim.noise import full_noise, mixed_chunks, noise_chunks
 from qzo.optim.randomness import same_masks
+from qzo.optim.ranks import Ranks, fingerprint
 from qzo.optim.rules import update_options
 
 Closure = Callable[[], Tensor | float]
 Parameters = dict[str, Tensor] | Iterable[Any]
-Held = list[Tensor | float]  # losses of the closures, not yet read
+Held = list[Tensor | float | None]  # losses of the closures, not yet read
 Applied = tuple[tuple[float, ...], ...]  # d' of each group, of each direction
 COUNTERS = ("steps", "skipped_steps", "skipped_in_a_row")
 
@@ -61,13 +62,22 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
     """
 
     still_steps = 0  # in a row, whose losses were all the same to the bit
+    ranks: Ranks | None = None
+    _compared = False  # with the other ranks
     lr_told = False  # whether it warned of an lr that is too large
     least_noise = 0  # elements of z that exist at a time, where a tensor has as many, see qzo.optim.noise
 
     def __init__(
-        self, params: Parameters, seed: int, estimator: Estimator, max_skipped: int | None, **defaults: Any
+        self,
+        params: Parameters,
+        seed: int,
+        estimator: Estimator,
+        max_skipped: int | None,
+        ranks: Ranks | None = None,
+        **defaults: Any,
     ) -> None:
         self.seed: int = seed
+        self.ranks = ranks
         self.estimator = estimator
         self.max_skipped = max_skipped
         self.steps = self.skipped_steps = self.skipped_in_a_row = 0
@@ -122,23 +132,55 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         if not closures:
             raise QzoError("step() got no closure at all; pass one for each micro-batch")
         self._check_places()
+        if self.ranks is not None:
+            self._compare(self.ranks)
+        places = self.estimator.evaluations()
         try:
             with same_masks(self.seed, self.steps) as restart:
-                found = [self._loss_at(closures, restart, *where) for where in self.estimator.evaluations()]
-                losses = self.estimator.paired(read(found))
+                found = [self._loss_at(closures, restart, number) for number in range(len(places))]
+        except BaseException as error:
+            self._restore()
+            if self.ranks is not None and isinstance(error, Exception):
+                self.ranks.give_up(len(places) * len(closures))
+            raise
+        try:
+            losses = self.estimator.paired(read(found) if self.ranks is None else self.ranks.read(found))
         except BaseException:
             self._restore()
             raise
         self._finish(losses)
         return self.estimator.value(losses)
 
-    def _loss_at(self, closures: list[Closure], restart: Callable[[], None], direction: int, sign: int) -> Held:
+    def _loss_at(self, closures: list[Closure], restart: Callable[[], None], number: int) -> Held:
+        """Losses at the evaluation of this number; None where another rank evaluates them."""
+        mine = [self.ranks is None or self.ranks.has(number, place) for place in range(len(closures))]
+        if not any(mine):
+            return [None] * len(closures)
+        direction, sign = self.estimator.evaluations()[number]
         if sign:
             self._perturb(direction, sign)
         else:
             self._restore()
         restart()
-        return [held(closure()) for closure in closures]
+        return [held(closure()) if is_mine else None for closure, is_mine in zip(closures, mine, strict=True)]
+
+    def _compare(self, ranks: Ranks) -> None:
+        """Raise QzoError where another rank does not stand where this one does."""
+        if self._compared and self.steps % ranks.check_every:
+            return
+        facts: dict[str, Any] = {
+            "seed": self.seed,
+            "step": self.steps,
+            "tensors' bits": fingerprint(self.truth().values()),
+        }
+        if not self._compared:
+            groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+            facts |= {"options": repr(groups), "estimator": self.estimator.options(), "share": ranks.share}
+            facts |= {"number of ranks": ranks.size, "version of torch": str(torch.__version__)}
+            if self.estimator.noise != "philox":
+                facts["kind of device"] = next(self._tensors())[3].device.type
+        ranks.compare(facts)
+        self._compared = True
 
     def _finish(self, losses: list[Losses]) -> None:
         raw = [self.estimator.derivatives(losses, group["eps"]) for group in self.param_groups]

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor
 
 from qzo.kernels import asked
 from qzo.kernels.philox import COUNTED, Stream
-from qzo.optim.groups import TRAINABLE, Group
+from qzo.optim.guards.groups import TRAINABLE, Group
 from qzo.optim.offsets import OFFSET_STATE
 
 SIZE = 2048  # elements that a program moves
