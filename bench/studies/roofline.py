@@ -3,7 +3,7 @@
 Every operator that PyTorch dispatches is one launch that reads its inputs and writes its outputs once, views and
 allocations none; so is each launch of a kernel in Triton, whose bytes are codes, scales, x, y and what it rebuilds.
 Products with the codes are counted where they read them once, which is up to 64 tokens. Ways by kernels take z of
-Philox, and one launch moves all scales of a kind, see `qzo.optim.table`.
+Philox, and one launch moves all scales of a kind, see `qzo.optim.masters.table`.
 
 Two limits come of it: bytes at the bandwidth of a copy, and operations of products at the rate of a large one, both as
 measured on a card. No step is faster than either, and none has been timed for this.
@@ -38,7 +38,7 @@ from bench.worlds.sim import SimWorld
 from qzo.kernels import asked, fused, rebuilt
 from qzo.kernels.packed import Packed
 from qzo.optim import noise
-from qzo.optim.table import Table
+from qzo.optim.masters.table import Table
 
 MODELS = ("llama2-7b", "llama2-13b")
 SHAPES = ((1, 32), (16, 40))

@@ -99,32 +99,36 @@ def run(options: argparse.Namespace) -> None:
     from qzo.regular import is_there
     from qzo.training.run import RUN, begun_with, read_run
     from qzo.training.task import train_task
+    from qzo.training.together import together
     from qzo.training.tuned.state import is_tuned
 
     check_moved(options.moved, Path(options.model), is_tuned(Path(options.model)))
-
     if options.wandb is not None:
         required("wandb", "wandb")  # before anything that takes long
-    if options.resume and options.out and is_there(Path(options.out) / RUN):
-        data.take_over(options, read_run(Path(options.out)))
-    own = data.own_data(options)
-    name = options.task or Path(options.data).name
-    out = Path(options.out or Path("results/train") / f"{name}-{given.get('method', 'qzo')}-{given.get('seed', 0)}")
-    begun = begun_with(out) if options.resume else {}  # what is not given by an option is as it was
-    method = str(given.get("method", begun.get("method", TrainSettings.method)))
-    begun = begun if begun.get("method", method) == method else {}
-    preset = given.get("preset") or begun.get("preset") or usual_preset(method, bool(options.reward))
-    settings = TrainSettings(**{**PRESETS[preset], **begun, **given, "method": method, "preset": preset})
-    device = None if options.device is None else str(data.device(options.device))
-    folder = None if own else options.data
-    trained, test = train_task(
-        options.model, options.task, settings, out, folder, options.resume, own, device, options.wandb, options.moved
-    )
-    early = ", stopped early" if trained.stopped_early else ""
-    print(f"steps        {trained.steps:>12,}{early}\nskipped      {trained.skipped:>12,}")
-    print(f"best step    {trained.best_step:>12,}")
-    print(_scores(trained, test))
-    print(printable(f"{out} holds the run; qzo export {out} OUT writes the model"))
+    name = options.task or Path(options.data or "").name
+    usual = f"{name}-{given.get('method', 'qzo')}-{given.get('seed', 0)}"
+    asked = Path(options.out or Path("results/train") / usual)
+    before = begun_with(asked) if options.resume else {}
+    method = str(given.get("method", before.get("method", TrainSettings.method)))
+    with together(asked, options.resume, method) as (out, resume, ranks):
+        if resume and options.out and is_there(out / RUN):
+            data.take_over(options, read_run(out))
+        own = data.own_data(options)
+        begun = begun_with(out) if resume else {}  # what is not given by an option is as it was
+        method = str(given.get("method", begun.get("method", TrainSettings.method)))
+        begun = begun if begun.get("method", method) == method else {}
+        preset = given.get("preset") or begun.get("preset") or usual_preset(method, bool(options.reward))
+        settings = TrainSettings(**{**PRESETS[preset], **begun, **given, "method": method, "preset": preset})
+        device = None if options.device is None else str(data.device(options.device))
+        folder, wandb = None if own else options.data, None if ranks and ranks.rank else options.wandb
+        trained, test = train_task(
+            options.model, options.task, settings, out, folder, resume, own, device, wandb, options.moved, ranks
+        )
+        early = ", stopped early" if trained.stopped_early else ""
+        print(f"steps        {trained.steps:>12,}{early}\nskipped      {trained.skipped:>12,}")
+        print(f"best step    {trained.best_step:>12,}")
+        print(_scores(trained, test))
+        print(printable(f"{out} holds the run; qzo export {out} OUT writes the model"))
 
 
 def _scores(trained: Any, test: dict[str, Any]) -> str:

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.kernels import moves
 from qzo.kernels.philox import Stream
-from qzo.optim import offsets, rules, table
+from qzo.optim import offsets, rules
 from qzo.optim.estimator import Estimator, usual_of
 from qzo.optim.guards.eps import check_eps, typical
 from qzo.optim.guards.groups import Group, check_sign, has_negative
 from qzo.optim.guards.idle import Idle
 from qzo.optim.guards.reach import largest_of
 from qzo.optim.guards.stride import Stride
-from qzo.optim.noise import chunk_elements
+from qzo.optim.masters import table
+from qzo.optim.masters.chunks import Scales
+from qzo.optim.masters.saved import copied, saved_states
 from qzo.optim.ranks import Ranks
-from qzo.optim.spsa import Applied, Closure, Parameters, SpsaOptimizer, flat
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from qzo.optim.spsa import Applied, Closure, Parameters, SpsaOptimizer
 
 
 class QZO(SpsaOptimizer):
@@ -146,10 +145,10 @@ class QZO(SpsaOptimizer):
         PyTorch alone would cast them to the dtype of the scales.
         """
         owned = [self.state[tensor] for _, _, _, tensor in self._tensors()]
-        saved = _saved_states(state_dict, owned)
+        saved = saved_states(state_dict, owned)
         super().load_state_dict({**state_dict, "state": {}})
         for (_, _, _, tensor), state, values in zip(self._tensors(), owned, saved, strict=True):
-            self.state[tensor] = _copied(state, values)
+            self.state[tensor] = copied(state, values)
         self._restore()
 
     def truth(self) -> dict[str, Tensor]:
@@ -169,8 +168,8 @@ class QZO(SpsaOptimizer):
             states.setdefault(int(index), {})[key] = value
         owned = [self.state[tensor] for _, _, _, tensor in self._tensors()]
         saved = {"state": states, "param_groups": [{"params": list(range(len(owned)))}]}
-        for (_, _, _, tensor), state, values in zip(self._tensors(), owned, _saved_states(saved, owned), strict=True):
-            self.state[tensor] = _copied(state, values)
+        for (_, _, _, tensor), state, values in zip(self._tensors(), owned, saved_states(saved, owned), strict=True):
+            self.state[tensor] = copied(state, values)
         self._restore()
         self._reach = []
 
@@ -189,23 +188,13 @@ class QZO(SpsaOptimizer):
         return self._limits[number]
 
     def _try(self, number: int, applied: Applied) -> bool:
-        for index, _, of, tensor in self._tensors():
-            if of != number:
-                continue
-            group, state, master = self.param_groups[number], self.state[tensor], flat(self.state[tensor]["master"])
-            for mixed, part in self._mixed(index, tensor, rules.factors(group, applied[number])):
-                chunk, trial = master[part].clone(), _piece(state, part)
-                rules.prepare(group, trial, chunk)
-                chunk.add_(rules.change(group, trial, slice(0, len(chunk)), mixed, chunk))
-                if group["nonnegative"]:
-                    chunk.clamp_(min=0)
-                made = [chunk.to(tensor.dtype), *(trial[key] for key in ("momentum", *MOMENTS) if key in trial)]
-                if tensor in self._offsets:
-                    made.append(offsets.following(trial, chunk).to(self._offsets[tensor].dtype))
-                if not all(bool(numbers.isfinite().all()) for numbers in made):
-                    return False
-            del mixed
-        return True
+        group = self.param_groups[number]
+        factors = rules.factors(group, applied[number])
+        return all(
+            self._scales(tensor).stays_finite(self._mixed(index, tensor, factors), group)
+            for index, _, of, tensor in self._tensors()
+            if of == number
+        )
 
     def step(self, closure: Closure | Iterable[Closure] | None = None) -> float:  # type: ignore[override]
         """As the base class. Raises QzoError before the first step for an eps that is larger than the scales too.
@@ -244,7 +233,7 @@ class QZO(SpsaOptimizer):
                 )
 
     def _tables(self) -> list[tuple[int, table.Table]]:
-        """Number of a group and what moves its tensors at once, see `qzo.optim.table`; nothing where operators do."""
+        """Number of a group and what moves its tensors at once; nothing where they move one after the other."""
         return self._held.of(self.param_groups, self.state, self._offsets, self.estimator.noise)
 
     def _stream(self, direction: int = 0) -> Stream:
@@ -255,142 +244,41 @@ class QZO(SpsaOptimizer):
             group = self.param_groups[number]
             rows.place(sign * group["eps"], group["relative"], self._stream(direction), self.estimator.distribution)
         if not tables:
-            self._perturb_by_operators(direction, sign)
+            self._perturb_in_chunks(direction, sign)
 
-    def _perturb_by_operators(self, direction: int, sign: int) -> None:
+    def _perturb_in_chunks(self, direction: int, sign: int) -> None:
         for index, _, number, tensor in self._tensors():
-            group, live, master = self.param_groups[number], flat(tensor), flat(self.state[tensor]["master"])
-            distance, relative, follows = sign * group["eps"], group["relative"], tensor in self._offsets
-            moved = self._moved(tensor, live, master)
-            for z, part in self._noise(index, tensor, direction):
-                if moved is not None:
-                    moved.move(part.start, len(z), z, distance, relative=relative)
-                    continue
-                chunk = master[part]
-                z.mul_(distance)
-                if relative:
-                    z.mul_(chunk)
-                live[part].copy_(z.add_(chunk))
-                if follows:
-                    self._follow(tensor, part, z)
-            del z  # before the next tensor's is born
+            group = self.param_groups[number]
+            drawn = self._noise(index, tensor, direction)
+            self._scales(tensor).perturb(drawn, sign * group["eps"], group["relative"])
 
     def _restore(self) -> None:
         for _, rows in (tables := self._tables()):
             rows.place(0.0, False, self._stream(), None)
         if not tables:
-            self._restore_by_operators()
+            self._restore_in_chunks()
 
-    def _restore_by_operators(self) -> None:
+    def _restore_in_chunks(self) -> None:
         for _, _, _, tensor in self._tensors():
-            master = self.state[tensor]["master"]
-            moved = self._moved(tensor, flat(tensor), flat(master))
-            if moved is not None:
-                moved.move(0, master.numel())
-                continue
-            tensor.detach().copy_(master)
-            if tensor in self._offsets:
-                for part in _parts(master.numel()):
-                    self._follow(tensor, part, flat(master)[part].clone())
+            self._scales(tensor).restore()
 
     def _update(self, applied: Applied) -> None:
         if not self._tables():
-            return self._update_by_operators(applied)
+            return self._update_in_chunks(applied)
         for _, _, number, tensor in self._tensors():
             rules.prepare(self.param_groups[number], self.state[tensor], self.state[tensor]["master"])
         for number, rows in self._tables():
             group = self.param_groups[number]
             rows.update(rules.factors(group, applied[number]), group, self._stream(), self.estimator.distribution)
 
-    def _update_by_operators(self, applied: Applied) -> None:
+    def _update_in_chunks(self, applied: Applied) -> None:
         for index, _, number, tensor in self._tensors():
-            group, state, live = self.param_groups[number], self.state[tensor], flat(tensor)
-            rules.prepare(group, state, state["master"])
-            master, nonnegative, follows = flat(state["master"]), group["nonnegative"], tensor in self._offsets
-            moved = self._moved(tensor, live, master)
-            for mixed, part in self._mixed(index, tensor, rules.factors(group, applied[number])):
-                chunk = master[part]
-                rules.change(group, state, part, mixed, chunk)
-                if moved is not None:
-                    moved.move(part.start, len(mixed), mixed, nonnegative=nonnegative, keeps=True)
-                    continue
-                chunk.add_(mixed)
-                if nonnegative:
-                    chunk.clamp_(min=0)
-                live[part].copy_(chunk)
-                if follows:
-                    self._follow(tensor, part, mixed.copy_(chunk))
-            del mixed
+            group = self.param_groups[number]
+            rules.prepare(group, self.state[tensor], self.state[tensor]["master"])
+            self._scales(tensor).update(self._mixed(index, tensor, rules.factors(group, applied[number])), group)
 
-    def _moved(self, tensor: Tensor, live: Tensor, master: Tensor) -> moves.Moved | None:
-        """What moves a tensor in one pass, or None, where operators do."""
-        following, state = None, self.state[tensor]
-        if tensor in self._offsets:
-            scale_start, offset_start = (flat(state[key]) for key in offsets.OFFSET_STATE)
-            following = (flat(self._offsets[tensor]), scale_start, offset_start)
-        return moves.Moved(live, master, following) if moves.can_move(live, master, following) else None
-
-    def _follow(self, tensor: Tensor, part: slice, scale: Tensor) -> None:
-        """Write the offset of a tensor's elements `part`, whose scales are `scale`, which is overwritten."""
-        offsets.follow(self._offsets[tensor], self.state[tensor], part, scale)
+    def _scales(self, tensor: Tensor) -> Scales:
+        return Scales(tensor, self.state[tensor], self._offsets.get(tensor))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_offsets": self._offsets, "_limits": {}, "_held": table.Tables()}
-
-
-def _parts(numel: int) -> list[slice]:
-    size = chunk_elements(numel)
-    return [slice(first, min(first + size, numel)) for first in range(0, numel, size)]
-
-
-def _piece(state: dict[str, Any], part: slice) -> dict[str, Any]:
-    """A copy of the state of some elements of a tensor."""
-    size = state["master"].numel()
-    return {key: value.view(-1)[part].clone() if value.numel() == size else value for key, value in state.items()}
-
-
-def _copied(state: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """`saved` on the device of the master; where `state` has the tensor already, that one takes the values."""
-    device = state["master"].device
-    return {
-        key: state[key].copy_(value)
-        if key in state
-        else torch.empty_like(value, device="cpu" if key == "updates" else device).copy_(value)
-        for key, value in saved.items()
-    }
-
-
-def _saved_states(state_dict: dict[str, Any], owned: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """State of each tensor in a state dict, in order; QzoError where it does not fit this optimizer's."""
-    try:
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        saved = [state_dict["state"][number] for number in numbers]
-        shapes = [value["master"].shape for value in saved]
-    except KeyError as error:
-        raise QzoError("the state dict has no master scales; load one that QZO.state_dict() made") from error
-    if len(saved) != len(owned):
-        raise QzoError(
-            f"the state dict holds {len(saved)} scale tensors, the optimizer {len(owned)}; load one of the same scales"
-        )
-    for number, (values, shape, state) in enumerate(zip(saved, shapes, owned, strict=True)):
-        wanted = state["master"].shape
-        if any(value.shape not in (wanted, torch.Size()) for value in values.values()) or shape != wanted:
-            raise QzoError(
-                f"scale {number} has shape {tuple(shape)} in the state dict, {tuple(wanted)} in the model; load one "
-                "of the same model"
-            )
-        for key in offsets.OFFSET_STATE:
-            if (key in values) != (key in state):
-                raise QzoError(_unlike_offsets(number, key in values))
-    return saved
-
-
-def _unlike_offsets(number: int, is_saved: bool) -> str:
-    if is_saved:
-        return (
-            f"scale {number} is saved with an offset that follows it, and none does here; make QZO of qzo.scales(model)"
-        )
-    return (
-        f"scale {number} is saved without an offset, and one follows it here; make QZO of "
-        "qzo.trainable(model, follow=False), as the state's was"
-    )

@@ -92,7 +92,7 @@ class Ranks:
     def compare(self, facts: dict[str, Any]) -> None:
         """Raise QzoError that names the first rank of which one of these differs from those of rank 0."""
         every: list[Any] = [None] * self.size
-        with _reaching():
+        with reaching():
             dist.all_gather_object(every, facts, group=self.group)
         for rank, other in enumerate(every):
             for name, value in every[0].items():
@@ -105,13 +105,13 @@ class Ranks:
     def _sum(self, values: Tensor) -> Tensor:
         self.sent += values.nbytes
         values = values.to(self._device())
-        with _reaching():
+        with reaching():
             dist.all_reduce(values, group=self.group)
         return values
 
     def _device(self) -> torch.device:
         backend = str(dist.get_backend(self.group))
-        return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        return torch.device("cpu") if "gloo" in backend else torch.device("cuda", torch.cuda.current_device())
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> int:
@@ -130,7 +130,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def _reaching() -> Iterator[None]:
+def reaching() -> Iterator[None]:
     """Turn what a lost process gives into one line."""
     try:
         yield

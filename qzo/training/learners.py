@@ -22,6 +22,7 @@ from qzo.models.walk import freeze
 from qzo.optim.guards import eps
 from qzo.optim.mezo import MeZO
 from qzo.optim.qzo import QZO
+from qzo.optim.ranks import Ranks
 from qzo.optim.spsa import SpsaOptimizer, live_tensors
 from qzo.training.settings import QUANTIZED as NEED_QUANTIZED
 from qzo.training.settings import ZEROTH_ORDER, TrainSettings
@@ -193,7 +194,9 @@ class FirstOrder:
 Learner = ZerothOrder | FirstOrder
 
 
-def make_learner(model: nn.Module, settings: TrainSettings, folder: Path, source: str = "MODEL") -> Learner:
+def make_learner(
+    model: nn.Module, settings: TrainSettings, folder: Path, source: str = "MODEL", ranks: Ranks | None = None
+) -> Learner:
     """The optimizer of a method on `model`, gone on from what `folder` holds.
 
     Changes the model: adapters are put in, `requires_grad` is set, and a resumed state is written into it.
@@ -203,13 +206,14 @@ def make_learner(model: nn.Module, settings: TrainSettings, folder: Path, source
         settings: method and options.
         folder: of the run; must exist.
         source: what to call the model in an error.
+        ranks: that take each step together, of a zeroth-order method.
 
     Raises QzoError for a model of the wrong kind and a folder with a run of another model.
     """
     check_model(model, settings, source)
     if settings.method in ZEROTH_ORDER:
         freeze(model)
-        return ZerothOrder(model, _zeroth_order(model, settings), folder)
+        return ZerothOrder(model, _zeroth_order(model, settings, ranks), folder)
     if settings.method == "ft":
         freeze(model)
         named: dict[str, Tensor] = {**of_text(model, dict(model.named_parameters()))}
@@ -222,12 +226,12 @@ def make_learner(model: nn.Module, settings: TrainSettings, folder: Path, source
     return FirstOrder(named, settings.lr, folder)
 
 
-def _zeroth_order(model: nn.Module, settings: TrainSettings) -> SpsaOptimizer:
+def _zeroth_order(model: nn.Module, settings: TrainSettings, ranks: Ranks | None) -> SpsaOptimizer:
     """QZO or MeZO; in offset formats each offset follows its scale, which is the paper's Δ ⊙ W_int."""
     named, options = trained(model, settings), settings.optimizer_options()
     if settings.method == "mezo":
-        return MeZO(named, **options)
-    return QZO([scale_group(model, named)], **options)
+        return MeZO(named, **options, ranks=ranks)
+    return QZO([scale_group(model, named)], **options, ranks=ranks)
 
 
 def trained(model: nn.Module, settings: TrainSettings) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from qzo.live.check import check_live
 from qzo.models.positions import row_length
 from qzo.models.prefix import SharedPrefix
 from qzo.optim.noise import mix_seed
+from qzo.optim.ranks import Ranks
 from qzo.regular import is_there
 from qzo.signals import Stopped, held, interruptible
 from qzo.tasks.own.prompts import RewardBatch
@@ -49,6 +50,7 @@ def train_task(
     device: str | None = None,
     wandb: str | None = None,
     moved: str | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Trained, Result]:
     """Train a model on a task and test its best state; returns how training ended, and the result of the test.
 
@@ -67,6 +69,7 @@ def train_task(
         device: where to train; None, the GPU if there is one.
         wandb: project of Weights & Biases that gets the run's numbers and settings; None, none does.
         moved: where the model of a run that is given as `source` lies now; None, where it lay.
+        ranks: that take each step together, see `qzo.training.together`; None, this process is alone.
 
     Raises QzoError for wrong input, a model whose logits are not finite, losses that are not, and a full disk; what is
     on disk can be resumed. Nothing is, where a run fails before its first validation is done.
@@ -115,7 +118,7 @@ def train_task(
     run.settle({name: getattr(settled, name) for name in ("layers", "batch_size") if getattr(settings, name) == AUTO})
     with interruptible():
         loss = SharedPrefix(model, work.loss, first) if first else work.loss
-        trained = _run(source, run, work, loss, wandb)
+        trained = _run(source, run, work, loss, wandb, ranks)
         try:
             put_best(model, out)
             test = _tested(work, f"the state of step {trained.best_step}")
@@ -202,13 +205,13 @@ class _Work:
         return dict(self.objective.evaluate(self.model, rows, size, watch=watch, last=last))
 
 
-def _run(source: str, run: Run, work: _Work, loss: Any, wandb: str | None) -> Trained:
+def _run(source: str, run: Run, work: _Work, loss: Any, wandb: str | None, ranks: Ranks | None) -> Trained:
     """Make what the loop needs, and release it whatever happens."""
     try:
         model = {**resident_bytes(work.model), "packed": packed_as(work.model)}  # before adapters are put in
         if open_ := run.settings.undecided:
             settle(run, work.model, lambda: loss(work.batch_at(0)))
-        learner = make_learner(work.model, run.settings, run.folder, source)
+        learner = make_learner(work.model, run.settings, run.folder, source, ranks)
         facts = {**work.facts(model, learner.tensors()), TEST: run.facts().get(TEST)}
         run.keep_facts(facts)
         config = {"model": source, **run.settings.to_json()}

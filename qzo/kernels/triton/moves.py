@@ -1,4 +1,4 @@
-"""Kernels: perturb, restore or update the scales of a whole model, and launching them; see `qzo.optim.table`."""
+"""Kernels: perturb, restore or update all scales of a model, and launching them; see `qzo.optim.masters.table`."""
 
 from __future__ import annotations
 

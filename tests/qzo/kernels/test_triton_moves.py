@@ -9,7 +9,7 @@ from moved_scales import OPTIONS, assert_same, scales, trained
 from triton_kernels import on_the_cpu
 
 from qzo import QZO
-from qzo.optim import table
+from qzo.optim.masters import table
 
 
 @pytest.mark.parametrize("with_offsets", [False, True], ids=["alone", "with offsets"])
@@ -26,7 +26,7 @@ def test_scales_are_moved_as_operators_move_them_to_the_bit(options, dtype, with
 def operators(monkeypatch):
     """Calls of the operators' moves."""
     calls = []
-    for name in ("_perturb_by_operators", "_restore_by_operators", "_update_by_operators"):
+    for name in ("_perturb_in_chunks", "_restore_in_chunks", "_update_in_chunks"):
         monkeypatch.setattr(QZO, name, lambda self, *arguments, name=name: calls.append(name))
     return calls
 
@@ -46,7 +46,7 @@ def test_operators_are_not_called_where_the_kernels_move(operators):
 def test_operators_move_what_the_kernels_do_not(operators, options):
     live, groups = scales(torch.float32)
     moved(QZO(groups, **options), live)
-    assert operators == ["_perturb_by_operators"] * 2 + ["_update_by_operators"]
+    assert operators == ["_perturb_in_chunks"] * 2 + ["_update_in_chunks"]
 
 
 def test_a_table_follows_tensors_that_were_put_elsewhere():

@@ -1,0 +1,1 @@
+"""Masters of trained numbers: how they move, and how they are saved."""
