@@ -16,6 +16,7 @@ Names given as arguments (`make attack ARGS="damaged trainer"`) choose some of t
 | keys of a GGUF file that are not read | gguf_keys |
 | two processes in one place: runs, journals, outputs, Trainers | pairs |
 | a journal of CUDA without a GPU | sealed |
+| a rank of several killed: runs lost, other bits | ranks |
 | extreme settings: infinite numbers, false claims of an error | extreme |
 | data that cannot be trained on | data |
 """
