@@ -45,6 +45,14 @@ def is_carrier() -> bool:
     return is_asked() and torch.cuda.is_available() and find_spec("triton") is not None
 
 
+def advice(device: torch.device, noise: str) -> str | None:
+    """What would make a step on this device faster, in one line; None where nothing would that is known here."""
+    if device.type != "cuda" or find_spec("triton") is None or (is_asked() and noise == "philox"):
+        return None
+    lacking = [*([] if is_asked() else [f"{VARIABLE}=triton"]), *([] if noise == "philox" else ["--noise philox"])]
+    return f"on an H100 a step is up to 15 times as fast by kernels in Triton; begin with {' and '.join(lacking)}"
+
+
 def takes(x: Tensor, *tensors: Tensor) -> bool:
     """Whether these lie where kernels run, and no derivative of theirs is wanted. Raises QzoError without Triton."""
     if not is_asked() or x.device.type not in DEVICES or torch.compiler.is_compiling():

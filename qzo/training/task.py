@@ -16,6 +16,7 @@ from qzo.checkpoints.identity import place_of
 from qzo.checkpoints.tokenizer import load_tokenizer
 from qzo.durable import replace_file
 from qzo.errors import NotFinite, QzoError
+from qzo.kernels import asked
 from qzo.live.check import check_live
 from qzo.models.positions import row_length
 from qzo.models.prefix import SharedPrefix
@@ -221,7 +222,8 @@ def _run(source: str, run: Run, work: _Work, loss: Any, wandb: str | None, ranks
             progress.notice(f"going on after step {learner.steps} of {run.settings.steps}")
         if legs := run.settings.legs:
             progress.notice(f"the lr falls anew from step {legs[-1]} on, over {run.settings.steps - legs[-1]} steps")
-        for notice in (*run.notices, *learner.notices):
+        advice = asked.advice(work.device, run.settings.noise) if run.settings.method == "qzo" else None
+        for notice in (*run.notices, *learner.notices, *([advice] if advice else [])):
             progress.notice(notice)
         try:
             if run.settings.method == "qzo" and learner.steps < run.settings.steps and not open_:

@@ -51,6 +51,18 @@ def test_another_word_is_told_in_one_line(monkeypatch):
         asked.is_asked()
 
 
+def test_on_a_gpu_what_is_lacking_is_advised(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(asked, "find_spec", lambda name: name)
+    assert asked.advice(cuda, "generator").endswith("begin with QZO_KERNELS=triton and --noise philox")
+    with asked.by_triton():
+        assert asked.advice(cuda, "generator").endswith("begin with --noise philox")
+        assert asked.advice(cuda, "philox") is None
+    assert asked.advice(torch.device("cpu"), "generator") is None
+    monkeypatch.setattr(asked, "find_spec", lambda name: None)
+    assert asked.advice(cuda, "generator") is None
+
+
 def test_without_the_package_the_remedy_is_told(monkeypatch):
     monkeypatch.setattr(asked, "find_spec", lambda name: None)
     asked.kernels.cache_clear()
