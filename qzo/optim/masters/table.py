@@ -106,7 +106,7 @@ class Tables:
 
         states: of each tensor, "master" and what else there is. offsets: those that follow a tensor.
         """
-        if noise != "philox" or not asked.is_asked() or any(group.get("betas") for group in groups):
+        if noise != "philox" or any(group.get("betas") for group in groups) or not _can_move(groups[0]["params"][0]):
             return []
         places = [_place(tensor, states[tensor], offsets) for group in groups for tensor in group["params"]]
         if places != self._places:
