@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ def label_loss(
 ) -> Tensor:
     """Mean cross entropy of the labelled tokens, each predicted from the tokens before it.
 
-    Equals `model(input_ids, labels=labels).loss`, but the head computes logits for the last `keep` + 1 positions
-    only: [B, keep + 1, V] in place of [B, T, V], see `last_columns_only`. The cross entropy is computed in fp32.
+    Equals `model(input_ids, labels=labels).loss`, but the head computes logits for the `keep` positions before the
+    last one only: [B, keep, V] in place of [B, T, V], see `last_columns_only`. The cross entropy is computed in fp32.
 
     Args:
         model: a transformers causal language model.
@@ -54,17 +55,22 @@ def label_loss(
     if not 1 <= keep < length:
         raise QzoError(f"keep={keep} label columns of {length}; give at least 1 label, after the first column")
     options: dict[str, Any] = position_options(model, attention_mask, length)
-    with last_columns_only(model, keep + 1):
+    with last_columns_only(model, keep + 1, unread=1):
         output = model(
             input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep + 1, use_cache=False, **options
         )
-    logits = output.logits[:, -keep - 1 : -1].float()
+    logits = output.logits
+    if logits.shape[1] > keep:  # the head has computed those of the last column too
+        logits = logits[:, -keep - 1 : -1]
+    logits = logits.float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, -keep:].flatten(), ignore_index=IGNORED)
 
 
 @contextmanager
-def last_columns_only(model: nn.Module, keep: int) -> Iterator[None]:
+def last_columns_only(model: nn.Module, keep: int, unread: int = 0) -> Iterator[None]:
     """Within, a transformers decoder computes for the last `keep` columns alone what no other column needs.
+
+    Of these the head, where it is handed as many, leaves out the last `unread`, whose logits nobody reads.
 
     The logits of a column depend on other columns through attention only. So the MLP of the last decoder layer gets
     [B, keep, H] of its [B, T, H], and what it would add to the other columns, which the head does not read, is 0. The
@@ -77,7 +83,7 @@ def last_columns_only(model: nn.Module, keep: int) -> Iterator[None]:
     head, mlp = _part(model, "get_output_embeddings"), getattr(_last_layer(model), "mlp", None)
     handles = []
     if head is not None:
-        handles.append(head.register_forward_pre_hook(lambda _, inputs: (_one_block(inputs[0]), *inputs[1:])))
+        handles.append(head.register_forward_pre_hook(partial(_read_only, keep, unread)))
     if isinstance(mlp, nn.Module):
         handles += _narrowed(mlp, keep)
     try:
@@ -107,9 +113,23 @@ def _narrowed(module: nn.Module, keep: int) -> list[RemovableHandle]:
     return [module.register_forward_pre_hook(narrow), module.register_forward_hook(widen)]
 
 
+def _read_only(keep: int, unread: int, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a head is given, as one block and without the columns whose logits are not read.
+
+    A single row that would be left stays with another: products of a matrix and a vector are other code.
+    """
+    hidden = inputs[0]
+    if hidden.dim() == 3 and hidden.shape[1] == keep and hidden.shape[0] * (keep - unread) > 1:
+        hidden = hidden[:, : keep - unread]
+    return (_one_block(hidden), *inputs[1:])
+
+
 def _one_block(x: Tensor) -> Tensor:
-    """`x` with the strides of a contiguous tensor; `contiguous()` leaves those of a batch of 1 as they were cut."""
-    return x.reshape(-1, x.shape[-1]).view(x.shape)
+    """`x` with the strides of a contiguous tensor; `contiguous()` leaves those of a batch of 1 as they were cut.
+
+    `reshape` alone leaves a single column of each sequence where it was.
+    """
+    return x.reshape(-1, x.shape[-1]).contiguous().view(x.shape)
 
 
 def _last_layer(model: nn.Module) -> nn.Module | None:

@@ -29,14 +29,14 @@ def test_loss_equals_the_models_own(make_model, input_ids, family, labelled, pad
     torch.testing.assert_close(label_loss(model, input_ids, labels, mask, keep), own, rtol=1e-5, atol=1e-6)
 
 
-def test_logits_are_computed_for_the_last_positions_only(make_model, input_ids):
+def test_logits_are_computed_for_the_positions_that_predict_a_label_only(make_model, input_ids):
     model = make_model(dtype=torch.bfloat16)
     shapes = []
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     labels = torch.full_like(input_ids, -100)
     labels[:, -2:] = input_ids[:, -2:]
     loss = label_loss(model, input_ids, labels)
-    assert shapes == [(2, 3, 96)] and loss.dtype == torch.float32
+    assert shapes == [(2, 2, 96)] and loss.dtype == torch.float32
 
 
 def test_nothing_is_read_where_keep_is_given():
@@ -61,12 +61,14 @@ def test_labels_that_cannot_count_are_refused(make_model, input_ids):
 
 
 @pytest.mark.parametrize("sequences", [1, 2])
-def test_the_head_multiplies_one_contiguous_block(make_model, input_ids, sequences):
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_head_multiplies_one_contiguous_block(make_model, input_ids, sequences, keep):
     model = make_model().requires_grad_(False)
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    label_loss(model, input_ids[:sequences], input_ids[:sequences], keep=2)
-    assert seen[0].shape == (sequences, 3, 64) and seen[0].stride() == (3 * 64, 64, 1)
+    label_loss(model, input_ids[:sequences], input_ids[:sequences], keep=keep)
+    columns = max(keep, 2 // sequences)  # at least two rows in all
+    assert seen[0].shape == (sequences, columns, 64) and seen[0].stride() == (columns * 64, 64, 1)
     with pytest.raises(ZeroDivisionError), last_columns_only(model, 3):
         1 / 0  # noqa: B018
     assert not model.lm_head._forward_pre_hooks
