@@ -31,7 +31,10 @@ UPDATE_OPTIONS = ("lr", "relative", "nonnegative", "momentum", "betas", "adam_ep
 
 
 def check_rule(group: Options) -> None:
-    """Raise QzoError for momentum, betas or adam_eps out of range, or two rules at once."""
+    """Raise QzoError for momentum, betas or adam_eps out of range, two rules at once, and what is neither yes nor no."""
+    for name in ("relative", "nonnegative"):
+        if not isinstance(group.get(name), bool | None):
+            raise QzoError(f"{name}={group[name]!r} is neither True nor False; choose one of them")
     momentum, betas = group.get("momentum") or 0.0, group.get("betas")
     if not 0 <= momentum < 1:
         raise QzoError(f"momentum={momentum} is not in [0, 1); choose e.g. 0.9, or 0 for none")

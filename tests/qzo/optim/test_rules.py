@@ -139,6 +139,10 @@ def test_negative_numbers_are_kept_unless_they_are_forbidden():
         {"betas": (0.9,)},
         {"betas": (0.9, 0.99), "adam_eps": 0.0},
         {"betas": (0.9, 0.99), "momentum": 0.9},
+        {"nonnegative": "yes"},
+        {"nonnegative": 1.5},
+        {"relative": []},
+        {"relative": 1},
     ],
 )
 def test_rules_out_of_range_are_refused(options):
