@@ -31,7 +31,7 @@ UPDATE_OPTIONS = ("lr", "relative", "nonnegative", "momentum", "betas", "adam_ep
 
 
 def check_rule(group: Options) -> None:
-    """Raise QzoError for momentum, betas or adam_eps out of range, two rules at once, and what is neither yes nor no."""
+    """Raise QzoError for momentum, betas or adam_eps out of range, two rules at once, and what is no yes or no."""
     for name in ("relative", "nonnegative"):
         if not isinstance(group.get(name), bool | None):
             raise QzoError(f"{name}={group[name]!r} is neither True nor False; choose one of them")
