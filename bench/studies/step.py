@@ -41,7 +41,8 @@ from qzo.live.scales import has_signed_scales
 MODEL, BATCH_SIZE, SEQ_LEN = "smollm2-135m", 16, 40
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORWARDS, BODIES = "two forward passes", "two forward passes without the head"
-QZO, OPERATORS, PANELS, MEZO, RELEASED = "qzo", "qzo by operators", "qzo by panels", "mezo", "mezo-reference"
+QZO, PHILOX, OPERATORS, PANELS = "qzo", "qzo along z of Philox", "qzo by operators", "qzo by panels"
+MEZO, RELEASED = "mezo", "mezo-reference"
 LONG_TO_MAKE = ("aqlm-2x8",)  # codes of minutes, for a step whose time is that of aqlm-1x16
 ORDER = [(True, False), (True, True), (False, False)]  # kinds of CPU, as they stand in FILE
 log = logging.getLogger(__name__)
@@ -156,7 +157,11 @@ def _steps(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, Acti
 
     quantized, dense, released = model(), model(), model()
     qzo.quantize(quantized, n_bits=4, group_size=default_group_size(quantized))
-    own = {QZO: qzo.QZO(qzo.scales(quantized)), MEZO: qzo.MeZO(dense.named_parameters(), lr=1e-6)}
+    own = {
+        QZO: qzo.QZO(qzo.scales(quantized)),
+        PHILOX: qzo.QZO(qzo.scales(quantized), noise="philox"),
+        MEZO: qzo.MeZO(dense.named_parameters(), lr=1e-6),
+    }
     theirs = OutOfPlace([{"params": list(released.named_parameters())}], 1e-6, seed=0)
 
     def loss(of: nn.Module) -> torch.Tensor:
@@ -171,6 +176,7 @@ def _steps(source: Any, dtype: torch.dtype, batch: text.Batch) -> dict[str, Acti
         ways[PANELS] = native.products_on_tiles
     return {
         QZO: lambda: own[QZO].step(lambda: loss(quantized)),
+        PHILOX: lambda: own[PHILOX].step(lambda: loss(quantized)),
         **{name: partial(within, way) for name, way in ways.items()},
         MEZO: lambda: own[MEZO].step(lambda: loss(dense)),
         RELEASED: lambda: theirs.step(lambda: full_loss(released, batch)),

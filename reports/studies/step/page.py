@@ -13,7 +13,8 @@ from reports.tables.table import Table
 
 HERE = Path(__file__).parent
 FORWARDS, BODIES = "two forward passes", "two forward passes without the head"
-QZO, OPERATORS, PANELS, RELEASED = "qzo", "qzo by operators", "qzo by panels", "mezo-reference"
+QZO, PHILOX, OPERATORS, PANELS = "qzo", "qzo along z of Philox", "qzo by operators", "qzo by panels"
+RELEASED = "mezo-reference"
 # of a QZO step to each of these in bf16, at most; and of its peak memory to what it cannot do without
 LIMITED, LIMITS = "bfloat16", {FORWARDS: 0.95, RELEASED: 0.25}
 MEMORY_LIMIT = 1.10
@@ -22,6 +23,7 @@ MEANING = {
     FORWARDS: "two full-logits forward passes of the unquantized model",
     BODIES: "the same without the head",
     QZO: "QZO step: 4 bits, group size 64, logits only at the labels",
+    PHILOX: 'the same along z of Philox, noise="philox"',
     OPERATORS: "the same by PyTorch's operators, as where installing the package found no compiler",
     PANELS: "the same with products by compiled code, which rebuilds a layer in parts within the cache (AVX512-BF16)",
     "mezo": "MeZO step of this package: in place, exact undo, logits only at the labels",
