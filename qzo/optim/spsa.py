@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from qzo.errors import QzoError
-from qzo.optim.estimator import Estimator, Losses, all_finite, held, read
+from qzo.optim.estimator import Estimator, Losses, all_finite
 from qzo.optim.guards.groups import Group, check_options, check_tensor, unique
 from qzo.optim.guards.reach import Reach, has_data
 from qzo.optim.guards.still import count_still
+from qzo.optim.losses import held, read
 from qzo.optim.noise import full_noise, mixed_chunks, noise_chunks
 from qzo.optim.randomness import same_masks
 from qzo.optim.ranks import Ranks, fingerprint

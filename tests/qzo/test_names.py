@@ -47,7 +47,7 @@ def test_functions_and_optimizers_import_pytorch_and_no_library_of_models(code):
 
 
 def test_every_name_is_there_and_listed():
-    assert set(qzo.__all__) <= set(dir(qzo)) and len(qzo.__all__) == 25
+    assert set(qzo.__all__) <= set(dir(qzo)) and len(qzo.__all__) == 26
     everything: dict[str, object] = {}
     exec("from qzo import *", everything)
     assert {name: getattr(qzo, name) for name in qzo.__all__}.items() <= everything.items()

@@ -49,8 +49,8 @@ def read_scalar(padded: bool, ledger: Ledger, func: Any, args: tuple, kwargs: di
 
 
 def read_numbers(ledger: Ledger, func: Any, args: tuple, kwargs: dict) -> Tensor:
-    """Numbers without data that the CPU waits for are 0, as those of `read_scalar` are."""
-    if args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+    """Losses without data that the CPU waits for, fp64 (qzo/optim/losses.py), are 0, as those of `read_scalar` are."""
+    if args[0].is_meta and args[0].dtype == torch.float64 and kwargs.get("device") == torch.device("cpu"):
         return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cpu")
     return ledger.run(func, args, kwargs)
 
