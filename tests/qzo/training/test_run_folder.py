@@ -368,8 +368,7 @@ def test_a_second_process_is_kept_out_of_a_run(trained, run, task, capsys):
         (run / left).write_text("half")
     (run / ".best.safetensors.0123456789ab.part").mkdir()
     says(capsys, 0, "train", trained[0], *SMALL, "--steps", "5", "--out", run, "--resume")
-    assert not [path for path in run.iterdir() if path.name.startswith(".")]
-    assert Path(run / "run.json").stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    assert not list(run.glob(".*")) and Path(run / "run.json").stat().st_mode & 0o777 == 0o666 & ~current_umask()
 
 
 def test_a_run_is_not_taken_for_the_files_of_a_model(run, tmp_path, capsys):
