@@ -138,7 +138,7 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         places = self.estimator.evaluations()
         try:
             with same_masks(self.seed, self.steps) as restart:
-                found = [self._loss_at(closures, restart, number) for number in range(len(places))]
+                found = [self._loss_at(closures, restart, number, *place) for number, place in enumerate(places)]
         except BaseException as error:
             self._restore()
             if self.ranks is not None and isinstance(error, Exception):
@@ -152,12 +152,13 @@ class SpsaOptimizer(torch.optim.Optimizer, ABC):
         self._finish(losses)
         return self.estimator.value(losses)
 
-    def _loss_at(self, closures: list[Closure], restart: Callable[[], None], number: int) -> Held:
+    def _loss_at(
+        self, closures: list[Closure], restart: Callable[[], None], number: int, direction: int, sign: int
+    ) -> Held:
         """Losses at the evaluation of this number; None where another rank evaluates them."""
         mine = [self.ranks is None or self.ranks.has(number, place) for place in range(len(closures))]
         if not any(mine):
             return [None] * len(closures)
-        direction, sign = self.estimator.evaluations()[number]
         if sign:
             self._perturb(direction, sign)
         else:
